@@ -1,0 +1,221 @@
+"""Train the shipped model's backbone from scratch: a small Qwen3 on real source text and generated tasks.
+
+Run: ``python recipes/shipped/train_backbone.py --tokenizer DIR --output DIR [--minutes 8 | --steps N]`` on one GPU.
+
+The learning-rate schedule needs the number of steps; with ``--minutes`` it is set from the speed measured
+over the first steps and written to the log, so that ``--steps`` repeats the run.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from flux_attention.evaluation.tasks import RETRIEVAL, Haystack, make_sample, training_sample
+from flux_attention.evaluation.text import local_texts
+
+ANSWER_WEIGHT = 4.0  # answers are a few per cent of the tokens, and all of what is learnt slowly
+
+
+class Mixture(IterableDataset):
+    """Endless (input_ids, weights): ``plain`` of the sequences real text, the others generated tasks in it."""
+
+    def __init__(self, haystack, tokenizer, phases, batch_tokens, plain, seed):
+        self.haystack, self.tokenizer, self.phases = haystack, tokenizer, phases
+        self.batch_tokens, self.plain, self.seed = batch_tokens, plain, seed
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        step = index
+        while True:
+            rng = random.Random(f"{self.seed}-{step}")
+            progress, length = self.phases(step)
+            hint = 0.7 * max(0.1, 1 - 2 * progress)
+            ids, weights = [], []
+            for _ in range(self.batch_tokens // length):
+                weight = np.ones(length, dtype=np.float32)
+                if rng.random() < self.plain:
+                    text, _ = self.haystack.window(rng, length)
+                    text = text.copy()
+                    text[0] = self.tokenizer.bos_token_id
+                    ids.append(text)
+                else:
+                    sample = training_sample(self.haystack, self.tokenizer, length, rng, hint)
+                    for start, end in sample.answers:
+                        weight[start:end] = ANSWER_WEIGHT
+                    ids.append(sample.input_ids)
+                weights.append(weight)
+            yield torch.from_numpy(np.stack(ids).astype(np.int64)), torch.from_numpy(np.stack(weights))
+            step += stride
+
+
+@torch.no_grad()
+def evaluate(model, haystack, tokenizer, length, count, device, batch=16):
+    """Share of samples whose whole answer is the argmax of the teacher-forced logits; nats a token for plain."""
+    result = {}
+    for family in (*RETRIEVAL, "plain"):
+        right = []
+        for first in range(0, count, batch):
+            samples = [make_sample(family, haystack, tokenizer, length, seed) for seed in range(first, first + batch)]
+            ids = torch.from_numpy(np.stack([s.input_ids for s in samples]).astype(np.int64)).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            for row, sample in enumerate(samples):
+                start, end = sample.answers[-1]
+                logits = model.lm_head(hidden[row, start - 1 : end - 1]).float()
+                if family == "plain":
+                    right.append(F.cross_entropy(logits, ids[row, start:end]).item())
+                else:
+                    right.append(bool((logits.argmax(-1) == ids[row, start:end]).all()))
+        result[family] = round(float(np.mean(right)), 4)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--short-length", type=int, default=1024)
+    parser.add_argument("--short-share", type=float, default=0.3, help="share of steps at the short length")
+    parser.add_argument("--batch-tokens", type=int, default=131072)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--plain", type=float, default=0.35)
+    parser.add_argument("--max-chars", type=int, default=150_000_000)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--eval-every", type=int, default=1000)
+    parser.add_argument("--eval-count", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--ffn", type=int, default=512)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+
+    began = time.time()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    haystack = Haystack(local_texts(False, site_packages=True, max_chars=args.max_chars), tokenizer)
+    held_out = Haystack(local_texts(True, max_chars=3_000_000), tokenizer)
+    print(f"{len(haystack.tokens):,} training tokens, {len(held_out.tokens):,} held-out, {time.time() - began:.0f} s")
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=args.width,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 64,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=args.length * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    model = Qwen3ForCausalLM(config).to(device)
+    print(f"{model.num_parameters():,} parameters")
+
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    other = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
+    )
+
+    def loss_of(ids, weights):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1]).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = weights[:, 1:].flatten()
+        answers = weights > 1
+        return (
+            (losses * weights).sum() / weights.sum(),
+            (losses * ~answers).sum() / (~answers).sum(),
+            (losses * answers).sum() / answers.sum().clamp(min=1),
+        )
+
+    step_loss = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
+    # Until the speed is known, a guess; the workers' curriculum follows it, which only matters at the margin.
+    total = args.steps or int(args.minutes * 60 * (11 if device.type == "cuda" else 0.1))
+
+    def phases(step):
+        progress = step / total
+        return progress, args.short_length if progress < args.short_share else args.length
+
+    loader = DataLoader(
+        Mixture(haystack, tokenizer, phases, args.batch_tokens, args.plain, args.seed),
+        batch_size=None,
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=8 if args.workers else None,
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    log = (args.output / "backbone_log.jsonl").open("w")
+
+    def record(**row):
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+
+    record(**{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}, total=total)
+    deadline = began + args.minutes * 60
+    tick, tick_step = time.time(), 0
+    running = torch.zeros(3, device=device)
+    for step, (ids, weights) in enumerate(loader):
+        elapsed = time.time() - began
+        # Whichever is further along, the steps or (without --steps) the clock, sets the learning rate.
+        progress = step / total
+        if not args.steps:
+            progress = max(progress, elapsed / (args.minutes * 60))
+        if progress >= 1 or (not args.steps and time.time() > deadline):
+            break
+        warmup = min(1.0, (step + 1) / 200)
+        rate = args.lr * warmup * (1.0 if progress < 0.5 else 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * (progress - 0.5) / 0.5)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16):
+            losses = step_loss(ids, weights)
+        losses[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        running += torch.stack([x.detach() for x in losses])
+        if (step + 1) % 100 == 0:
+            loss, text, answer = (running / 100).tolist()
+            running.zero_()
+            speed = (step + 1 - tick_step) * args.batch_tokens / (time.time() - tick)
+            record(
+                step=step + 1, length=ids.shape[1], loss=round(loss, 4), text=round(text, 4), answer=round(answer, 4),
+                lr=round(rate, 6), tokens_per_s=round(speed), elapsed=round(time.time() - began, 1),
+            )
+            tick, tick_step = time.time(), step + 1
+        if (step + 1) % args.eval_every == 0:
+            record(step=step + 1, **evaluate(model, held_out, tokenizer, args.length, args.eval_count, device))
+            tick, tick_step = time.time(), step + 1
+    record(steps=step, tokens=step * args.batch_tokens, elapsed=round(time.time() - began, 1))
+    record(final=True, **evaluate(model, held_out, tokenizer, args.length, 2 * args.eval_count, device))
+    model.to(torch.bfloat16).save_pretrained(args.output / "backbone", max_shard_size="8MB")
+    tokenizer.save_pretrained(args.output / "backbone")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Generated long-context tasks: facts hidden in real source text, questions at the end, exact answers.
+
+Each *family* makes a different demand on attention, so that different inputs can need different layers:
+
+============== ==================================================================================
+single_needle  one key, one value
+multi_key      sixteen keys, one is asked for
+multi_value    one key with several values, all are asked for in order
+two_hop        a guest's city is the host's city, which an earlier line gives: two look-ups in one token
+count          how often a line occurs: aggregation, not look-up
+copy           repeat a long passage verbatim
+plain          no question: real text, scored by perplexity
+============== ==================================================================================
+
+The first six are retrieval-intensive, ``plain`` is context-holistic (the paper's task classes).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flux_attention.evaluation.text import is_held_out
+from flux_attention.evaluation.words import ADJECTIVES, CITIES, NOUNS, PEOPLE, split_words
+
+
+class Words:
+    """
+    Names and values drawn without repetition, from the training or the held-out vocabulary.
+
+    Parameters
+    ----------
+    rng : random.Random
+        Source of randomness.
+    held_out : bool
+        Which part of every word list, and which five-digit codes, to draw from.
+
+    Raises
+    ------
+    IndexError
+        When a list is used up; the sample is then as dense as the vocabulary allows.
+    """
+
+    def __init__(self, rng: random.Random, held_out: bool = False):
+        self.rng, self.held_out = rng, held_out
+        self.pools = {
+            name: rng.sample(words, len(words))
+            for name, words in (
+                ("person", split_words(PEOPLE, held_out)),
+                ("city", split_words(CITIES, held_out)),
+            )
+        }
+        self.adjectives, self.nouns = split_words(ADJECTIVES, held_out), split_words(NOUNS, held_out)
+        self.taken: set[str] = set()
+
+    def draw(self, kind: str) -> str:
+        return self.pools[kind].pop()
+
+    def key(self) -> str:
+        while True:
+            key = f"{self.rng.choice(self.adjectives)} {self.rng.choice(self.nouns)}"
+            if key not in self.taken:
+                self.taken.add(key)
+                return key
+
+    def code(self) -> str:
+        while True:
+            code = f"{self.rng.randrange(100_000):05d}"
+            if is_held_out(code, 0.2) == self.held_out:
+                return code
+
+    def any_words(self, count: int) -> list[str]:
+        return [self.rng.choice(self.rng.choice((ADJECTIVES, NOUNS, PEOPLE, CITIES))) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Lines to hide in the text, in this order, and questions about them with their answers."""
+
+    facts: list[str]
+    questions: list[tuple[str, str]]
+
+
+def needles(words: Words, keys: int = 1, values: int = 1, questions: int = 1) -> Episode:
+    """``keys`` keys with one code each, but the first ``questions`` with ``values`` codes."""
+    facts, asked = [], []
+    for index in range(keys):
+        key = words.key()
+        codes = [words.code() for _ in range(values if index < questions else 1)]
+        facts += [f"The secret code of the {key} is {code}." for code in codes]
+        if index < questions:
+            text = f"What is the secret code of the {key}?" if values == 1 else f"List all codes of the {key}."
+            asked.append((text, ", ".join(codes)))
+    # Values of one key are told apart by their order, so shuffling keys must keep the order within a key.
+    order = sorted(range(len(facts)), key=lambda _: words.rng.random())
+    slots: dict[str, list[str]] = {}
+    for fact in facts:
+        slots.setdefault(fact.split(" is ")[0], []).append(fact)
+    shuffled = [slots[facts[i].split(" is ")[0]].pop(0) for i in order]
+    return Episode(shuffled, asked)
+
+
+def two_hop(words: Words, pairs: int = 6, questions: int = 1, hint: float = 0.0) -> Episode:
+    """Hosts live in cities; guests stay with hosts. ``hint`` is the share of guest lines that name the city."""
+    hosts = [(words.draw("person"), words.draw("city")) for _ in range(pairs)]
+    guests = [(words.draw("person"), *words.rng.choice(hosts)) for _ in range(pairs)]
+    facts = [f"{host} lives in {city}." for host, city in hosts]
+    for guest, host, city in guests:
+        facts.append(f"{guest} is a guest of {host} in {city if words.rng.random() < hint else 'secret'}.")
+    asked = [(f"In which city is {guest}?", city) for guest, _, city in guests[:questions]]
+    return Episode(facts, asked)
+
+
+def count(words: Words, questions: int = 1, most: int = 8) -> Episode:
+    """Two bells, each ringing one to ``most`` times."""
+    facts, asked = [], []
+    for index in range(2):
+        city, times = words.draw("city"), words.rng.randint(1, most)
+        facts += [f"The bell of {city} rings."] * times
+        if index < questions:
+            asked.append((f"How many times does the bell of {city} ring?", str(times)))
+    words.rng.shuffle(facts)
+    return Episode(facts, asked)
+
+
+def copy(words: Words, length: int = 48, questions: int = 1) -> Episode:
+    """Two passages of ``length`` random words."""
+    facts, asked = [], []
+    for index in range(2):
+        title, passage = words.key(), " ".join(words.any_words(length))
+        facts.append(f"Passage {title}: {passage}")
+        if index < questions:
+            asked.append((f"Repeat passage {title}:", passage))
+    words.rng.shuffle(facts)
+    return Episode(facts, asked)
+
+
+#: Each family's episode at evaluation: one question.
+FAMILIES: dict[str, Callable[[Words], Episode] | None] = {
+    "single_needle": lambda words: needles(words),
+    "multi_key": lambda words: needles(words, keys=16),
+    "multi_value": lambda words: needles(words, keys=6, values=3),
+    "two_hop": lambda words: two_hop(words),
+    "count": lambda words: count(words),
+    "copy": lambda words: copy(words),
+    "plain": None,
+}
+RETRIEVAL = tuple(name for name, make in FAMILIES.items() if make is not None)
+
+
+class Haystack:
+    """
+    Real text as tokens, cut at line ends.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        Files' contents.
+    tokenizer : transformers.PreTrainedTokenizerFast
+        Any fast tokenizer.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer):
+        encodings = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        self.tokens = np.concatenate([np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings])
+        vocabulary = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        ends_line = np.asarray([text.endswith("\n") for text in vocabulary])
+        self.ends = np.flatnonzero(ends_line[self.tokens]) + 1
+
+    def window(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """``length`` consecutive tokens that end with a line, and the offsets in them at which lines end."""
+        first = int(np.searchsorted(self.ends, length))
+        if first >= len(self.ends):
+            raise ValueError(f"the text has {len(self.tokens)} tokens, fewer than the {length} asked for")
+        end = int(self.ends[rng.randrange(first, len(self.ends))])
+        start = end - length
+        low, high = np.searchsorted(self.ends, [start, end], side="left")
+        return self.tokens[start:end], self.ends[low : high + 1] - start
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One prompt with its answers.
+
+    Attributes
+    ----------
+    input_ids : numpy.ndarray
+        int32, the whole sequence: text, facts, questions and answers.
+    answers : list of (int, int)
+        Where each answer stands, [start, end) in tokens; its end token (the newline) is included.
+    family : str
+        One of ``FAMILIES``.
+    """
+
+    input_ids: np.ndarray
+    answers: list[tuple[int, int]]
+    family: str
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """int32, everything before the last answer."""
+        return self.input_ids[: self.answers[-1][0]]
+
+    @property
+    def answer_ids(self) -> np.ndarray:
+        """int32, the last answer."""
+        return self.input_ids[slice(*self.answers[-1])]
+
+
+def compose(
+    haystack: Haystack, tokenizer, episode: Episode, length: int, rng: random.Random, family: str = ""
+) -> Sample:
+    """
+    Hide an episode's facts at random lines of real text and put its questions at the end.
+
+    Parameters
+    ----------
+    length : int
+        Tokens of the whole sample, answers included.
+
+    Raises
+    ------
+    ValueError
+        If facts and questions alone are longer than ``length``.
+    """
+    encode = tokenizer.backend_tokenizer.encode_batch
+    pieces = [f"# {fact}\n" for fact in episode.facts]
+    for question, answer in episode.questions:
+        pieces += [f"# Question: {question}\n# Answer:", f" {answer}\n"]
+    ids = [encoding.ids for encoding in encode(pieces, add_special_tokens=False)]
+    facts, tail = ids[: len(episode.facts)], ids[len(episode.facts) :]
+    prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room = length - len(prefix) - sum(map(len, ids))
+    if room < 0:
+        raise ValueError(f"a sample of {length} tokens cannot hold the {length - room} tokens of its facts and questions")
+    text, line_ends = haystack.window(rng, room) if room else (np.empty(0, np.int32), np.zeros(1, np.int64))
+    places = sorted(rng.choice(line_ends) for _ in facts)
+    parts, at = [prefix], 0
+    for place, fact in zip(places, facts, strict=True):
+        parts += [text[at:place], fact]
+        at = place
+    parts.append(text[at:])
+    start = length - sum(map(len, tail))
+    answers = []
+    for question, answer in zip(tail[::2], tail[1::2], strict=True):
+        start += len(question)
+        answers.append((start, start + len(answer)))
+        start += len(answer)
+        parts += [question, answer]
+    return Sample(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]), answers, family)
+
+
+def make_sample(
+    family: str, haystack: Haystack, tokenizer, length: int, seed: int, held_out: bool = True
+) -> Sample:
+    """
+    One sample of ``family``, the same for the same seed.
+
+    For ``plain`` the "answer" is the second half of the text: the first half is the prompt.
+    """
+    rng = random.Random(f"{family}-{seed}")
+    make = FAMILIES[family]
+    if make is None:
+        text, _ = haystack.window(rng, length)
+        if tokenizer.bos_token_id is not None:
+            text = np.concatenate([[tokenizer.bos_token_id], text[1:]]).astype(np.int32)
+        return Sample(text, [(length // 2, length)], family)
+    return compose(haystack, tokenizer, make(Words(rng, held_out)), length, rng, family)
+
+
+def training_sample(haystack: Haystack, tokenizer, length: int, rng: random.Random, hint: float) -> Sample:
+    """A sample with many episodes and questions of all families: dense supervision for training a backbone."""
+    words = Words(rng)
+    makers: list[Callable[[], Episode]] = [
+        lambda: needles(words, keys=rng.randint(1, 16), questions=rng.randint(1, 8)),
+        lambda: needles(words, keys=rng.randint(1, 6), values=rng.randint(2, 4), questions=rng.randint(1, 2)),
+        lambda: two_hop(words, pairs=rng.randint(2, 8), questions=8, hint=hint),
+        lambda: two_hop(words, pairs=rng.randint(2, 8), questions=8, hint=hint),
+        lambda: count(words, questions=2),
+        lambda: copy(words, length=rng.randint(8, 48), questions=rng.randint(1, 2)),
+    ]
+    # The lines of the tasks have about three characters a token.
+    budget, episodes, used = rng.uniform(0.05, 0.6) * length, [], 0.0
+    while used < budget:
+        try:
+            episode = rng.choice(makers)()
+        except IndexError:  # the names are used up
+            break
+        episodes.append(episode)
+        used += sum(map(len, episode.facts)) / 3 + sum(len(q) + len(a) + 20 for q, a in episode.questions) / 3
+    while True:
+        # Merge the episodes' facts at random, each episode's own order kept.
+        order = [index for index, episode in enumerate(episodes) for _ in episode.facts]
+        rng.shuffle(order)
+        queues = [iter(episode.facts) for episode in episodes]
+        questions = [question for episode in episodes for question in episode.questions]
+        rng.shuffle(questions)
+        try:
+            return compose(haystack, tokenizer, Episode([next(queues[i]) for i in order], questions), length, rng)
+        except ValueError:  # too long
+            episodes.pop()

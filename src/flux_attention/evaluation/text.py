@@ -1,0 +1,100 @@
+"""Real text that every machine has: the source code and documentation of the local Python installation.
+
+Nothing is downloaded. A file belongs to the ``held_out`` split if a hash of its path below the library
+folder says so, so the split is the same on every machine and for every Python version: what the shipped
+model never read in training, it never read anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
+MAX_FILE_BYTES = 400_000
+MAX_LINE_CHARS = 200  # longer lines are data tables, not text
+HELD_OUT_FRACTION = 0.04
+
+
+def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
+    """Whether ``name`` belongs to the held-out split: a fixed hash, so the same everywhere and always."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < fraction * 2**32
+
+
+def iter_files(roots: list[Path], held_out: bool) -> Iterator[Path]:
+    """Yield the text files of one split below ``roots``, sorted by path."""
+    for root in roots:
+        for path in sorted(root.rglob("*")):
+            relative = path.relative_to(root)
+            if path.suffix not in SUFFIXES or (root.name != "site-packages" and "site-packages" in relative.parts):
+                continue
+            if is_held_out(relative.as_posix()) == held_out and path.is_file():
+                yield path
+
+
+def read_text(path: Path) -> str | None:
+    """The text of ``path``, or None if it is too large, too small, not UTF-8, or a data table."""
+    size = path.stat().st_size
+    if not 500 <= size <= MAX_FILE_BYTES:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+    if max(map(len, text.split("\n"))) > MAX_LINE_CHARS or not text.isprintable() and "\x00" in text:
+        return None
+    return text
+
+
+def python_roots(site_packages: bool = False) -> list[Path]:
+    """The folder of the standard library, and of the installed packages if asked for."""
+    paths = sysconfig.get_paths()
+    roots = [Path(paths["stdlib"])]
+    if site_packages:
+        roots.append(Path(paths["purelib"]))
+    return roots
+
+
+@lru_cache(maxsize=4)
+def local_texts(held_out: bool, site_packages: bool = False, max_chars: int | None = None) -> tuple[str, ...]:
+    """
+    The local Python installation's text files of one split.
+
+    Parameters
+    ----------
+    held_out : bool
+        True for the split that the shipped model was not trained on.
+    site_packages : bool
+        Whether to read the installed packages too.
+    max_chars : int, optional
+        Stop once this many characters have been read.
+
+    Returns
+    -------
+    tuple of str
+        One text a file.
+
+    Raises
+    ------
+    RuntimeError
+        If no file is found (a Python installation stripped of its sources).
+    """
+    texts, chars = [], 0
+    for path in iter_files(python_roots(site_packages), held_out):
+        text = read_text(path)
+        if text is None:
+            continue
+        texts.append(text)
+        chars += len(text)
+        if max_chars is not None and chars >= max_chars:
+            break
+    if not texts:
+        raise RuntimeError(
+            f"no source files found below {python_roots(site_packages)}; this Python installation has been stripped "
+            "of its .py files, and the tasks need real text: use one that keeps them"
+        )
+    return tuple(texts)
