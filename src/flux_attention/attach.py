@@ -1,0 +1,616 @@
+"""Attach layer routers to a stock Hugging Face model, and detach them: the only file that knows transformers' insides.
+
+Nothing is copied or patched: hooks on modules, an attention function and a mask function registered under the
+name ``flux``, and cache layers of our own in the cache that the caller or ``generate`` made. One forward call of
+the decoder is a ``_Call``; it travels to the layers as a keyword argument, so that gradient checkpointing, which
+runs layers again, finds it.
+
+Shape suffixes: B batch, S query length, H query heads, D head dim, L routed layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from flux_attention import adapters, kernels
+from flux_attention.cache import RoutedLayer, Tokens, View, prompt_views, take_rows
+from flux_attention.config import BaseModel, FluxConfig
+from flux_attention.patterns import Full, Streaming, sparse_pattern
+from flux_attention.router import LayerRouter, hard_route, pool_query, pooled_slots, soft_route
+from flux_attention.routes import Routes, RouteSpec, parse_routes
+
+#: The name under which attention and mask functions are registered, and the keyword that carries the call.
+NAME = "flux"
+CALL = "flux_call"
+
+_in_routed_forward: ContextVar[bool] = ContextVar("flux_in_routed_forward", default=False)
+
+
+class UnsupportedModelError(ValueError):
+    """A model or a call that routing cannot serve; the message says what was found and what is supported."""
+
+
+# --- One forward call -------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """One forward call of the decoder: its tokens, its cache, and the routes that are decided in it."""
+
+    def __init__(self, routing: Routing, tokens: Tokens, prompt_lengths: list[int], cache: DynamicCache | None):
+        self.routing, self.tokens, self.prompt_lengths, self.cache = routing, tokens, prompt_lengths, cache
+        self.batch = len(tokens.lengths)
+        self.layers: dict[int, RoutedLayer] = {}
+        if cache is not None:
+            self.layers = {index: cache.layers[index] for index in routing.layers}
+        first = self.layers.get(routing.layers[0])
+        self.is_prompt = first is None or first.seen == 0
+        self.decides = first is None or first.routes is None
+        # At the end of a prompt that is decided in this call: each layer's routes, or soft gates in training.
+        self.routes: dict[int, list[bool]] = {}
+        self.logits: dict[int, torch.Tensor] = {}
+        self.gates: dict[int, torch.Tensor] = {}
+        self.forced: torch.Tensor | None = None
+        if self.decides and routing._forced is not None:
+            self.forced = parse_routes(routing._forced, self.batch, routing.layers)
+        if self.decides and not self.is_prompt and min(tokens.lengths) == 0:
+            raise ValueError("cannot re-route: a sequence of the batch has no new token to read")
+        self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def soft(self) -> bool:
+        """Whether both branches run and the gates carry gradients."""
+        return self.decides and self.forced is None and self.routing._temperature is not None
+
+    def decide(self, layer: int, query_BSHD: torch.Tensor) -> None:
+        """Decide one layer's routes from its query states."""
+        if self.forced is not None:
+            self._set(layer, self.forced[:, self.routing.layers.index(layer)].tolist())
+            return
+        router = self.routing.routers[str(layer)]
+        device = query_BSHD.device
+        if next(router.parameters()).device != device:
+            router.to(device)
+        columns, weights = self._pooled_columns(device)
+        logits = router(pool_query(query_BSHD, columns, weights))
+        self.logits[layer] = logits.detach()
+        if self.soft:
+            self.gates[layer] = soft_route(logits, self.routing._temperature)
+            return
+        # The one host synchronisation of a layer's prefill: how a row is computed depends on its route.
+        values, routes = logits.detach().cpu(), hard_route(logits).tolist()
+        if not math.isfinite(values.sum().item()):
+            bad = [row for row in range(self.batch) if not values[row].isfinite().all()]
+            raise ValueError(
+                f"the router of layer {layer} read NaN or infinite query states in sequences {bad} of the batch; "
+                "the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
+            )
+        self._set(layer, routes)
+
+    def _set(self, layer: int, routes: list[bool]) -> None:
+        self.routes[layer] = routes
+        if layer in self.layers:
+            self.layers[layer].routes = routes
+
+    def _pooled_columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._pooled is None:
+            slots, weights = pooled_slots(torch.tensor(self.prompt_lengths), self.routing.config.pool_size)
+            if self.tokens.columns_BS is not None:
+                slots = self.tokens.columns_BS.cpu().gather(1, slots)
+            self._pooled = slots, weights
+        return tuple(tensor.to(device) for tensor in self._pooled)
+
+    def finish(self) -> None:
+        """Publish what was decided."""
+        if not self.decides:
+            return
+        routing = self.routing
+        if self.soft:
+            routing.gates = torch.stack([self.gates[layer].cpu() for layer in routing.layers], dim=1)
+            decided = routing.gates.detach() > 0.5
+        else:
+            decided = torch.tensor([self.routes[layer] for layer in routing.layers]).T
+        logits = None
+        if self.forced is None:
+            logits = torch.stack([self.logits[layer].cpu() for layer in routing.layers], dim=1)
+        routing.routes = Routes(decided, logits, routing.layers, tuple(self.prompt_lengths), routing.pattern)
+
+    # Attention of one layer.
+
+    def attend(self, layer: int, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
+        """Attention output (B, S, H, D) of one layer, each row by its own route."""
+        query = self.tokens.pack(query_BHSD)
+        if self.soft:
+            output = self._mixed(layer, query, self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD), scale)
+        else:
+            if layer in self.layers:
+                views = self.layers[layer].take_views()
+            else:
+                key, value = self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD)
+                views = prompt_views(self.routes[layer], self.tokens, key, value)
+            output = self._by_view(views, query, scale)
+        return self.tokens.unpack(output).transpose(1, 2).contiguous()
+
+    def _by_view(self, views: list[View], query: torch.Tensor, scale: float) -> torch.Tensor:
+        if len(views) == 1 and views[0].queries == query.shape[2] and len(views[0].rows) == self.batch:
+            return self._one(views[0], query, scale)
+        output = torch.zeros_like(query)
+        for view in views:
+            part = self._one(view, take_rows(query, view.rows)[:, :, : view.queries], scale)
+            output[view.rows, :, : view.queries] = part
+        return output
+
+    def _one(self, view: View, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
+        if not self.is_prompt and view.queries == 1:
+            return kernels.decode(query_RHSD, view.key_RKTD, view.value_RKTD, view.lengths, scale)
+        sparse = self.routing.pattern
+        if not self.is_prompt:  # what sparse rows keep allows sink + window only
+            sparse = Streaming(sparse.sink, sparse.window)
+        pattern = Full() if view.route else sparse
+        prompt_lengths = [self.prompt_lengths[row] for row in view.rows]
+        return pattern.prefill(query_RHSD, view.key_RKTD, view.value_RKTD, scale, prompt_lengths)
+
+    def _mixed(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """O = z · FA + (1 − z) · SA, with the straight-through gate z of each sequence."""
+        gate = self.gates[layer].to(query.dtype)[:, None, None, None]
+        full = Full().prefill(query, key, value, scale)
+        sparse = self.routing.pattern.prefill(query, key, value, scale, self.prompt_lengths)
+        return gate * full + (1 - gate) * sparse
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """The registered attention function: routed layers by route, all others by SDPA."""
+    call: _Call | None = kwargs.pop(CALL, None)
+    if call is None or module.layer_idx not in call.routing.layers:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if dropout:
+        raise UnsupportedModelError(f"attention dropout is {dropout}; routed layers support none: set it to 0")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return call.attend(module.layer_idx, query, key, value, scale), None
+
+
+def _mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):
+    """The registered mask function: none for routed layers, which know their tokens; SDPA's for all others."""
+    if not _in_routed_forward.get() or local_size is not None:
+        return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
+    if mask_function is not causal_mask_function:
+        raise UnsupportedModelError(
+            "the model asks for an attention mask that is not plainly causal (packed sequences told by position_ids, "
+            "or bidirectional image tokens); routed layers support causal masks with padding only"
+        )
+    return None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+# --- The handle -------------------------------------------------------------------------------------------------
+
+
+class Routing:
+    """
+    Routers attached to a model; made by ``attach``.
+
+    Attributes
+    ----------
+    config : FluxConfig
+        Pattern, sizes, and the base model's fingerprint.
+    routers : torch.nn.ModuleDict
+        One ``LayerRouter`` a routed layer, by the layer's index. Not part of the model: ``model.state_dict()``
+        and ``model.parameters()`` are the stock ones.
+    layers : tuple of int
+        The routed layers' indices.
+    pattern : Streaming
+        What sparse layers compute in prefill.
+    routes : Routes or None
+        What the last prefill decided.
+    gates : torch.Tensor or None
+        In training (``soft``): float32 (B, L) on the CPU, the last forward's straight-through decisions, through
+        which gradients flow to the routers.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: FluxConfig, routers: nn.ModuleDict, keep_full_kv: bool):
+        self.model, self.config, self.routers, self.keep_full_kv = model, config, routers, keep_full_kv
+        self.layers = config.base_model.routed_layers
+        self.pattern = sparse_pattern(config)
+        self.routes: Routes | None = None
+        self.gates: torch.Tensor | None = None
+        self._forced: RouteSpec | None = None
+        self._temperature: float | torch.Tensor | None = None
+        self._handles: list[Any] = []
+        self._decoder: nn.Module | None = None
+        self._stock_attention: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Routing({len(self.layers)} layers of {self.config.base_model.name}, {self.pattern})"
+
+    @contextlib.contextmanager
+    def force(self, routes: RouteSpec):
+        """
+        Force the routes of prefills within a ``with`` block; the routers are not run.
+
+        Parameters
+        ----------
+        routes : str, float, sequence of int, or torch.Tensor
+            ``"full"``, ``"sparse"``, a ratio Ω_MSR, the indices of the full layers, or (L,) or (B, L) bits.
+        """
+        if not isinstance(routes, torch.Tensor):
+            parse_routes(routes, 1, self.layers)  # a wrong request fails here, not in the next forward
+        before, self._forced = self._forced, routes
+        try:
+            yield self
+        finally:
+            self._forced = before
+
+    @contextlib.contextmanager
+    def soft(self, temperature: float | torch.Tensor):
+        """
+        Decide by straight-through Gumbel-Softmax within a ``with`` block: for training, without a KV cache.
+
+        Both branches run and gradients flow to the routers. Pass ``prompt_lengths`` (B real tokens each) to the
+        model's forward where the sequences hold answers, which routers must not read.
+        """
+        before, self._temperature = self._temperature, temperature
+        try:
+            yield self
+        finally:
+            self._temperature = before
+
+    def reroute(self, cache: DynamicCache) -> None:
+        """
+        Let the next call with ``cache`` decide routes anew, from that call's tokens.
+
+        Raises
+        ------
+        ValueError
+            Unless attached with ``keep_full_kv=True``: sparse layers have dropped what a full one would need.
+        """
+        for layer in cache.layers:
+            if isinstance(layer, RoutedLayer):
+                layer.reroute()
+
+    def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter; see ``adapters.save``."""
+        adapters.save(directory, self.config, self.routers, dtype)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Upload the adapter; see ``adapters.push_to_hub``."""
+        return adapters.push_to_hub(repo_id, self.config, self.routers, **kwargs)
+
+    def detach(self) -> None:
+        """Restore the stock model exactly. Caches filled while attached cannot be read afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._decoder is not None:
+            self._decoder.config._attn_implementation = self._stock_attention
+            del self._decoder.flux_routing
+            self._decoder = None
+
+    # Hooks.
+
+    def _hook(self, decoder: nn.Module, attentions: dict[int, nn.Module]) -> None:
+        self._decoder, self._stock_attention = decoder, decoder.config._attn_implementation
+        decoder.config._attn_implementation = NAME
+        decoder.flux_routing = self
+        names = list(inspect.signature(decoder.forward).parameters)
+
+        def before_forward(module, args, kwargs):
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            kwargs[CALL] = self._begin(kwargs)
+            kwargs[CALL].token = _in_routed_forward.set(True)
+            self._running.append(kwargs[CALL])
+            return (), kwargs
+
+        def after_forward(module, args, output):
+            call = self._running.pop()
+            _in_routed_forward.reset(call.token)
+            if output is not None:  # None: the forward raised
+                call.finish()
+
+        self._running: list[_Call] = []
+        self._handles.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
+        self._handles.append(decoder.register_forward_hook(after_forward, always_call=True))
+        for layer, attention in attentions.items():
+            self._hook_layer(layer, attention)
+
+    def _hook_layer(self, layer: int, attention: nn.Module) -> None:
+        current: list[_Call | None] = [None]
+        heads, dim = _query_shape(self._decoder.config, attention)
+
+        def before_attention(module, args, kwargs):
+            current[0] = kwargs.get(CALL)
+
+        def after_query(module, args, output):
+            call = current[0]
+            if call is not None and call.decides:
+                call.decide(layer, _query_states(output, call.tokens.width, heads, dim, args[0]))
+
+        self._handles.append(attention.register_forward_pre_hook(before_attention, with_kwargs=True))
+        self._handles.append(_query_module(attention).register_forward_hook(after_query))
+
+    def _begin(self, kwargs: dict[str, Any]) -> _Call:
+        """Check a forward call's arguments, put routed layers into its cache, and describe it."""
+        if kwargs.get("output_attentions") or getattr(self._decoder.config, "output_attentions", False):
+            raise UnsupportedModelError(
+                "output_attentions=True: routed layers do not compute attention weights; call without it, or detach"
+            )
+        inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if inputs is None:
+            raise ValueError("the model was called without input_ids or inputs_embeds")
+        batch, width = inputs.shape[:2]
+        if batch == 0 or width == 0:
+            raise ValueError(f"the input is empty: {batch} sequences of {width} tokens; expected at least one token")
+        cache = self._cache(kwargs)
+        seen = 0 if cache is None else cache.layers[self.layers[0]].seen
+        tokens = self._tokens(kwargs.get("attention_mask"), batch, width, seen, cache)
+        prompt_lengths = kwargs.pop("prompt_lengths", None)
+        if prompt_lengths is None:
+            prompt_lengths = tokens.lengths
+        else:
+            prompt_lengths = [int(length) for length in prompt_lengths]
+            if len(prompt_lengths) != batch or any(
+                not 1 <= length <= most for length, most in zip(prompt_lengths, tokens.lengths, strict=False)
+            ):
+                raise ValueError(
+                    f"prompt_lengths is {prompt_lengths}, expected {batch} numbers of tokens between 1 and the "
+                    f"sequences' lengths {tokens.lengths}"
+                )
+        call = _Call(self, tokens, prompt_lengths, cache)
+        if call.soft and cache is not None:
+            raise ValueError("soft routing is for training and keeps no KV cache; pass use_cache=False")
+        for cached in call.layers.values():
+            cached.expect(tokens)
+        return call
+
+    def _cache(self, kwargs: dict[str, Any]) -> DynamicCache | None:
+        cache = kwargs.get("past_key_values")
+        config = self._decoder.config
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
+            if self._temperature is not None or (self._decoder.training and self._checkpoints()):
+                kwargs["use_cache"] = use_cache = False
+            if not use_cache:
+                return None
+            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        if type(cache) is not DynamicCache or cache.offloading:
+            kind = f"offloaded {type(cache).__name__}" if getattr(cache, "offloading", False) else type(cache).__name__
+            raise UnsupportedModelError(
+                f"past_key_values is a {kind}; routed layers need a DynamicCache, which generate() makes by default "
+                "(no cache_implementation)"
+            )
+        missing = config.num_hidden_layers - len(cache.layers)
+        cache.layers.extend(DynamicLayer() for _ in range(missing))
+        for index in self.layers:
+            layer = cache.layers[index]
+            if isinstance(layer, RoutedLayer):
+                if (layer.sink, layer.window) != (self.pattern.sink, self.pattern.window):
+                    raise ValueError(
+                        f"this KV cache was made with sink {layer.sink} and window {layer.window}, the attached routers "
+                        f"use {self.pattern.sink} and {self.pattern.window}; start from a new cache"
+                    )
+            elif layer.get_seq_length():
+                raise ValueError(
+                    "past_key_values was filled before routers were attached; start from an empty cache, or attach first"
+                )
+            else:
+                cache.layers[index] = RoutedLayer(self.pattern, self.keep_full_kv)
+        return cache
+
+    def _checkpoints(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
+
+    def _tokens(self, mask: Any, batch: int, width: int, seen: int, cache: DynamicCache | None) -> Tokens:
+        lengths = cache.layers[self.layers[0]].lengths if seen else [0] * batch
+        if len(lengths) != batch:
+            raise ValueError(f"the KV cache holds {len(lengths)} sequences, the input {batch}")
+        if mask is None:
+            return Tokens.all_real(batch, width)
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            kind = f"a tensor of {mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise UnsupportedModelError(
+                f"attention_mask is {kind}; routed layers support a padding mask (batch, tokens) only, 1 = real"
+            )
+        if mask.shape != (batch, seen + width):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {seen + width}): a column for each "
+                f"of the {seen} cached and {width} new tokens"
+            )
+        mask = mask != 0
+        if seen and mask[:, :seen].sum(1).tolist() != lengths:
+            raise ValueError(
+                "attention_mask differs from the earlier calls' on tokens that are already in the KV cache; "
+                "append columns to the mask, do not change it"
+            )
+        tokens = Tokens.from_mask(mask[:, seen:])
+        if not seen and min(tokens.lengths) == 0:
+            raise ValueError(
+                f"attention_mask hides every token of sequence {tokens.lengths.index(0)}; expected a real one in each"
+            )
+        return tokens
+
+
+def _query_module(attention: nn.Module) -> nn.Module | None:
+    """The last module that shapes the query before rotary embedding."""
+    for name in ("q_norm", "q_proj", "qkv_proj"):
+        module = getattr(attention, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    return None
+
+
+def _query_shape(config, attention: nn.Module) -> tuple[int, int]:
+    """(H, D) of a layer."""
+    heads = config.num_attention_heads
+    return heads, getattr(attention, "head_dim", None) or config.hidden_size // heads
+
+
+def _query_states(output: torch.Tensor, length: int, heads: int, dim: int, source: torch.Tensor) -> torch.Tensor:
+    """
+    A query module's output as (B, S, H, D).
+
+    Models differ: (B, S, ≥ H·D) with the query first, (B, S, H, D), or (B, H, S, D). Where S = H the last two look
+    alike; the memory order of the module's input, a view of the projection, then tells them apart.
+    """
+    if output.ndim == 3:
+        return output[..., : heads * dim].unflatten(-1, (heads, dim))
+    if output.shape[1] == output.shape[2]:
+        heads_first = source.stride(1) < source.stride(2)
+    else:
+        heads_first = output.shape[1] == heads and output.shape[2] == length
+    return output.transpose(1, 2) if heads_first else output
+
+
+# --- Attach -----------------------------------------------------------------------------------------------------
+
+
+def _find_decoder(model: nn.Module) -> nn.Module:
+    if not isinstance(getattr(model, "config", None), object) or not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; expected a causal LM")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; routers need a decoder-only model")
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} has no `layers`; routers need a decoder in today's transformers layout"
+        )
+    return decoder
+
+
+def _full_attention_layers(decoder: nn.Module) -> dict[int, nn.Module]:
+    """The attention modules that see the whole context, by layer index."""
+    config = decoder.config
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{config.model_type} uses multi-head latent attention (MLA), whose KV cache is compressed across heads; "
+            "routers support ordinary and grouped-query attention"
+        )
+    for name in ("attn_logit_softcapping",):
+        if getattr(config, name, None):
+            raise UnsupportedModelError(f"{config.model_type} sets {name}, which routed layers do not compute")
+    types = getattr(config, "layer_types", None)
+    found = {}
+    for index, layer in enumerate(decoder.layers):
+        attention = getattr(layer, "self_attn", None)
+        if attention is None or getattr(attention, "layer_idx", None) != index:
+            continue
+        sliding = getattr(attention, "sliding_window", None) is not None
+        if types is not None:
+            sliding = sliding or types[index] != "full_attention"
+        elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            sliding = True
+        if not sliding:
+            found[index] = attention
+    if not found:
+        raise UnsupportedModelError(
+            f"{config.model_type} has no layer with full softmax attention (all are sliding-window or linear), "
+            "so there is nothing to route"
+        )
+    for index, attention in found.items():
+        _check_attention(config, index, attention)
+    return found
+
+
+def _check_attention(config, index: int, attention: nn.Module) -> None:
+    where = f"layer {index} of {config.model_type} ({type(attention).__name__})"
+    if _query_module(attention) is None:
+        raise UnsupportedModelError(f"{where} has none of q_norm, q_proj, qkv_proj, so its query cannot be read")
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(attention.forward).parameters.values()):
+        raise UnsupportedModelError(f"{where} does not pass keyword arguments on to its attention function")
+    if getattr(attention, "sinks", None) is not None:
+        raise UnsupportedModelError(f"{where} has learned attention sinks, which routed layers do not compute")
+    if getattr(attention, "is_kv_shared_layer", False):
+        raise UnsupportedModelError(f"{where} reads another layer's KV cache, which routing per layer does not allow")
+    heads, dim = _query_shape(config, attention)
+    projection = getattr(attention, "q_proj", None)
+    width = getattr(projection, "out_features", None)
+    if getattr(attention, "q_norm", None) is None and width is not None and width != heads * dim:
+        raise UnsupportedModelError(f"{where} projects {width} query features, expected {heads} heads × {dim}")
+
+
+def _base_model(model: nn.Module, decoder: nn.Module, attentions: dict[int, nn.Module]) -> BaseModel:
+    config = decoder.config
+    heads, dim = _query_shape(config, next(iter(attentions.values())))
+    return BaseModel(
+        name=getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=dim,
+        vocab_size=config.vocab_size,
+        routed_layers=tuple(attentions),
+    )
+
+
+def attach(model: PreTrainedModel, routers: str | FluxConfig | Any = None, *, keep_full_kv: bool = False) -> Routing:
+    """
+    Attach layer routers to a frozen causal language model.
+
+    Every layer with full attention gets a router; sliding-window and linear layers are left alone. The model's own
+    API stays as it is: ``forward``, ``generate``, ``pipeline``. Each sequence's routes are decided by the first
+    forward call with an empty cache (the prompt, or its first chunk) and kept for the cache's life, further turns
+    included.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder-only causal LM, or a vision-language model with such a text decoder. fp32, bf16 or fp16.
+    routers : str, os.PathLike or FluxConfig, optional
+        Trained routers as a directory or a Hub id, or a configuration for fresh ones, which route everything to
+        full attention. Default: ``FluxConfig()``.
+    keep_full_kv : bool
+        Keep the whole KV cache of sparse layers too, for ``Routing.reroute``, cropping and assisted decoding.
+
+    Returns
+    -------
+    Routing
+        The handle: routes, forcing, saving, detaching.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For models that cannot be routed: MLA, encoder-decoders, no full-attention layer, unknown layouts.
+    RuntimeError
+        If routers are attached already.
+    adapters.AdapterError
+        If the adapter is missing, damaged, or made for another model.
+    """
+    decoder = _find_decoder(model)
+    if hasattr(decoder, "flux_routing"):
+        raise RuntimeError("routers are attached to this model already; call detach() on their handle first")
+    attentions = _full_attention_layers(decoder)
+    base = _base_model(model, decoder, attentions)
+    if routers is None or isinstance(routers, FluxConfig):
+        config = replace(routers or FluxConfig(), base_model=base)
+        modules = nn.ModuleDict(
+            {
+                str(index): LayerRouter(_query_shape(decoder.config, attention)[1])
+                for index, attention in attentions.items()
+            }
+        )
+    else:
+        config, modules = adapters.load(routers, base)
+    for index, attention in attentions.items():
+        device = next(_query_module(attention).parameters()).device
+        if device.type != "meta":
+            modules[str(index)].to(device)
+    routing = Routing(model, config, modules, keep_full_kv)
+    routing._hook(decoder, attentions)
+    return routing

@@ -1,0 +1,53 @@
+"""Triangle attention: streaming, but the prompt's last tokens attend fully."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flux_attention import kernels
+from flux_attention.patterns.streaming import Streaming
+
+
+@dataclass(frozen=True)
+class Triangle(Streaming):
+    """
+    ``Streaming`` for all queries but the last ``last_n`` of the prompt, which see every key.
+
+    The prompt is what the first forward call gets: tokens of later calls (further prefill chunks, decode)
+    attend to sink and window only, as the other keys are no longer kept.
+    """
+
+    last_n: int
+
+    def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
+        """bool (length, length), for a first call of ``prompt_length`` (default: all) tokens."""
+        prompt_length = length if prompt_length is None else prompt_length
+        mask = super().mask(length)
+        rows = slice(max(0, prompt_length - self.last_n), prompt_length)
+        mask[rows] = torch.ones(length, length, dtype=torch.bool).tril()[rows]
+        return mask
+
+    def pairs(self, length: int) -> int:
+        """Query-key pairs computed for a prompt of ``length`` tokens."""
+        # The last rows see i + 1 keys instead of sink + window.
+        extra = [i + 1 - self.sink - self.window for i in range(max(0, length - self.last_n), length)]
+        return super().pairs(length) + sum(e for e in extra if e > 0)
+
+    def prefill(self, query_BHSD, key_BKTD, value_BKTD, scale, prompt_lengths=None) -> torch.Tensor:
+        """Attention of a whole prompt (S = T); ``prompt_lengths`` are the rows' real lengths, default all S."""
+        output = super().prefill(query_BHSD, key_BKTD, value_BKTD, scale)
+        lengths = prompt_lengths or [query_BHSD.shape[2]] * len(query_BHSD)
+        pieces = []
+        for length in sorted(set(lengths)):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            last = slice(max(0, length - self.last_n), length)
+            exact = kernels.full(
+                query_BHSD[rows, :, last], key_BKTD[rows, :, :length], value_BKTD[rows, :, :length], scale
+            )
+            pieces.append((rows, last, exact))
+        output = output.clone()
+        for rows, last, exact in pieces:
+            output[rows, :, last] = exact
+        return output

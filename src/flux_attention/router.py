@@ -1,0 +1,112 @@
+"""The layer router: reads the prompt's query states of one layer and decides full or sparse attention.
+
+Shape suffixes: B batch, S query length, H query heads, D head dim, N pooled tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+#: Bias of the last layer for [SA, FA] at initialisation: full attention with probability 0.989.
+INITIAL_BIAS = (0.0, 4.5)
+
+
+def pool_query(query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: torch.Tensor) -> torch.Tensor:
+    """
+    Weighted mean of some tokens' query states, then mean over heads (METHOD: "Layer router", step 1).
+
+    Parameters
+    ----------
+    query_BSHD : torch.Tensor
+        Query states before rotary embedding, any float dtype.
+    columns_BN : torch.Tensor
+        int64, which tokens of each row to read.
+    weights_BN : torch.Tensor
+        float32, their weights; they sum to one in each row.
+
+    Returns
+    -------
+    torch.Tensor
+        ``x_BD`` in float32.
+    """
+    picked = query_BSHD[torch.arange(len(query_BSHD), device=query_BSHD.device)[:, None], columns_BN]
+    return torch.einsum("bnhd,bn->bd", picked.float(), weights_BN) / query_BSHD.shape[2]
+
+
+def pooled_slots(lengths_B: torch.Tensor, pool_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The first and the last ``pool_size`` tokens of sequences of ``lengths_B`` tokens, with their weights.
+
+    In a sequence shorter than ``pool_size`` both are the whole sequence; below twice that they overlap.
+
+    Returns
+    -------
+    slots_BN : torch.Tensor
+        int64, N = 2 × min(pool_size, longest sequence); token numbers counted from the sequence's start.
+    weights_BN : torch.Tensor
+        float32, equal over the tokens read and zero in the unused places of shorter sequences.
+    """
+    size = min(pool_size, int(lengths_B.max()))
+    offset = torch.arange(size, device=lengths_B.device)
+    count_B1 = lengths_B.clamp(max=size)[:, None]
+    used = (offset < count_B1).float()
+    first = offset.clamp(max=count_B1 - 1)
+    last = (lengths_B[:, None] - 1 - offset).clamp(min=0)
+    weights = torch.cat([used, used], dim=1)
+    return torch.cat([first, last], dim=1), weights / weights.sum(1, keepdim=True)
+
+
+class LayerRouter(nn.Module):
+    """
+    Decides full attention (1) or sparse attention (0) for one layer and each sequence.
+
+    An encoder (D → 8D → 2D) and a head (2D → 4D → D → 2) with SiLU between; the last layer starts at zero
+    weight and bias [0, 4.5], so a fresh router picks full attention for every input. Runs in float32.
+
+    Parameters
+    ----------
+    head_dim : int
+        D of the layer that it routes.
+    """
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.encoder = nn.Sequential(
+            nn.Linear(head_dim, 8 * head_dim), nn.SiLU(), nn.Linear(8 * head_dim, 2 * head_dim)
+        )
+        self.head = nn.Sequential(
+            nn.Linear(2 * head_dim, 4 * head_dim),
+            nn.SiLU(),
+            nn.Linear(4 * head_dim, head_dim),
+            nn.SiLU(),
+            nn.Linear(head_dim, 2),
+        )
+        nn.init.zeros_(self.head[-1].weight)
+        with torch.no_grad():
+            self.head[-1].bias.copy_(torch.tensor(INITIAL_BIAS))
+
+    def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
+        """``logits_B2`` in float32 from pooled query states; index 1 is full attention, index 0 sparse."""
+        return self.head(self.encoder(pooled_BD.float()))
+
+
+def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:
+    """The deterministic decision at inference: bool ``route_B``, True = full attention."""
+    return logits_B2[:, 1] > logits_B2[:, 0]
+
+
+def soft_route(logits_B2: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """
+    The straight-through Gumbel-Softmax decision in training.
+
+    The value is 0 or 1, the gradient that of ``softmax((logits + Gumbel noise) / temperature)[1]``.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``gate_B``.
+    """
+    return F.gumbel_softmax(logits_B2.float(), tau=temperature, hard=True)[:, 1]

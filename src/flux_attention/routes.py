@@ -1,0 +1,146 @@
+"""What was decided for a batch: full attention (FA) or sparse attention (SA), per sequence and layer.
+
+Shape suffixes: B batch, L routed layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.text import Text
+
+from flux_attention.patterns import Full, Streaming
+
+#: What ``Routing.force`` takes.
+RouteSpec = str | float | Sequence[int] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Routes:
+    """
+    The routes of one prefill.
+
+    Attributes
+    ----------
+    routes_BL : torch.Tensor
+        bool on the CPU, True = full attention.
+    logits_BL2 : torch.Tensor or None
+        float32 on the CPU, the routers' outputs for [SA, FA]; None where routes were forced.
+    layers : tuple of int
+        The model's index of each routed layer.
+    lengths : tuple of int
+        Real (not padding) prompt tokens of each sequence.
+    pattern : Streaming
+        What the sparse layers computed.
+    """
+
+    routes_BL: torch.Tensor
+    logits_BL2: torch.Tensor | None
+    layers: tuple[int, ...]
+    lengths: tuple[int, ...]
+    pattern: Streaming
+
+    @property
+    def msr(self) -> list[float]:
+        """Model sparsity ratio Ω_MSR of each sequence: the share of routed layers that are sparse."""
+        return (~self.routes_BL).float().mean(1).tolist()
+
+    @property
+    def esr(self) -> list[float]:
+        """Effective sparsity ratio Ω_ESR of each sequence: share of causal query-key pairs not computed."""
+        saved = [1 - self.pattern.pairs(length) / Full().pairs(length) for length in self.lengths]
+        return [ratio * share for ratio, share in zip(self.msr, saved, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: one entry a sequence, with the routes as a string of F and S in layer order."""
+        return {
+            "layers": list(self.layers),
+            "sequences": [
+                {
+                    "tokens": length,
+                    "routes": _strip(row),
+                    "full_layers": [layer for layer, full in zip(self.layers, row.tolist(), strict=True) if full],
+                    "msr": msr,
+                    "esr": esr,
+                    "logits": None if self.logits_BL2 is None else self.logits_BL2[index].tolist(),
+                }
+                for index, (length, row, msr, esr) in enumerate(
+                    zip(self.lengths, self.routes_BL, self.msr, self.esr, strict=True)
+                )
+            ],
+        }
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{_strip(row)} Ω={msr:.2f}" for row, msr in zip(self.routes_BL, self.msr, strict=True))
+        return f"Routes({rows})"
+
+    def __rich__(self) -> Text:
+        """A strip of layers a sequence: █ full attention, ░ sparse."""
+        text = Text()
+        for index, (row, msr, esr) in enumerate(zip(self.routes_BL, self.msr, self.esr, strict=True)):
+            if index:
+                text.append("\n")
+            for full in row.tolist():
+                text.append("█" if full else "░", style="bold red" if full else "cyan")
+            text.append(f"  {int(row.sum())}/{len(row)} layers full  Ω_MSR {msr:.2f}  Ω_ESR {esr:.2f}")
+        return text
+
+
+def _strip(row_L: torch.Tensor) -> str:
+    return "".join("F" if full else "S" for full in row_L.tolist())
+
+
+def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[int]) -> torch.Tensor:
+    """
+    The routes that ``spec`` asks for.
+
+    Parameters
+    ----------
+    spec : str, float, sequence of int, or torch.Tensor
+        ``"full"`` or ``"sparse"`` for every layer; a ratio Ω_MSR in [0, 1] (the full layers are spread evenly
+        over the depth); the model's indices of the layers that run full; or a tensor of (L,) or (B, L), nonzero
+        = full.
+    batch : int
+        Sequences.
+    layers : sequence of int
+        The model's indices of the routed layers.
+
+    Returns
+    -------
+    torch.Tensor
+        bool ``routes_BL``.
+
+    Raises
+    ------
+    ValueError
+        For anything else, with what was expected.
+    """
+    count = len(layers)
+    routes = torch.zeros(batch, count, dtype=torch.bool)
+    if isinstance(spec, torch.Tensor):
+        if spec.shape not in ((count,), (batch, count)):
+            raise ValueError(
+                f"forced routes have shape {tuple(spec.shape)}, expected ({count},) or ({batch}, {count}): "
+                "(routed layers,) or (batch, routed layers)"
+            )
+        return (spec.detach().cpu() != 0).expand(batch, count).clone()
+    if isinstance(spec, str):
+        if spec not in ("full", "sparse"):
+            raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")
+        return routes.fill_(spec == "full")
+    if isinstance(spec, (int, float)) and not isinstance(spec, bool):
+        if not 0 <= spec <= 1:
+            raise ValueError(f"cannot force the ratio {spec}; Ω_MSR, the share of sparse layers, is between 0 and 1")
+        full = count - round(spec * count)
+        routes[:, [int((index + 0.5) * count / full) for index in range(full)]] = True
+        return routes
+    if isinstance(spec, Sequence):
+        unknown = [layer for layer in spec if layer not in layers]
+        if unknown:
+            raise ValueError(f"cannot force layers {unknown} to full attention; routed layers are {list(layers)}")
+        routes[:, [list(layers).index(layer) for layer in spec]] = True
+        return routes
+    raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")
