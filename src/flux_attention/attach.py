@@ -317,6 +317,8 @@ class Routing:
             return (), kwargs
 
         def after_forward(module, args, output):
+            if not self._running:  # before_forward refused the call
+                return
             call = self._running.pop()
             _in_routed_forward.reset(call.token)
             if output is not None:  # None: the forward raised
