@@ -64,14 +64,16 @@ class _Call:
         self.forced: torch.Tensor | None = None
         if self.decides and routing._forced is not None:
             self.forced = parse_routes(routing._forced, self.batch, routing.layers)
+        # Whether both branches run and the gates carry gradients; kept here as recomputation may come after the
+        # `soft` block has ended.
+        self.temperature = routing._temperature if self.decides and self.forced is None else None
         if self.decides and not self.is_prompt and min(tokens.lengths) == 0:
             raise ValueError("cannot re-route: a sequence of the batch has no new token to read")
         self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def soft(self) -> bool:
-        """Whether both branches run and the gates carry gradients."""
-        return self.decides and self.forced is None and self.routing._temperature is not None
+        return self.temperature is not None
 
     def decide(self, layer: int, query_BSHD: torch.Tensor) -> None:
         """Decide one layer's routes from its query states."""
@@ -86,7 +88,7 @@ class _Call:
         logits = router(pool_query(query_BSHD, columns, weights))
         self.logits[layer] = logits.detach()
         if self.soft:
-            self.gates[layer] = soft_route(logits, self.routing._temperature)
+            self.gates[layer] = soft_route(logits, self.temperature)
             return
         # The one host synchronisation of a layer's prefill: how a row is computed depends on its route.
         values, routes = logits.detach().cpu(), hard_route(logits).tolist()

@@ -1,0 +1,97 @@
+"""Quality of the shipped model: dense, routed, all-SA and the best static layers, on held-out text and vocabularies.
+
+Run: ``python benchmarks/demo_quality.py`` (about two minutes on a GPU). Writes benchmarks/results/demo_quality.json.
+
+The static baseline has as many FA layers as the routed model uses on average, rounded up, the same ones for every
+input: the best of all such sets by mean retrieval accuracy on calibration samples that are not in the report.
+"""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flux_attention import attach
+from flux_attention.evaluation.harness import evaluate
+from flux_attention.evaluation.results import write_results
+from flux_attention.evaluation.tasks import FAMILIES, RETRIEVAL, Haystack, make_sample
+from flux_attention.evaluation.text import local_texts
+
+CALIBRATION_SEED = 10_000_000
+
+
+def main():
+    shipped = Path(__file__).parents[1] / "src/flux_attention/shipped"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default=shipped / "backbone")
+    parser.add_argument("--routers", default=shipped / "routers")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/demo_quality.json")
+    parser.add_argument("--count", type=int, default=200, help="samples a family")
+    parser.add_argument("--calibration", type=int, default=16, help="samples a family to choose static layers on")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--batch-size", type=int, default=20)
+    parser.add_argument("--max-chars", type=int, default=5_000_000)
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+    model = AutoModelForCausalLM.from_pretrained(args.backbone, dtype=dtype).to(device).eval()
+    haystack = Haystack(local_texts(True, site_packages=True, max_chars=args.max_chars), tokenizer)
+    print(f"{len(haystack.tokens):,} held-out tokens")
+
+    def samples(family, count, seed=0):
+        return [make_sample(family, haystack, tokenizer, args.length, seed + index) for index in range(count)]
+
+    report = {family: samples(family, args.count) for family in FAMILIES}
+    routing = attach(model, args.routers)
+    layers = routing.layers
+    rows = []
+
+    def record(method, family, scores, **more):
+        row = {"task": family, "method": method, "n": len(scores.right), "sparsity": round(scores.msr, 4)}
+        if family == "plain":
+            row["perplexity"] = round(scores.perplexity, 4)
+        else:
+            row["accuracy"] = round(scores.accuracy, 4)
+        rows.append({**row, **more})
+        print(rows[-1], flush=True)
+
+    fa_counts = []
+    for family in FAMILIES:
+        scores = evaluate(model, report[family], routing, args.batch_size)
+        rates = torch.tensor(scores.full, dtype=torch.float32).mean(0)
+        fa_counts.append(rates.sum().item())
+        record("routed", family, scores, fa_rate={layer: round(rate, 4) for layer, rate in zip(layers, rates.tolist(), strict=True)})
+        for method, spec in (("dense", "full"), ("sparse", "sparse")):
+            with routing.force(spec):
+                record(method, family, evaluate(model, report[family], routing, args.batch_size))
+
+    count = math.ceil(fmean(fa_counts) - 1e-6)
+    calibration = {family: samples(family, args.calibration, CALIBRATION_SEED) for family in FAMILIES}
+    best = None
+    for chosen in itertools.combinations(layers, count):
+        with routing.force(list(chosen)):
+            scores = {
+                family: evaluate(model, calibration[family], routing, args.batch_size) for family in FAMILIES
+            }
+        accuracy = fmean(scores[family].accuracy for family in RETRIEVAL)
+        value = (accuracy, -scores["plain"].perplexity)
+        if best is None or value > best[0]:
+            best = value, chosen
+    print(f"best static layers: {best[1]}, calibration accuracy {best[0][0]:.3f}")
+    with routing.force(list(best[1])):
+        for family in FAMILIES:
+            record("static", family, evaluate(model, report[family], routing, args.batch_size), full_layers=list(best[1]))
+    write_results(
+        args.output, rows, shape="shipped", seq_len=args.length, sink=routing.config.sink, window=routing.config.window,
+        static_choices=math.comb(len(layers), count), dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Result files: what was measured, where, and with which versions."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, commit and date of a measurement. ``FLUX_COMMIT`` names the commit outside a checkout."""
+
+    def version_of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    commit = os.environ.get("FLUX_COMMIT")
+    if commit is None:
+        here = Path(__file__).parent
+        try:
+            commit = subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            commit = None
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "transformers": version_of("transformers"),
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_results(path: str | Path, rows: list[dict[str, Any]], **meta: Any) -> None:
+    """Write ``{"meta": …, "rows": […]}`` to ``path``; ``meta`` adds to ``environment()``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"meta": {**environment(), **meta}, "rows": rows}, indent=1) + "\n", encoding="utf-8")
