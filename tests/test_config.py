@@ -1,0 +1,55 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flux_attention.config import BaseModel, FluxConfig, FluxConfigError
+
+BASE = BaseModel("org/model", "qwen3", 4, 64, 4, 2, 16, 100, (0, 2))
+
+
+@given(st.sampled_from(["streaming", "triangle"]), st.integers(0, 9), st.integers(1, 9), st.sampled_from([None, BASE]))
+def test_json_round_trip(pattern, sink, window, base):
+    config = FluxConfig(pattern, sink, window, base_model=base)
+    assert FluxConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_file_round_trip(tmp_path):
+    FluxConfig(base_model=BASE).to_json(tmp_path / "c.json")
+    assert FluxConfig.from_json(tmp_path / "c.json") == FluxConfig(base_model=BASE)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"patern": "streaming"}, r"unknown FluxConfig keys \['patern'\]"),
+        ({"pattern": "dense"}, "pattern is 'dense', expected one of"),
+        ({"window": 0}, "window is 0, expected a whole number of tokens, at least 1"),
+        ({"sink": -1}, "sink is -1"),
+        ({"pool_size": 1.5}, "pool_size is 1.5"),
+        ({"window": True}, "window is True"),
+        ({"base_model": {"nam": "x"}}, r"unknown BaseModel keys \['nam'\]"),
+        ({"base_model": {"name": "x"}}, "base_model is incomplete"),
+        ({"base_model": 3}, "base_model is 3"),
+        ([], "expected a JSON object"),
+    ],
+)
+def test_bad_values_are_refused_by_name(values, message):
+    with pytest.raises(FluxConfigError, match=message):
+        FluxConfig.from_dict(values)
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "flux_config.json"
+    for content in (b'{"pattern": "stre', b"\xff\xfe", b""):
+        path.write_bytes(content)
+        with pytest.raises(FluxConfigError, match=r"flux_config.json is not valid JSON.*truncated"):
+            FluxConfig.from_json(path)
+
+
+def test_differences_ignore_the_name():
+    import dataclasses
+
+    assert BASE.differences(dataclasses.replace(BASE, name="other")) == []
+    assert BASE.differences(dataclasses.replace(BASE, num_heads=8)) == ["num_heads is 8, expected 4"]

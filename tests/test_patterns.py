@@ -1,0 +1,121 @@
+"""Patterns and kernels against a float64 oracle over random shapes, and their counts against their masks."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flux_attention import kernels
+from flux_attention.patterns import Full, Streaming, Triangle
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-12}
+
+
+def oracle(query, key, value, mask, scale):
+    """Softmax attention by its formula, in float64."""
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = query.double(), key.double().repeat_interleave(groups, 1), value.double().repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2)) * scale
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ value
+
+
+def error(actual, expected):
+    assert actual.shape == expected.shape and actual.isfinite().all()
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@st.composite
+def problems(draw):
+    kv_heads, groups = draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 3), (4, 2)]))
+    dim = draw(st.sampled_from([8, 64, 128, 256]))
+    keys = draw(st.one_of(st.integers(1, 60), st.sampled_from([127, 128, 129, 255, 256, 257, 511, 512, 513, 640])))
+    length = draw(st.one_of(st.just(keys), st.integers(1, keys)))
+    sink, window = draw(st.sampled_from([(0, 1), (0, 16), (4, 9), (16, 64), (64, 130), (128, 300)]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch = draw(st.integers(1, 2))
+    query = torch.randn(batch, kv_heads * groups, length, dim, generator=generator).to(dtype)
+    key, value = (torch.randn(batch, kv_heads, keys, dim, generator=generator).to(dtype) for _ in range(2))
+    return query, key, value, sink, window
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_prefill_against_float64(problem):
+    query, key, value, sink, window = problem
+    length, keys, scale = query.shape[2], key.shape[2], query.shape[-1] ** -0.5
+    for pattern in (Full(), Streaming(sink, window)):
+        mask = pattern.mask(keys)[keys - length :]
+        assert error(pattern.prefill(query, key, value, scale), oracle(query, key, value, mask, scale)) < TOLERANCE[query.dtype]
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.integers(1, 200), st.data())
+def test_triangle_prefill_of_ragged_prompts(problem, last_n, data):
+    query, key, value, sink, window = problem
+    keys, scale = key.shape[2], query.shape[-1] ** -0.5
+    query = query[:, :, :1].repeat(1, 1, keys, 1) + query.new_tensor(range(keys))[:, None] / keys
+    pattern = Triangle(sink, window, last_n)
+    lengths = [data.draw(st.integers(1, keys)) for _ in range(len(query))]
+    output = pattern.prefill(query, key, value, scale, lengths)
+    for row, length in enumerate(lengths):
+        real = [t[row : row + 1, :, :length] for t in (query, key, value)]
+        assert error(output[row : row + 1, :, :length], oracle(*real, pattern.mask(length), scale)) < TOLERANCE[query.dtype]
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.data())
+def test_decode_of_ragged_rows(problem, data):
+    query, key, value, _, _ = problem
+    keys, scale = key.shape[2], query.shape[-1] ** -0.5
+    query = query[:, :, -1:]
+    lengths = [data.draw(st.integers(1, keys)) for _ in range(len(query))]
+    mask = (torch.arange(keys) < torch.tensor(lengths)[:, None])[:, None, None]
+    assert error(kernels.decode(query, key, value, None, scale), oracle(query, key, value, torch.ones_like(mask), scale)) < TOLERANCE[query.dtype]
+    key = key.masked_fill(~mask.transpose(-1, -2), 1e4)  # what lies behind a row's length must not matter
+    assert error(kernels.decode(query, key, value, lengths, scale), oracle(query, key, value, mask, scale)) < TOLERANCE[query.dtype]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 40), st.integers(1, 60), st.integers(1, 50))
+def test_pairs_count_the_mask(length, sink, window, last_n):
+    for pattern in (Full(), Streaming(sink, window), Triangle(sink, window, last_n)):
+        mask = pattern.mask(length)
+        assert pattern.pairs(length) == int(mask.sum())
+        assert not mask.triu(1).any() and mask.diagonal().all()
+
+
+def test_mask_is_the_definition():
+    mask = Streaming(2, 3).mask(7)
+    assert mask[6].tolist() == [True, True, False, False, True, True, True]
+    assert Triangle(2, 3, 1).mask(7)[6].all() and Triangle(2, 3, 1).mask(7)[5].tolist() == [True, True, False, True, True, True, False]
+    assert Triangle(1, 1, 2).mask(6, prompt_length=4)[5].tolist() == [True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("pattern", [Full(), Streaming(4, 9), Triangle(4, 9, 5)], ids=lambda p: type(p).__name__)
+def test_gradients_equal_those_of_the_masked_formula(pattern):
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, heads, 150, 16, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    weight = torch.randn(2, 4, 150, 16, generator=generator, dtype=torch.float64)
+    actual = torch.autograd.grad((pattern.prefill(*leaves, 0.25) * weight).sum(), leaves)
+    expected = torch.autograd.grad((oracle(*leaves, pattern.mask(150), 0.25) * weight).sum(), leaves)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_streaming_prefill_of_32k_tokens_stays_small():
+    """No S × T mask or score matrix: at 32,768 tokens a bool one alone would be 1 GiB."""
+    import resource
+
+    length = 32768
+    query, key, value = (torch.randn(1, heads, length, 16) for heads in (2, 1, 1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    output = kernels.streaming(query, key, value, 128, 1024, 0.25)
+    kernels.full(query[:, :, -64:], key, value, 0.25)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 300, f"{grown:.0f} MiB"
+    rows = [0, 700, 1151, 1152, 20000, length - 1]
+    mask = torch.stack([(torch.arange(length) <= i) & ((torch.arange(length) < 128) | (i - torch.arange(length) < 1024)) for i in rows])
+    assert error(output[:, :, rows], oracle(query[:, :, rows], key, value, mask, 0.25)) < 2e-6
