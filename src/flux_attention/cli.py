@@ -1,0 +1,268 @@
+"""The command line: thin, every command calls public functions. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Full or sparse attention, decided per input and layer, for frozen Hugging Face language models.",
+)
+out, err = Console(), Console(stderr=True)
+_debug = False
+
+Model = Annotated[str, typer.Argument(help="Directory or Hub id of a causal LM; 'shipped' for the one that comes along.")]
+Text = Annotated[Optional[str], typer.Argument(help="File with the prompt, or - for standard input.")]  # noqa: UP045
+Routers = Annotated[Optional[str], typer.Option(help="Directory or Hub id of a router adapter.")]  # noqa: UP045
+Force = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Ignore the routers: 'full', 'sparse', a ratio such as 0.75, or full layers such as 3,7."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Device = Annotated[Optional[str], typer.Option(help="Device; default: cuda if there is one.")]  # noqa: UP045
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False):
+    global _debug
+    _debug = debug
+
+
+class _UserError(Exception):
+    """Something that the user can mend."""
+
+
+def run() -> None:
+    """Entry point: errors are one line on standard error; exit codes are 0, 1 (failed), 2 (usage), 130 (Ctrl-C)."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code or 0)
+    except click.exceptions.Abort:
+        err.print("interrupted")
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if _debug:
+            traceback.print_exc()
+        else:
+            text = " ".join(str(error).split()) or type(error).__name__
+            kind = "" if isinstance(error, (_UserError, ValueError)) else f"{type(error).__name__}: "
+            if "out of memory" in text.lower() or isinstance(error, MemoryError):
+                kind, text = "", f"not enough memory ({text[:120]}); use a shorter prompt, a smaller dtype, or routers"
+            err.print(f"[bold red]error:[/] {kind}{text}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _read(source: str | None) -> str:
+    if source in (None, "-"):
+        if source is None and sys.stdin.isatty():
+            raise _UserError("no prompt: name a file, or - to read standard input")
+        text = sys.stdin.read()
+        source = "standard input"
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise _UserError(f"{source} is not a file; name a text file, or - for standard input")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise _UserError(f"{source} is not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise _UserError(f"the prompt in {source} is empty")
+    return text
+
+
+def _force(spec: str | None) -> Any:
+    if spec is None or spec in ("full", "sparse"):
+        return spec
+    try:
+        return float(spec) if "." in spec else [int(layer) for layer in spec.split(",")]
+    except ValueError:
+        raise _UserError(f"cannot force {spec!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3,7") from None
+
+
+def _load(model: str, routers: str | None, device: str | None, dtype: str):
+    """Model, tokenizer and attached routers."""
+    with err.status(f"loading {model}"):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        from flux_attention import attach, shipped
+
+        logging.disable_progress_bar()
+        if model == "shipped":
+            model, routers = str(shipped.BACKBONE), routers or str(shipped.ROUTERS)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise _UserError(f"device {device} was asked for, but PyTorch sees no CUDA GPU; use --device cpu")
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise _UserError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or auto")
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except OSError as error:
+            raise _UserError(f"cannot load {model!r}: {str(error).strip().splitlines()[0]}") from None
+        return loaded, tokenizer, attach(loaded, routers)
+
+
+def _encode(tokenizer, text: str, model):
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most and ids.shape[1] > most:
+        raise _UserError(f"the prompt has {ids.shape[1]} tokens, the model reads at most {most}; shorten it")
+    return ids
+
+
+def _dense_bytes(routing, tokens: int, itemsize: int) -> int:
+    base = routing.config.base_model
+    return tokens * base.num_layers * base.num_kv_heads * base.head_dim * 2 * itemsize
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+@app.command()
+def inspect(
+    model: Model,
+    text: Text = None,
+    routers: Routers = None,
+    force: Force = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+):
+    """Show how a prompt is routed: full and sparse layers, sparsity ratios, bytes of the KV cache."""
+    import torch
+
+    from flux_attention import kv_bytes
+
+    prompt, routes = _read(text), _force(force)
+    loaded, tokenizer, routing = _load(model, routers, device, dtype)
+    ids = _encode(tokenizer, prompt, loaded)
+    with torch.no_grad(), err.status(f"prefilling {ids.shape[1]} tokens"), routing.force(routes) if routes is not None else nullcontext():
+        cache = loaded.get_decoder()(ids, use_cache=True).past_key_values
+    held, dense = kv_bytes(cache), _dense_bytes(routing, ids.shape[1], next(loaded.parameters()).element_size())
+    if as_json:
+        print(json.dumps({"model": model, **routing.routes.to_dict(), "kv_bytes": held, "baseline_kv_bytes": dense}))
+        return
+    out.print(routing.routes)
+    out.print(f"{ids.shape[1]} tokens; KV cache {_mib(held)}, dense {_mib(dense)}", highlight=False)
+
+
+@app.command()
+def generate(
+    model: Model,
+    text: Text = None,
+    routers: Routers = None,
+    force: Force = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+):
+    """Continue a prompt (greedily), printing text as it comes."""
+    import torch
+    from transformers import TextStreamer
+
+    from flux_attention import kv_bytes
+
+    prompt, routes = _read(text), _force(force)
+    loaded, tokenizer, routing = _load(model, routers, device, dtype)
+    ids = _encode(tokenizer, prompt, loaded)
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.no_grad(), routing.force(routes) if routes is not None else nullcontext():
+        result = loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+            return_dict_in_generate=True,
+        )
+    if as_json:
+        new = result.sequences[0, ids.shape[1] :]
+        print(
+            json.dumps(
+                {
+                    "model": model,
+                    "text": tokenizer.decode(new, skip_special_tokens=True),
+                    "tokens": len(new),
+                    **routing.routes.to_dict(),
+                    "kv_bytes": kv_bytes(result.past_key_values),
+                }
+            )
+        )
+    else:
+        err.print(routing.routes)
+
+
+@app.command()
+def info(as_json: Json = False):
+    """Versions, device and kernels."""
+    import torch
+
+    import flux_attention
+    from flux_attention.evaluation.results import environment
+
+    env = environment()
+    facts = {
+        "flux_attention": flux_attention.__version__,
+        "python": platform.python_version(),
+        **{name: env[name] for name in ("torch", "transformers", "triton", "device")},
+        "cuda": torch.version.cuda,
+        "kernels": ["reference (PyTorch, any device)"],
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    out.print(table)
+
+
+@app.command()
+def demo(
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each kind of input.")] = 2,
+    length: Annotated[int, typer.Option(min=1024, max=8192, help="Tokens of each sample.")] = 3072,
+    seed: Annotated[Optional[int], typer.Option(help="Default: a fresh sample each time.")] = None,  # noqa: UP045
+    as_json: Json = False,
+):
+    """Run the shipped model on real text, dense, routed and all-sparse, and show what each input needed."""
+    from flux_attention.evaluation.demo import run_demo
+
+    rows = run_demo(samples, length, seed, Console(quiet=True) if as_json else out)
+    if as_json:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    run()

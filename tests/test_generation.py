@@ -1,0 +1,187 @@
+"""Stock transformers entry points, with routes mixed over layers and sequences."""
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_model
+from test_attach import CONFIG, ids, randomize
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TextStreamer, pipeline
+
+from flux_attention import attach, kv_bytes
+
+
+def greedy(model, prompt, tokens, **kwargs):
+    """Greedy decoding by hand: one forward a token through the cache."""
+    cache, out = None, prompt
+    step = prompt
+    for _ in range(tokens):
+        with torch.no_grad():
+            result = model(step, past_key_values=cache, use_cache=True)
+        cache, step = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+        out = torch.cat([out, step], 1)
+    return out
+
+
+@pytest.fixture
+def routed(family):
+    model = tiny_model(family)
+    return model, randomize(attach(model, CONFIG))
+
+
+@pytest.fixture
+def qwen():
+    model = tiny_model("qwen3")
+    return model, randomize(attach(model, CONFIG))
+
+
+def word_tokenizer():
+    vocabulary = {"<pad>": 0, "<s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>", padding_side="left")
+
+
+def test_greedy(routed):
+    model, routing = routed
+    prompt = ids(3, 30)
+    expected = greedy(model, prompt, 12)
+    assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
+
+
+def test_left_padded_batch_equals_each_alone(routed):
+    model, routing = routed
+    prompts = [ids(1, n, n) for n in (30, 18, 5)]
+    batch = torch.cat([torch.nn.functional.pad(p, (30 - p.shape[1], 0)) for p in prompts])
+    mask = (torch.arange(30) >= torch.tensor([[0], [12], [25]])).long()
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt, max_new_tokens=8, do_sample=False)
+        assert torch.equal(together[row, 30:], alone[0, prompt.shape[1] :])
+
+
+def test_beam_search_and_several_returns():
+    """Beams share their prompt's routes; the reference keeps every token (no dropping, no ring) but the same masks."""
+    results = []
+    for keep_full in (False, True):
+        model = tiny_model("qwen3")
+        randomize(attach(model, CONFIG, keep_full_kv=keep_full))
+        results.append(model.generate(ids(2, 30), max_new_tokens=10, num_beams=4, num_return_sequences=3, do_sample=False))
+    assert results[0].shape == (6, 40)
+    assert torch.equal(*results)
+
+
+def test_sampling_with_several_returns_is_seeded(qwen):
+    model, _ = qwen
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(model.generate(ids(2, 30), max_new_tokens=8, do_sample=True, num_return_sequences=2, top_k=20))
+    assert torch.equal(*draws) and draws[0].shape == (4, 38)
+
+
+def test_streamer_and_stop_strings(qwen, capsys):
+    model, _ = qwen
+    tokenizer = word_tokenizer()
+    prompt = ids(1, 20)
+    tokens = model.generate(prompt, max_new_tokens=10, do_sample=False, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    text = tokenizer.decode(tokens[0, 20:])
+    assert capsys.readouterr().out.strip() == text
+    stop = text.split()[3]
+    stopped = model.generate(prompt, max_new_tokens=10, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    first = text.split().index(stop)
+    assert stopped.shape[1] == 20 + first + 1
+
+
+def test_pipeline(qwen):
+    model, _ = qwen
+    pipe = pipeline("text-generation", model=model, tokenizer=word_tokenizer())
+    prompts = ["w5 w9 w20 w31 w7", "w8 w3"]
+    outputs = pipe(prompts, max_new_tokens=6, do_sample=False, batch_size=2)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        alone = pipe(prompt, max_new_tokens=6, do_sample=False)
+        assert output[0]["generated_text"] == alone[0]["generated_text"]
+
+
+def test_chunked_prefill_decides_on_the_first_chunk(qwen):
+    model, routing = qwen
+    prompt = ids(1, 60)
+    with torch.no_grad():
+        model(prompt[:, :16])
+    first = routing.routes.routes_BL
+    model.generate(prompt, max_new_tokens=4, do_sample=False, prefill_chunk_size=16)
+    assert torch.equal(routing.routes.routes_BL, first)
+    with routing.force([1]):
+        chunked = model.generate(prompt, max_new_tokens=8, do_sample=False, prefill_chunk_size=16)
+        assert torch.equal(chunked, model.generate(prompt, max_new_tokens=8, do_sample=False))
+
+
+def test_multi_turn_keeps_the_first_turns_routes(qwen):
+    model, routing = qwen
+    first = model.generate(ids(1, 30), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    decided = routing.routes
+    longer = torch.cat([first.sequences, ids(1, 10, 8)], 1)
+    second = model.generate(longer, past_key_values=first.past_key_values, max_new_tokens=5, do_sample=False)
+    assert routing.routes is decided
+    with routing.force(decided.routes_BL):
+        assert torch.equal(second, model.generate(longer, max_new_tokens=5, do_sample=False))
+
+
+def test_assisted_decoding_is_refused_or_right():
+    prompt = torch.cat([ids(1, 10)] * 4, 1)  # repeats itself, so that looked-up candidates come up
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+    with routing.force([1]):
+        expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
+        with pytest.raises(ValueError, match="keep_full_kv=True"):
+            model.generate(prompt, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+    routing.detach()
+    routing = attach(model, CONFIG, keep_full_kv=True)
+    with routing.force([1]):
+        assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), expected)
+
+
+def test_device_map():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("qwen3")
+    prompt = ids(1, 20)
+    routing = attach(model, CONFIG)
+    with routing.force(0.5):
+        expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    routing.detach()
+    model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    routing = attach(model, CONFIG)
+    with routing.force(0.5):
+        assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_sparse_generation_holds_less(qwen):
+    model, routing = qwen
+    held = {}
+    for spec in ("full", "sparse"):
+        with routing.force(spec):
+            out = model.generate(ids(1, 200), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        held[spec] = kv_bytes(out.past_key_values)
+    assert held["sparse"] * 10 < held["full"]
+
+
+def test_a_vision_language_model_sees_its_image():
+    """Image tokens go through the routed text decoder; the vision tower keeps its own attention."""
+    model = tiny_model("qwen2_vl")
+    token = model.config.image_token_id = 5
+    start, end = model.config.vision_start_token_id, model.config.vision_end_token_id = 6, 7
+    pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0))
+    inputs = dict(
+        input_ids=torch.tensor([[9, 10, start, *[token] * 4, end, *range(11, 40)]]),
+        pixel_values=pixels,
+        image_grid_thw=torch.tensor([[1, 4, 4]]),
+    )
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).long()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        routing = attach(model, CONFIG)
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-3)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), tokens)
+        assert model.model.visual.config._attn_implementation != "flux"
+        with routing.force("sparse"):
+            assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
