@@ -31,8 +31,8 @@ CLASSES = {
     "count": "multi-step",
     "plain": "holistic",
 }
-TARGETS = {"look-up": 0.8, "multi-step": 0.65, "holistic": 0.93}
-LENGTHS = (4096, 4096, 4096, 2048, 1024)
+TARGETS = {"look-up": 0.8, "multi-step": 0.5, "holistic": 0.92}
+LENGTHS = (4096, 4096, 2048, 2048, 1024)
 
 
 class Batches(IterableDataset):
@@ -63,13 +63,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch-tokens", type=int, default=98304)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--multiplier-lr", type=float, default=1e-3)
     parser.add_argument("--multiplier-start", type=float, default=1.0)
+    # Without it all layers but the strongest are switched off, and their gates saturated, before the loss has told
+    # which ones the harder tasks need.
+    parser.add_argument("--target-warmup", type=float, default=0.6, help="share of steps over which targets rise")
     parser.add_argument("--sink", type=int, default=64)
-    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--window", type=int, default=704)
     parser.add_argument("--pool-size", type=int, default=64)
     parser.add_argument("--max-chars", type=int, default=60_000_000)
     parser.add_argument("--max-minutes", type=float, default=60.0, help="stop early, at the end of a step")
@@ -85,7 +88,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(args.backbone, dtype=dtype).to(device).eval()
     model.requires_grad_(False)
     routing = attach(model, FluxConfig(sink=args.sink, window=args.window, pool_size=args.pool_size))
-    objective = SparsityObjective(TARGETS, initial=args.multiplier_start).to(device)
+    objective = SparsityObjective(TARGETS, initial=args.multiplier_start, warmup=args.target_warmup).to(device)
     optimizer = torch.optim.AdamW(routing.routers.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     ascent = torch.optim.Adam(objective.parameters(), lr=args.multiplier_lr, maximize=True)
     warmup = 0.2 * args.steps
