@@ -66,7 +66,12 @@ def main():
         scores = evaluate(model, report[family], routing, args.batch_size)
         rates = torch.tensor(scores.full, dtype=torch.float32).mean(0)
         fa_counts.append(rates.sum().item())
-        record("routed", family, scores, fa_rate={layer: round(rate, 4) for layer, rate in zip(layers, rates.tolist(), strict=True)})
+        record(
+            "routed",
+            family,
+            scores,
+            fa_rate={layer: round(rate, 4) for layer, rate in zip(layers, rates.tolist(), strict=True)},
+        )
         for method, spec in (("dense", "full"), ("sparse", "sparse")):
             with routing.force(spec):
                 record(method, family, evaluate(model, report[family], routing, args.batch_size))
@@ -76,9 +81,7 @@ def main():
     best = None
     for chosen in itertools.combinations(layers, count):
         with routing.force(list(chosen)):
-            scores = {
-                family: evaluate(model, calibration[family], routing, args.batch_size) for family in FAMILIES
-            }
+            scores = {family: evaluate(model, calibration[family], routing, args.batch_size) for family in FAMILIES}
         accuracy = fmean(scores[family].accuracy for family in RETRIEVAL)
         value = (accuracy, -scores["plain"].perplexity)
         if best is None or value > best[0]:
@@ -86,10 +89,18 @@ def main():
     print(f"best static layers: {best[1]}, calibration accuracy {best[0][0]:.3f}")
     with routing.force(list(best[1])):
         for family in FAMILIES:
-            record("static", family, evaluate(model, report[family], routing, args.batch_size), full_layers=list(best[1]))
+            record(
+                "static", family, evaluate(model, report[family], routing, args.batch_size), full_layers=list(best[1])
+            )
     write_results(
-        args.output, rows, shape="shipped", seq_len=args.length, sink=routing.config.sink, window=routing.config.window,
-        static_choices=math.comb(len(layers), count), dtype=str(dtype).removeprefix("torch."),
+        args.output,
+        rows,
+        shape="shipped",
+        seq_len=args.length,
+        sink=routing.config.sink,
+        window=routing.config.window,
+        static_choices=math.comb(len(layers), count),
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 

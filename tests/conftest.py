@@ -28,7 +28,12 @@ FAMILIES = {
     "qwen3": ("qwen3", dict(head_dim=16)),
     "mistral": ("mistral", dict(sliding_window=None)),
     "phi3": ("phi3", {}),
-    "gemma3": ("gemma3_text", dict(head_dim=16, num_hidden_layers=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)),
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            head_dim=16, num_hidden_layers=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2
+        ),
+    ),
     "olmo2": ("olmo2", {}),
     "glm4": ("glm4", dict(head_dim=16, partial_rotary_factor=0.5)),
     "qwen3_moe": ("qwen3_moe", dict(head_dim=16, **MOE)),

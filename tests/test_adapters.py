@@ -54,7 +54,9 @@ def test_half_precision_on_disk(saved, tmp_path):
 def test_another_model_is_refused_with_the_reason(saved):
     with pytest.raises(AdapterError, match="made for .*: model_type is 'llama', expected 'qwen3'"):
         attach(tiny_model("llama", head_dim=16), saved)
-    with pytest.raises(AdapterError, match=r"num_layers is 2, expected 3; routed_layers is \(0, 1\), expected \(0, 1, 2\)"):
+    with pytest.raises(
+        AdapterError, match=r"num_layers is 2, expected 3; routed_layers is \(0, 1\), expected \(0, 1, 2\)"
+    ):
         attach(tiny_model("qwen3", num_hidden_layers=2), saved)
     model = tiny_model("qwen3", num_hidden_layers=2)
     with pytest.raises(AdapterError):
@@ -67,18 +69,39 @@ DAMAGE = {
     "no weights": (lambda p: (p / adapters.WEIGHTS_FILE).unlink(), "has no routers.safetensors"),
     "no config": (lambda p: (p / adapters.CONFIG_FILE).unlink(), "has no flux_config.json"),
     "empty weights": (lambda p: (p / adapters.WEIGHTS_FILE).write_bytes(b""), "cannot be read.*truncated"),
-    "truncated weights": (lambda p: (p / adapters.WEIGHTS_FILE).write_bytes((p / adapters.WEIGHTS_FILE).read_bytes()[:-100]), "cannot be read.*truncated"),
-    "truncated header": (lambda p: (p / adapters.WEIGHTS_FILE).write_bytes((p / adapters.WEIGHTS_FILE).read_bytes()[:40]), "cannot be read.*truncated"),
+    "truncated weights": (
+        lambda p: (p / adapters.WEIGHTS_FILE).write_bytes((p / adapters.WEIGHTS_FILE).read_bytes()[:-100]),
+        "cannot be read.*truncated",
+    ),
+    "truncated header": (
+        lambda p: (p / adapters.WEIGHTS_FILE).write_bytes((p / adapters.WEIGHTS_FILE).read_bytes()[:40]),
+        "cannot be read.*truncated",
+    ),
     "not safetensors": (lambda p: torch.save({"a": torch.ones(1)}, p / adapters.WEIGHTS_FILE), "cannot be read"),
-    "an error page": (lambda p: (p / adapters.WEIGHTS_FILE).write_text("<html>429 Too Many Requests</html>"), "cannot be read"),
-    "truncated config": (lambda p: (p / adapters.CONFIG_FILE).write_text((p / adapters.CONFIG_FILE).read_text()[:50]), "not valid JSON"),
+    "an error page": (
+        lambda p: (p / adapters.WEIGHTS_FILE).write_text("<html>429 Too Many Requests</html>"),
+        "cannot be read",
+    ),
+    "truncated config": (
+        lambda p: (p / adapters.CONFIG_FILE).write_text((p / adapters.CONFIG_FILE).read_text()[:50]),
+        "not valid JSON",
+    ),
     "config without base model": (lambda p: (p / adapters.CONFIG_FILE).write_text("{}"), "names no base_model"),
-    "unknown config key": (lambda p: (p / adapters.CONFIG_FILE).write_text(json.dumps({"x": 1})), r"unknown FluxConfig keys \['x'\]"),
+    "unknown config key": (
+        lambda p: (p / adapters.CONFIG_FILE).write_text(json.dumps({"x": 1})),
+        r"unknown FluxConfig keys \['x'\]",
+    ),
     "missing weight": (lambda p: rewrite(p, lambda w: w.pop("1.head.0.bias")), r"missing weights \['1.head.0.bias'\]"),
     "unknown weight": (lambda p: rewrite(p, lambda w: w.update(x=torch.ones(1))), r"unknown weights \['x'\]"),
-    "wrong shape": (lambda p: rewrite(p, lambda w: w.update({"1.head.0.bias": torch.ones(3)})), r"1.head.0.bias has shape \(3,\), expected \(64,\)"),
+    "wrong shape": (
+        lambda p: rewrite(p, lambda w: w.update({"1.head.0.bias": torch.ones(3)})),
+        r"1.head.0.bias has shape \(3,\), expected \(64,\)",
+    ),
     "NaN": (lambda p: rewrite(p, lambda w: w["1.head.0.bias"].fill_(float("nan"))), "1.head.0.bias holds NaN"),
-    "integers": (lambda p: rewrite(p, lambda w: w.update({"1.head.0.bias": torch.ones(64, dtype=torch.int32)})), "no floating-point"),
+    "integers": (
+        lambda p: rewrite(p, lambda w: w.update({"1.head.0.bias": torch.ones(64, dtype=torch.int32)})),
+        "no floating-point",
+    ),
 }
 
 
@@ -121,7 +144,10 @@ def test_push_and_download_talk_to_the_hub_library(saved, tmp_path):
         uploaded[repo_id] = commit_message
         return "https://hub/commit"
 
-    with mock.patch("huggingface_hub.HfApi.create_repo"), mock.patch("huggingface_hub.HfApi.upload_folder", upload_folder):
+    with (
+        mock.patch("huggingface_hub.HfApi.create_repo"),
+        mock.patch("huggingface_hub.HfApi.upload_folder", upload_folder),
+    ):
         assert routing.push_to_hub("me/routers") == "https://hub/commit"
     assert uploaded == {"me/routers": "Upload layer routers"}
     routing.detach()

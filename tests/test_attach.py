@@ -123,13 +123,22 @@ def test_any_split_through_the_cache_equals_one_masked_forward(family, config, d
     prompt = ids(batch, length, data.draw(st.integers(0, 99)))
     routing = attach(model, config, keep_full_kv=keep_full)
     routes = torch.tensor(
-        data.draw(st.lists(st.lists(st.booleans(), min_size=len(routing.layers), max_size=len(routing.layers)), min_size=batch, max_size=batch), "routes")
+        data.draw(
+            st.lists(
+                st.lists(st.booleans(), min_size=len(routing.layers), max_size=len(routing.layers)),
+                min_size=batch,
+                max_size=batch,
+            ),
+            "routes",
+        )
     )
     cache, pieces, start = DynamicCache(config=model.get_decoder().config), [], 0
     with torch.no_grad(), routing.force(routes):
         for stop in cuts:
             # Steps one at a time now and then, as in decode.
-            for first, last in [(start, stop)] if data.draw(st.booleans()) or start == 0 else [(i, i + 1) for i in range(start, stop)]:
+            for first, last in (
+                [(start, stop)] if data.draw(st.booleans()) or start == 0 else [(i, i + 1) for i in range(start, stop)]
+            ):
                 pieces.append(model(prompt[:, first:last], past_key_values=cache, use_cache=True).logits)
             start = stop
     actual = torch.cat(pieces, dim=1)
@@ -170,7 +179,9 @@ def test_a_batch_equals_its_sequences_alone(family, data):
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
             position_ids = position_ids.max(1, keepdim=True).values + 1
             extra_arguments = {} if family == "qwen2_vl" else {"position_ids": position_ids}
-            out = model(following[:, step : step + 1], attention_mask=attention_mask, past_key_values=cache, **extra_arguments)
+            out = model(
+                following[:, step : step + 1], attention_mask=attention_mask, past_key_values=cache, **extra_arguments
+            )
             logits.append(out.logits)
         return prompt_logits, torch.cat([prompt_logits[:, :0], *logits], 1), routes
 
@@ -181,7 +192,9 @@ def test_a_batch_equals_its_sequences_alone(family, data):
     with torch.no_grad():
         together, together_steps, routes = run(padded, mask, positions, steps)
         for row, prompt in enumerate(prompts):
-            alone, alone_steps, own = run(prompt, torch.ones_like(prompt), torch.arange(lengths[row])[None], steps[row : row + 1])
+            alone, alone_steps, own = run(
+                prompt, torch.ones_like(prompt), torch.arange(lengths[row])[None], steps[row : row + 1]
+            )
             assert torch.equal(own.routes_BL[0], routes.routes_BL[row])
             assert own.esr[0] == pytest.approx(routes.esr[row])
             real = mask[row].bool()
@@ -345,10 +358,26 @@ BAD_CALLS = {
     "empty": (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), ValueError, "empty"),
     "no input": (dict(), ValueError, "without input_ids"),
     "attentions": (dict(input_ids=ids(1, 8), output_attentions=True), UnsupportedModelError, "output_attentions"),
-    "4-D mask": (dict(input_ids=ids(1, 8), attention_mask=torch.ones(1, 1, 8, 8)), UnsupportedModelError, "padding mask"),
-    "wrong mask": (dict(input_ids=ids(1, 8), attention_mask=torch.ones(1, 7)), ValueError, r"shape \(1, 7\), expected \(1, 8\)"),
-    "all masked": (dict(input_ids=ids(2, 8), attention_mask=torch.tensor([[1] * 8, [0] * 8])), ValueError, "every token of sequence 1"),
-    "packed": (dict(input_ids=ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=False), UnsupportedModelError, "packed"),
+    "4-D mask": (
+        dict(input_ids=ids(1, 8), attention_mask=torch.ones(1, 1, 8, 8)),
+        UnsupportedModelError,
+        "padding mask",
+    ),
+    "wrong mask": (
+        dict(input_ids=ids(1, 8), attention_mask=torch.ones(1, 7)),
+        ValueError,
+        r"shape \(1, 7\), expected \(1, 8\)",
+    ),
+    "all masked": (
+        dict(input_ids=ids(2, 8), attention_mask=torch.tensor([[1] * 8, [0] * 8])),
+        ValueError,
+        "every token of sequence 1",
+    ),
+    "packed": (
+        dict(input_ids=ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=False),
+        UnsupportedModelError,
+        "packed",
+    ),
 }
 
 

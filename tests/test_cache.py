@@ -46,7 +46,9 @@ def test_repeat_and_select():
     expected = step(routing, copy.deepcopy(cache), [0, 1, 2])
     repeated = copy.deepcopy(cache)
     repeated.batch_repeat_interleave(2)
-    torch.testing.assert_close(step(routing, repeated, [0, 0, 1, 1, 2, 2]), expected.repeat_interleave(2, 0), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        step(routing, repeated, [0, 0, 1, 1, 2, 2]), expected.repeat_interleave(2, 0), atol=1e-4, rtol=1e-3
+    )
     for indices in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
         selected = copy.deepcopy(cache)
         selected.batch_select_indices(indices)
@@ -118,7 +120,9 @@ def test_rerouted_layers_see_the_whole_past():
             cache = model(prompt[:, :30]).past_key_values
         routing.reroute(cache)
         with routing.force("full"):
-            torch.testing.assert_close(model(prompt[:, 30:], past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                model(prompt[:, 30:], past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-3
+            )
 
 
 def test_memory_does_not_grow_with_every_token():

@@ -40,7 +40,9 @@ def test_inspect(prompt):
     facts = json.loads(result.stdout)
     sequence = facts["sequences"][0]
     assert len(sequence["routes"]) == 10 and 0 <= sequence["msr"] <= 1
-    assert facts["baseline_kv_bytes"] == sequence["tokens"] * 10 * 2 * 64 * 2 * 2  # layers, KV heads, dim, K and V, bf16
+    assert (
+        facts["baseline_kv_bytes"] == sequence["tokens"] * 10 * 2 * 64 * 2 * 2
+    )  # layers, KV heads, dim, K and V, bf16
     with open(prompt) as file:
         piped = flux("inspect", "shipped", "-", "--json", stdin=file.read())
     assert json.loads(piped.stdout) == facts
@@ -52,7 +54,9 @@ def test_generate_answers_a_question_about_its_prompt(prompt):
     result = flux("generate", "shipped", prompt, "--max-new-tokens", "7", "--dtype", "float32")
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[0] == "48213"
-    facts = json.loads(flux("generate", "shipped", prompt, "--max-new-tokens", "7", "--dtype", "float32", "--json").stdout)
+    facts = json.loads(
+        flux("generate", "shipped", prompt, "--max-new-tokens", "7", "--dtype", "float32", "--json").stdout
+    )
     assert facts["text"].split()[0] == "48213" and facts["kv_bytes"] > 0
     blind = flux("generate", "shipped", prompt, "--max-new-tokens", "7", "--dtype", "float32", "--force", "sparse")
     assert "48213" not in blind.stdout
@@ -61,7 +65,15 @@ def test_generate_answers_a_question_about_its_prompt(prompt):
 def test_demo_shows_every_family():
     result = flux("demo", "--samples", "1", "--length", "1024", "--seed", "3")
     assert result.returncode == 0, result.stderr
-    for shown in ("one fact in the text", "two look-ups", "how often", "perplexity", "layers full", "Ω_MSR", "answered"):
+    for shown in (
+        "one fact in the text",
+        "two look-ups",
+        "how often",
+        "perplexity",
+        "layers full",
+        "Ω_MSR",
+        "answered",
+    ):
         assert shown in result.stdout, shown
     rows = json.loads(flux("demo", "--samples", "1", "--length", "1024", "--seed", "3", "--json").stdout)
     assert len(rows) == 21 and {row["method"] for row in rows} == {"dense", "routed", "sparse"}
@@ -69,7 +81,11 @@ def test_demo_shows_every_family():
 
 ERRORS = {
     "no such model": (["inspect", "no/such-model", "{prompt}"], 1, "cannot load 'no/such-model'"),
-    "no such routers": (["inspect", "shipped", "{prompt}", "--routers", "/nowhere"], 1, "neither a directory nor a Hub repository"),
+    "no such routers": (
+        ["inspect", "shipped", "{prompt}", "--routers", "/nowhere"],
+        1,
+        "neither a directory nor a Hub repository",
+    ),
     "no such file": (["inspect", "shipped", "/nowhere.txt"], 1, "/nowhere.txt is not a file"),
     "empty prompt": (["inspect", "shipped", "-"], 1, "the prompt in standard input is empty"),
     "bad force": (["inspect", "shipped", "{prompt}", "--force", "dense"], 1, "cannot force 'dense'"),
@@ -118,7 +134,9 @@ def test_not_text(tmp_path):
 
 
 def test_interrupt():
-    process = subprocess.Popen([*COMMAND, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [*COMMAND, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     time.sleep(8)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -127,7 +145,11 @@ def test_interrupt():
 
 def test_closed_pipe_is_quiet(prompt):
     result = subprocess.run(
-        f"'{sys.executable}' -m flux_attention.cli info | head -n 0", shell=True, capture_output=True, text=True, env=ENVIRONMENT
+        f"'{sys.executable}' -m flux_attention.cli info | head -n 0",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert "Traceback" not in result.stderr
 
@@ -143,7 +165,9 @@ def test_import_is_light():
         "print(time.perf_counter() - began, 'triton' in sys.modules and 'loaded')"
     )
     seconds = min(
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[0])
+        float(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[0]
+        )
         for _ in range(3)
     )
     assert seconds < 0.3

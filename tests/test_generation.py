@@ -38,7 +38,9 @@ def word_tokenizer():
     vocabulary = {"<pad>": 0, "<s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>", padding_side="left"
+    )
 
 
 def test_greedy(routed):
@@ -65,7 +67,9 @@ def test_beam_search_and_several_returns():
     for keep_full in (False, True):
         model = tiny_model("qwen3")
         randomize(attach(model, CONFIG, keep_full_kv=keep_full))
-        results.append(model.generate(ids(2, 30), max_new_tokens=10, num_beams=4, num_return_sequences=3, do_sample=False))
+        results.append(
+            model.generate(ids(2, 30), max_new_tokens=10, num_beams=4, num_return_sequences=3, do_sample=False)
+        )
     assert results[0].shape == (6, 40)
     assert torch.equal(*results)
 
@@ -83,7 +87,9 @@ def test_streamer_and_stop_strings(qwen, capsys):
     model, _ = qwen
     tokenizer = word_tokenizer()
     prompt = ids(1, 20)
-    tokens = model.generate(prompt, max_new_tokens=10, do_sample=False, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    tokens = model.generate(
+        prompt, max_new_tokens=10, do_sample=False, streamer=TextStreamer(tokenizer, skip_prompt=True)
+    )
     text = tokenizer.decode(tokens[0, 20:])
     assert capsys.readouterr().out.strip() == text
     stop = text.split()[3]
@@ -137,7 +143,9 @@ def test_assisted_decoding_is_refused_or_right():
     routing.detach()
     routing = attach(model, CONFIG, keep_full_kv=True)
     with routing.force([1]):
-        assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), expected)
+        assert torch.equal(
+            model.generate(prompt, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), expected
+        )
 
 
 def test_device_map():

@@ -16,7 +16,11 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, tor
 def oracle(query, key, value, mask, scale):
     """Softmax attention by its formula, in float64."""
     groups = query.shape[1] // key.shape[1]
-    query, key, value = query.double(), key.double().repeat_interleave(groups, 1), value.double().repeat_interleave(groups, 1)
+    query, key, value = (
+        query.double(),
+        key.double().repeat_interleave(groups, 1),
+        value.double().repeat_interleave(groups, 1),
+    )
     scores = (query @ key.transpose(-1, -2)) * scale
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ value
 
@@ -48,7 +52,10 @@ def test_prefill_against_float64(problem):
     length, keys, scale = query.shape[2], key.shape[2], query.shape[-1] ** -0.5
     for pattern in (Full(), Streaming(sink, window)):
         mask = pattern.mask(keys)[keys - length :]
-        assert error(pattern.prefill(query, key, value, scale), oracle(query, key, value, mask, scale)) < TOLERANCE[query.dtype]
+        assert (
+            error(pattern.prefill(query, key, value, scale), oracle(query, key, value, mask, scale))
+            < TOLERANCE[query.dtype]
+        )
 
 
 @settings(max_examples=30, deadline=None)
@@ -62,7 +69,10 @@ def test_triangle_prefill_of_ragged_prompts(problem, last_n, data):
     output = pattern.prefill(query, key, value, scale, lengths)
     for row, length in enumerate(lengths):
         real = [t[row : row + 1, :, :length] for t in (query, key, value)]
-        assert error(output[row : row + 1, :, :length], oracle(*real, pattern.mask(length), scale)) < TOLERANCE[query.dtype]
+        assert (
+            error(output[row : row + 1, :, :length], oracle(*real, pattern.mask(length), scale))
+            < TOLERANCE[query.dtype]
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -73,9 +83,15 @@ def test_decode_of_ragged_rows(problem, data):
     query = query[:, :, -1:]
     lengths = [data.draw(st.integers(1, keys)) for _ in range(len(query))]
     mask = (torch.arange(keys) < torch.tensor(lengths)[:, None])[:, None, None]
-    assert error(kernels.decode(query, key, value, None, scale), oracle(query, key, value, torch.ones_like(mask), scale)) < TOLERANCE[query.dtype]
+    assert (
+        error(kernels.decode(query, key, value, None, scale), oracle(query, key, value, torch.ones_like(mask), scale))
+        < TOLERANCE[query.dtype]
+    )
     key = key.masked_fill(~mask.transpose(-1, -2), 1e4)  # what lies behind a row's length must not matter
-    assert error(kernels.decode(query, key, value, lengths, scale), oracle(query, key, value, mask, scale)) < TOLERANCE[query.dtype]
+    assert (
+        error(kernels.decode(query, key, value, lengths, scale), oracle(query, key, value, mask, scale))
+        < TOLERANCE[query.dtype]
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,14 +106,25 @@ def test_pairs_count_the_mask(length, sink, window, last_n):
 def test_mask_is_the_definition():
     mask = Streaming(2, 3).mask(7)
     assert mask[6].tolist() == [True, True, False, False, True, True, True]
-    assert Triangle(2, 3, 1).mask(7)[6].all() and Triangle(2, 3, 1).mask(7)[5].tolist() == [True, True, False, True, True, True, False]
+    assert Triangle(2, 3, 1).mask(7)[6].all() and Triangle(2, 3, 1).mask(7)[5].tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert Triangle(1, 1, 2).mask(6, prompt_length=4)[5].tolist() == [True, False, False, False, False, True]
 
 
 @pytest.mark.parametrize("pattern", [Full(), Streaming(4, 9), Triangle(4, 9, 5)], ids=lambda p: type(p).__name__)
 def test_gradients_equal_those_of_the_masked_formula(pattern):
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(2, heads, 150, 16, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    leaves = [
+        torch.randn(2, heads, 150, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
     weight = torch.randn(2, 4, 150, 16, generator=generator, dtype=torch.float64)
     actual = torch.autograd.grad((pattern.prefill(*leaves, 0.25) * weight).sum(), leaves)
     expected = torch.autograd.grad((oracle(*leaves, pattern.mask(150), 0.25) * weight).sum(), leaves)
@@ -117,5 +144,7 @@ def test_streaming_prefill_of_32k_tokens_stays_small():
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 300, f"{grown:.0f} MiB"
     rows = [0, 700, 1151, 1152, 20000, length - 1]
-    mask = torch.stack([(torch.arange(length) <= i) & ((torch.arange(length) < 128) | (i - torch.arange(length) < 1024)) for i in rows])
+    mask = torch.stack(
+        [(torch.arange(length) <= i) & ((torch.arange(length) < 128) | (i - torch.arange(length) < 1024)) for i in rows]
+    )
     assert error(output[:, :, rows], oracle(query[:, :, rows], key, value, mask, 0.25)) < 2e-6

@@ -52,7 +52,12 @@ class Batches(IterableDataset):
             seeds = [rng.randrange(2**40) for _ in range(count)]
             yield [
                 make_sample(
-                    families[(index * count + i) % len(families)], self.haystack, self.tokenizer, length, seed, held_out=False
+                    families[(index * count + i) % len(families)],
+                    self.haystack,
+                    self.tokenizer,
+                    length,
+                    seed,
+                    held_out=False,
                 )
                 for i, seed in enumerate(seeds)
             ]
@@ -94,11 +99,16 @@ def main():
     warmup = 0.2 * args.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, step - warmup) / (args.steps - warmup)))),
+        lambda step: (
+            min(1.0, (step + 1) / warmup)
+            * (0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, step - warmup) / (args.steps - warmup))))
+        ),
     )
     haystack = Haystack(local_texts(False, site_packages=True, max_chars=args.max_chars), tokenizer)
     loader = DataLoader(
-        Batches(haystack, tokenizer, args.batch_tokens, args.seed), batch_size=None, num_workers=args.workers,
+        Batches(haystack, tokenizer, args.batch_tokens, args.seed),
+        batch_size=None,
+        num_workers=args.workers,
         prefetch_factor=4 if args.workers else None,
     )
     args.output.mkdir(parents=True, exist_ok=True)
@@ -124,10 +134,14 @@ def main():
         for sample, nats, gates in zip(samples, lm_loss.tolist(), routing.gates.detach().tolist(), strict=True):
             sums.setdefault(sample.family, []).append((nats, gates))
         if (step + 1) % 50 == 0:
-            row = {"step": step + 1, "elapsed": round(time.time() - began, 1), "multipliers": {
-                name: [round(value, 3) for value in objective.multipliers_C2[index].tolist()]
-                for name, index in objective.classes.items()
-            }}
+            row = {
+                "step": step + 1,
+                "elapsed": round(time.time() - began, 1),
+                "multipliers": {
+                    name: [round(value, 3) for value in objective.multipliers_C2[index].tolist()]
+                    for name, index in objective.classes.items()
+                },
+            }
             for family in FAMILIES:
                 seen = sums.get(family, [])
                 if seen:

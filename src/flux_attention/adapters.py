@@ -44,7 +44,10 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in routers.state_dict().items()}
+    weights = {
+        name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+        for name, tensor in routers.state_dict().items()
+    }
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
         save_file(weights, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
         config.to_json(Path(scratch) / CONFIG_FILE)
@@ -52,7 +55,9 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
             os.replace(Path(scratch) / name, directory / name)
 
 
-def push_to_hub(repo_id: str, config: FluxConfig, routers: nn.ModuleDict, *, private: bool | None = None, token: str | None = None) -> str:
+def push_to_hub(
+    repo_id: str, config: FluxConfig, routers: nn.ModuleDict, *, private: bool | None = None, token: str | None = None
+) -> str:
     """
     Upload an adapter to the Hugging Face Hub, making the repository if needed.
 
@@ -127,7 +132,9 @@ def load(path_or_id: str | os.PathLike, base_model: BaseModel) -> tuple[FluxConf
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}); the file may be truncated: copy or download it again") from None
+        raise AdapterError(
+            f"{path} cannot be read ({error}); the file may be truncated: copy or download it again"
+        ) from None
     routers = nn.ModuleDict({str(index): LayerRouter(base_model.head_dim) for index in base_model.routed_layers})
     expected = routers.state_dict()
     missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
@@ -135,7 +142,9 @@ def load(path_or_id: str | os.PathLike, base_model: BaseModel) -> tuple[FluxConf
         raise AdapterError(f"{path} does not fit: missing weights {missing[:4]}, unknown weights {unknown[:4]}")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
-            raise AdapterError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+            raise AdapterError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise AdapterError(f"{path}: {name} holds NaN, infinity or no floating-point numbers; the file is damaged")
     routers.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

@@ -405,13 +405,11 @@ class Routing:
             if isinstance(layer, RoutedLayer):
                 if (layer.sink, layer.window) != (self.pattern.sink, self.pattern.window):
                     raise ValueError(
-                        f"this KV cache was made with sink {layer.sink} and window {layer.window}, the attached routers "
-                        f"use {self.pattern.sink} and {self.pattern.window}; start from a new cache"
+                        f"this KV cache was made with sink {layer.sink} and window {layer.window}, the attached "
+                        f"routers use {self.pattern.sink} and {self.pattern.window}; start from a new cache"
                     )
             elif layer.get_seq_length():
-                raise ValueError(
-                    "past_key_values was filled before routers were attached; start from an empty cache, or attach first"
-                )
+                raise ValueError("past_key_values was filled before routers were attached; start from an empty cache")
             else:
                 cache.layers[index] = RoutedLayer(self.pattern, self.keep_full_kv)
         return cache

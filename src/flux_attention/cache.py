@@ -110,9 +110,7 @@ def take_rows(states: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return states if rows == list(range(len(states))) else states[rows]
 
 
-def prompt_views(
-    routes: list[bool], tokens: Tokens, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor
-) -> list[View]:
+def prompt_views(routes: list[bool], tokens: Tokens, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor) -> list[View]:
     """A prompt's views: one for the rows of each route, over the prompt's own (packed) keys and values."""
     views = []
     for route in (True, False):
@@ -163,9 +161,7 @@ class _Store:
 
         self.key_RKCD, self.value_RKCD = grow(self.key_RKCD, key_RKSD), grow(self.value_RKCD, value_RKSD)
 
-    def append(
-        self, key_RKSD: torch.Tensor, value_RKSD: torch.Tensor, past: list[int], new: list[int]
-    ) -> None:
+    def append(self, key_RKSD: torch.Tensor, value_RKSD: torch.Tensor, past: list[int], new: list[int]) -> None:
         """Store each row's first ``new`` tokens behind its ``past`` ones."""
         key_RKSD, value_RKSD = key_RKSD.detach(), value_RKSD.detach()
         self.reserve(max(p + n for p, n in zip(past, new, strict=True)), key_RKSD, value_RKSD)

@@ -26,7 +26,9 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 _debug = False
 
-Model = Annotated[str, typer.Argument(help="Directory or Hub id of a causal LM; 'shipped' for the one that comes along.")]
+Model = Annotated[
+    str, typer.Argument(help="Directory or Hub id of a causal LM; 'shipped' for the one that comes along.")
+]
 Text = Annotated[Optional[str], typer.Argument(help="File with the prompt, or - for standard input.")]  # noqa: UP045
 Routers = Annotated[Optional[str], typer.Option(help="Directory or Hub id of a router adapter.")]  # noqa: UP045
 Force = Annotated[
@@ -104,7 +106,9 @@ def _force(spec: str | None) -> Any:
     try:
         return float(spec) if "." in spec else [int(layer) for layer in spec.split(",")]
     except ValueError:
-        raise _UserError(f"cannot force {spec!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3,7") from None
+        raise _UserError(
+            f"cannot force {spec!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3,7"
+        ) from None
 
 
 def _load(model: str, routers: str | None, device: str | None, dtype: str):
@@ -167,7 +171,11 @@ def inspect(
     prompt, routes = _read(text), _force(force)
     loaded, tokenizer, routing = _load(model, routers, device, dtype)
     ids = _encode(tokenizer, prompt, loaded)
-    with torch.no_grad(), err.status(f"prefilling {ids.shape[1]} tokens"), routing.force(routes) if routes is not None else nullcontext():
+    with (
+        torch.no_grad(),
+        err.status(f"prefilling {ids.shape[1]} tokens"),
+        routing.force(routes) if routes is not None else nullcontext(),
+    ):
         cache = loaded.get_decoder()(ids, use_cache=True).past_key_values
     held, dense = kv_bytes(cache), _dense_bytes(routing, ids.shape[1], next(loaded.parameters()).element_size())
     if as_json:

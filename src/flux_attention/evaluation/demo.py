@@ -66,7 +66,9 @@ def _short(text: str, width: int = 64) -> str:
 def _panel(console: Console, tokenizer, sample: Sample, results: list[dict[str, Any]], routes) -> None:
     lines = tokenizer.decode(sample.prompt_ids[-80:]).split("\n")
     gist = lines[-2].removeprefix("# Question: ") if sample.family != "plain" else "…" + _short(lines[-1] or lines[-2])
-    console.print(Text(f"\n{TITLES[sample.family]}", style="bold"), f"({len(sample.prompt_ids)} tokens)", highlight=False)
+    console.print(
+        Text(f"\n{TITLES[sample.family]}", style="bold"), f"({len(sample.prompt_ids)} tokens)", highlight=False
+    )
     console.print(Text(f"  {_short(gist, 90)}", style="italic"))
     for result in results:
         line = Text(f"  {result['method']:7s}")
@@ -157,7 +159,9 @@ def _print_table(console: Console, rows: list[dict[str, Any]], count: int, elaps
             return f"{row['perplexity']:.2f}" if "perplexity" in row else f"{row['accuracy']:.0%}"
 
         table.add_row(
-            TITLES[family], *map(shown, (dense, routed, sparse)), f"{routed['sparsity']:.2f}",
+            TITLES[family],
+            *map(shown, (dense, routed, sparse)),
+            f"{routed['sparsity']:.2f}",
             f"{routed['kv_bytes'] / dense['kv_bytes']:.0%}",
         )
     console.print(table)
@@ -168,8 +172,8 @@ def _print_table(console: Console, rows: list[dict[str, Any]], count: int, elaps
     routed = [row for row in rows if row["method"] == "routed"]
     questions = fmean(row["sparsity"] for row in routed if row["task"] != "plain")
     console.print(
-        f"In {elapsed:.0f} s: routed answered {accuracy['routed']:.0%} of the questions (dense {accuracy['dense']:.0%}, all "
-        f"sparse {accuracy['sparse']:.0%}) with {questions:.0%} of its layers sparse, and read plain code with "
+        f"In {elapsed:.0f} s: routed answered {accuracy['routed']:.0%} of the questions (dense {accuracy['dense']:.0%}, "
+        f"all sparse {accuracy['sparse']:.0%}) with {questions:.0%} of its layers sparse, and read plain code with "
         f"{by['plain', 'routed']['sparsity']:.0%} of them sparse.",
         highlight=False,
         soft_wrap=True,

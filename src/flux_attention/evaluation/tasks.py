@@ -236,7 +236,9 @@ def compose(
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = length - len(prefix) - sum(map(len, ids))
     if room < 0:
-        raise ValueError(f"a sample of {length} tokens cannot hold the {length - room} tokens of its facts and questions")
+        raise ValueError(
+            f"a sample of {length} tokens cannot hold the {length - room} tokens of its facts and questions"
+        )
     text, line_ends = haystack.window(rng, room) if room else (np.empty(0, np.int32), np.zeros(1, np.int64))
     places = sorted(rng.choice(line_ends) for _ in facts)
     parts, at = [prefix], 0
@@ -254,9 +256,7 @@ def compose(
     return Sample(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]), answers, family)
 
 
-def make_sample(
-    family: str, haystack: Haystack, tokenizer, length: int, seed: int, held_out: bool = True
-) -> Sample:
+def make_sample(family: str, haystack: Haystack, tokenizer, length: int, seed: int, held_out: bool = True) -> Sample:
     """
     One sample of ``family``, the same for the same seed.
 

@@ -45,7 +45,7 @@ def read_text(path: Path) -> str | None:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
         return None
-    if max(map(len, text.split("\n"))) > MAX_LINE_CHARS or not text.isprintable() and "\x00" in text:
+    if max(map(len, text.split("\n"))) > MAX_LINE_CHARS or (not text.isprintable() and "\x00" in text):
         return None
     return text
 

@@ -15,8 +15,8 @@ NOUNS = """anchor anvil apple arrow badger banjo barn basket beacon bear beetle 
 candle canoe castle cello chapel clock comet compass copper crane crow dolphin dragon drum eagle falcon feather ferry
 fiddle forest fountain fox garden goose hammer harbor harp hawk heron island jaguar kettle kite ladder lantern lemon
 lion lizard lobster magnet mantle maple meadow mirror monkey moose needle oak orchid otter owl panda parrot pearl
-pelican pepper piano pigeon pillow planet puffin quill rabbit raven ribbon river rocket salmon scarf shark shovel sparrow
-spider squirrel statue swan teapot temple tiger tower tractor trumpet tulip turtle violin wagon walnut whale willow
+pelican pepper piano pigeon pillow planet puffin quill rabbit raven ribbon river rocket salmon scarf shark shovel
+sparrow spider squirrel statue swan teapot temple tiger tower tractor trumpet tulip turtle violin wagon walnut whale willow
 wolf zebra""".split()
 
 PEOPLE = """Ada Agnes Alba Alma Amir Anders Anita Anton Arlo Astrid Aziz Beatrix Bela Bianca Boris Bruno Camila Carlos
@@ -29,8 +29,8 @@ Stefan Sven Tamar Tariq Thea Tobias Ulrich Umberto Uma Ursula Valeria Vera Victo
 Yusuf Zelda Zoran""".split()
 
 CITIES = """Accra Adelaide Ankara Antwerp Athens Baku Bergen Bern Bogota Boston Brussels Cairo Calgary Cardiff Chicago
-Cork Dakar Delhi Denver Dublin Durban Geneva Genoa Ghent Glasgow Graz Hamburg Hanoi Havana Helsinki Istanbul Jakarta Kyoto
-Lagos Lima Lisbon London Lyon Madrid Malmo Manila Melbourne Miami Milano Montreal Moscow Mumbai Munich Nairobi Naples
+Cork Dakar Delhi Denver Dublin Durban Geneva Genoa Ghent Glasgow Graz Hamburg Hanoi Havana Helsinki Istanbul Jakarta
+Kyoto Lagos Lima Lisbon London Lyon Madrid Malmo Manila Melbourne Miami Milano Montreal Moscow Mumbai Munich Nairobi Naples
 Odessa Osaka Oslo Ottawa Oxford Paris Perth Porto Prague Quito Reno Riga Rome Seattle Seoul Seville Sofija Stockholm
 Sydney Tallinn Tampa Tokyo Toronto Tunis Turin Utrecht Venice Vienna Vilnius Warsaw York Zagreb Zurich""".split()
 
