@@ -52,7 +52,7 @@ def test_half_precision_on_disk(saved, tmp_path):
 
 
 def test_another_model_is_refused_with_the_reason(saved):
-    with pytest.raises(AdapterError, match="made for .*: model_type is 'llama', expected 'qwen3'"):
+    with pytest.raises(AdapterError, match=r"made for .*: model_type is 'llama', expected 'qwen3'"):
         attach(tiny_model("llama", head_dim=16), saved)
     with pytest.raises(
         AdapterError, match=r"num_layers is 2, expected 3; routed_layers is \(0, 1\), expected \(0, 1, 2\)"

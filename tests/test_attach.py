@@ -88,7 +88,7 @@ def test_detach_restores_the_model_exactly(model):
 
 def test_attach_twice_is_an_error_that_says_so(model):
     attach(model, CONFIG)
-    with pytest.raises(RuntimeError, match="attached to this model already.*detach"):
+    with pytest.raises(RuntimeError, match=r"attached to this model already.*detach"):
         attach(model, CONFIG)
 
 
@@ -117,7 +117,7 @@ def test_forced_routes_compute_exactly_the_mask(model, config):
 def test_any_split_through_the_cache_equals_one_masked_forward(family, config, data):
     model = tiny_model(family)
     length = data.draw(st.integers(2, 60), "length")
-    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=6), "cuts")) + [length]
+    cuts = [*sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=6), "cuts")), length]
     batch = data.draw(st.integers(1, 3), "batch")
     keep_full = data.draw(st.booleans(), "keep_full_kv")
     prompt = ids(batch, length, data.draw(st.integers(0, 99)))

@@ -74,7 +74,7 @@ def test_crop_where_tokens_were_dropped_is_refused():
     with pytest.raises(ValueError, match="keep_full_kv=True to be able to crop"):
         cache.crop(-1)
     cache.crop(0)
-    assert not cache.is_croppable
+    assert not cache.layers[0].is_croppable
 
 
 def test_crop_into_padding_is_refused():

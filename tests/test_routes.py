@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 from rich.console import Console
@@ -14,7 +16,7 @@ def test_ratios_and_rendering():
     routes = Routes(bits, None, LAYERS, (100, 10), pattern)
     assert routes.msr == [0.75, 0.0]
     assert routes.esr == pytest.approx([0.75 * (1 - pattern.pairs(100) / Full().pairs(100)), 0.0])
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(routes)
     assert console.export_text().splitlines()[0].startswith("█░░░  1/4 layers full  Ω_MSR 0.75")
     as_dict = routes.to_dict()

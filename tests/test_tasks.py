@@ -1,0 +1,119 @@
+"""The generated tasks: deterministic, exact in length, held-out where they say so, answerable from the text."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from flux_attention.evaluation import text
+from flux_attention.evaluation.tasks import FAMILIES, RETRIEVAL, Haystack, Words, make_sample, training_sample
+from flux_attention.evaluation.words import ADJECTIVES, CITIES, NOUNS, PEOPLE, split_words
+from flux_attention.shipped import BACKBONE
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BACKBONE)
+
+
+@pytest.fixture(scope="module")
+def haystack(tokenizer):
+    return Haystack(text.local_texts(held_out=True, max_chars=100_000), tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_are_deterministic_and_of_the_length_asked_for(family, haystack, tokenizer):
+    sample = make_sample(family, haystack, tokenizer, 1024, seed=5)
+    again = make_sample(family, haystack, tokenizer, 1024, seed=5)
+    assert np.array_equal(sample.input_ids, again.input_ids)
+    assert sample.answers == again.answers
+    assert len(sample.input_ids) == 1024 == len(sample.prompt_ids) + len(sample.answer_ids)
+    assert sample.input_ids[0] == tokenizer.bos_token_id
+    assert not np.array_equal(sample.input_ids, make_sample(family, haystack, tokenizer, 1024, seed=6).input_ids)
+
+
+def answer_by_reading(family, prompt):
+    """What a reader who follows the questions' plain meaning answers, from the text alone."""
+    question = prompt.rsplit("# Question: ", 1)[1].split("\n")[0]
+    if family in ("single_needle", "multi_key"):
+        key = re.fullmatch(r"What is the secret code of the (.*)\?", question)[1]
+        return re.search(rf"# The secret code of the {key} is (\d+)\.", prompt)[1]
+    if family == "multi_value":
+        key = re.fullmatch(r"List all codes of the (.*)\.", question)[1]
+        return ", ".join(re.findall(rf"# The secret code of the {key} is (\d+)\.", prompt))
+    if family == "two_hop":
+        guest = re.fullmatch(r"In which city is (.*)\?", question)[1]
+        host = re.search(rf"# {guest} is a guest of (\w+) in secret\.", prompt)[1]
+        return re.search(rf"# {host} lives in (\w+)\.", prompt)[1]
+    if family == "count":
+        city = re.fullmatch(r"How many times does the bell of (.*) ring\?", question)[1]
+        return str(len(re.findall(rf"# The bell of {city} rings\.", prompt)))
+    title = re.fullmatch(r"Repeat passage (.*):", question)[1]
+    return re.search(rf"# Passage {title}: (.*)\n", prompt)[1]
+
+
+@pytest.mark.parametrize("family", RETRIEVAL)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**9), held_out=st.booleans())
+def test_the_answer_follows_from_the_prompt(family, haystack, tokenizer, seed, held_out):
+    sample = make_sample(family, haystack, tokenizer, 1024, seed, held_out)
+    answer = tokenizer.decode(sample.answer_ids)
+    assert answer.startswith(" ")
+    assert answer.endswith("\n")
+    assert answer_by_reading(family, tokenizer.decode(sample.prompt_ids)) == answer.strip()
+
+
+def test_held_out_names_and_codes_are_never_trained_on():
+    for words in (ADJECTIVES, NOUNS, PEOPLE, CITIES):
+        parts = [set(split_words(words, held_out)) for held_out in (False, True)]
+        assert not parts[0] & parts[1]
+        assert parts[0] | parts[1] == set(words)
+        assert all(len(part) >= 12 for part in parts)
+    draws = [{Words(random.Random(seed), held_out).code() for seed in range(2000)} for held_out in (False, True)]
+    assert not draws[0] & draws[1]
+
+
+def test_every_name_is_one_token(tokenizer):
+    for word in (*ADJECTIVES, *NOUNS, *PEOPLE, *CITIES):
+        assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1, word
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**9), length=st.sampled_from([200, 512, 1024, 3000]))
+def test_training_samples_fit_and_use_training_words(haystack, tokenizer, seed, length):
+    sample = training_sample(haystack, tokenizer, length, random.Random(seed), hint=0.3)
+    assert len(sample.input_ids) == length
+    decoded = tokenizer.decode(sample.input_ids)
+    for person in re.findall(r"# (\w+) lives in", decoded):
+        assert person in split_words(PEOPLE, False)
+
+
+def test_too_short_for_its_facts(haystack, tokenizer):
+    with pytest.raises(ValueError, match="a sample of 100 tokens cannot hold"):
+        make_sample("copy", haystack, tokenizer, 100, 0)
+
+
+def test_longer_than_the_text(haystack, tokenizer):
+    with pytest.raises(ValueError, match="fewer than the"):
+        make_sample("single_needle", haystack, tokenizer, 10_000_000, 0)
+
+
+def test_splits_of_the_local_text_are_disjoint():
+    held_out, training = set(text.local_texts(True)), set(text.local_texts(False, max_chars=3_000_000))
+    assert held_out
+    assert not held_out & training
+    assert text.is_held_out("asyncio/events.py") == text.is_held_out("asyncio/events.py")
+    share = np.mean([text.is_held_out(str(i)) for i in range(20000)])
+    assert share == pytest.approx(text.HELD_OUT_FRACTION, abs=0.005)
+
+
+def test_no_text_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(text, "python_roots", lambda site_packages=False: [tmp_path])
+    text.local_texts.cache_clear()
+    with pytest.raises(RuntimeError, match="no source files found"):
+        text.local_texts(True)
+    text.local_texts.cache_clear()
