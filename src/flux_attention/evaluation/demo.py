@@ -170,10 +170,10 @@ def _print_table(console: Console, rows: list[dict[str, Any]], count: int, elaps
         for method in METHODS
     }
     routed = [row for row in rows if row["method"] == "routed"]
-    questions = fmean(row["sparsity"] for row in routed if row["task"] != "plain")
+    asked = fmean(row["sparsity"] for row in routed if row["task"] != "plain")
     console.print(
-        f"In {elapsed:.0f} s: routed answered {accuracy['routed']:.0%} of the questions (dense "
-        f"{accuracy['dense']:.0%}, all sparse {accuracy['sparse']:.0%}) with {questions:.0%} of its layers sparse, and read plain code with "
+        f"In {elapsed:.0f} s: routed answered {accuracy['routed']:.0%} of the questions with {asked:.0%} of its layers "
+        f"sparse (dense {accuracy['dense']:.0%}, all sparse {accuracy['sparse']:.0%}), and read plain code with "
         f"{by['plain', 'routed']['sparsity']:.0%} of them sparse.",
         highlight=False,
         soft_wrap=True,

@@ -5,34 +5,42 @@ Every word is one token of the shipped model's tokenizer (with the space before 
 
 from flux_attention.evaluation.text import is_held_out
 
-ADJECTIVES = """amber ancient arctic bitter blazing bold brass brave bright bronze calm carved clever coral cosmic crimson crystal
+ADJECTIVES = """
+amber ancient arctic bitter blazing bold brass brave bright bronze calm carved clever coral cosmic crimson crystal
 curious dapper dusty eager early elder emerald fabled faded fierce fluffy foggy frozen gentle gilded golden grand
 hidden hollow humble icy indigo ivory jolly lively lonely lunar marble mellow misty modest noble odd opal patient
 polar proud purple quick quiet rapid rusty salty scarlet shy silent silver sleepy smooth solar spicy stern stormy
-sturdy sunny swift tame tiny velvet vivid wandering warm wild wise witty wooden young zesty""".split()
+sturdy sunny swift tame tiny velvet vivid wandering warm wild wise witty wooden young zesty
+""".split()
 
-NOUNS = """anchor anvil apple arrow badger banjo barn basket beacon bear beetle bell bison bottle bridge broom bucket candle
+NOUNS = """
+anchor anvil apple arrow badger banjo barn basket beacon bear beetle bell bison bottle bridge broom bucket candle
 canoe castle cello chapel clock comet compass copper crane crow dolphin dragon drum eagle falcon feather ferry
 fiddle forest fountain fox garden goose hammer harbor harp hawk heron island jaguar kettle kite ladder lantern lemon
 lion lizard lobster magnet mantle maple meadow mirror monkey moose needle oak orchid otter owl panda parrot pearl
 pelican pepper piano pigeon pillow planet puffin quill rabbit raven ribbon river rocket salmon scarf shark shovel
 sparrow spider squirrel statue swan teapot temple tiger tower tractor trumpet tulip turtle violin wagon walnut whale
-willow wolf zebra""".split()
+willow wolf zebra
+""".split()
 
-PEOPLE = """Ada Agnes Alba Alma Amir Anders Anita Anton Arlo Astrid Aziz Beatrix Bela Bianca Boris Bruno Camila Carlos Cecil
+PEOPLE = """
+Ada Agnes Alba Alma Amir Anders Anita Anton Arlo Astrid Aziz Beatrix Bela Bianca Boris Bruno Camila Carlos Cecil
 Clara Cosima Cyrus Dalia Dario Delia Diego Dora Edgar Edith Elena Elias Elsa Emil Enzo Esther Fabian Farah Felix
 Fiona Flora Frida Gerda Gideon Greta Gustav Hanna Harald Hazel Hector Hilda Hugo Ibrahim Ida Igor Ines Irma Isaac
 Ivan Ivy Jakob Jasmin Jonas Judith Julio Karim Katja Kenji Klara Kofi Lars Laura Lena Leon Lidia Linus Lola Lucia
 Ludwig Luisa Magda Malik Marco Margo Marta Mateo Maya Milan Mina Mira Nadia Nikolai Nina Noemi Nora Olga Omar Oscar
 Otto Pablo Paula Pedro Petra Quentin Rafael Ramona Rashid Renata Rico Rita Roland Rosa Rufus Sabina Salma Samir
 Selma Silas Sofia Stefan Sven Tamar Tariq Thea Tobias Ulrich Umberto Uma Ursula Valeria Vera Victor Viola Walter
-Wanda Xenia Yara Yosef Yusuf Zelda Zoran""".split()
+Wanda Xenia Yara Yosef Yusuf Zelda Zoran
+""".split()
 
-CITIES = """Accra Adelaide Ankara Antwerp Athens Baku Bergen Bern Bogota Boston Brussels Cairo Calgary Cardiff Chicago Cork
+CITIES = """
+Accra Adelaide Ankara Antwerp Athens Baku Bergen Bern Bogota Boston Brussels Cairo Calgary Cardiff Chicago Cork
 Dakar Delhi Denver Dublin Durban Geneva Genoa Ghent Glasgow Graz Hamburg Hanoi Havana Helsinki Istanbul Jakarta
 Kyoto Lagos Lima Lisbon London Lyon Madrid Malmo Manila Melbourne Miami Milano Montreal Moscow Mumbai Munich Nairobi
 Naples Odessa Osaka Oslo Ottawa Oxford Paris Perth Porto Prague Quito Reno Riga Rome Seattle Seoul Seville Sofija
-Stockholm Sydney Tallinn Tampa Tokyo Toronto Tunis Turin Utrecht Venice Vienna Vilnius Warsaw York Zagreb Zurich""".split()
+Stockholm Sydney Tallinn Tampa Tokyo Toronto Tunis Turin Utrecht Venice Vienna Vilnius Warsaw York Zagreb Zurich
+""".split()
 
 
 def split_words(words: list[str], held_out: bool, fraction: float = 0.25) -> list[str]:
