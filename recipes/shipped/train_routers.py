@@ -31,7 +31,7 @@ CLASSES = {
     "count": "multi-step",
     "plain": "holistic",
 }
-TARGETS = {"look-up": 0.8, "multi-step": 0.5, "holistic": 0.92}
+TARGETS = {"look-up": 0.8, "multi-step": 0.45, "holistic": 0.92}
 LENGTHS = (4096, 4096, 2048, 2048, 1024)
 
 
@@ -68,17 +68,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-tokens", type=int, default=65536)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--multiplier-lr", type=float, default=1e-3)
     parser.add_argument("--multiplier-start", type=float, default=1.0)
     # Without it all layers but the strongest are switched off, and their gates saturated, before the loss has told
     # which ones the harder tasks need.
-    parser.add_argument("--target-warmup", type=float, default=0.6, help="share of steps over which targets rise")
+    parser.add_argument("--target-warmup", type=float, default=0.5, help="share of steps over which targets rise")
     parser.add_argument("--sink", type=int, default=64)
     parser.add_argument("--window", type=int, default=704)
-    parser.add_argument("--pool-size", type=int, default=64)
+    # The questions have about twenty tokens. Over 64 tokens the text around them drowns what tells the classes apart:
+    # a linear probe of the pooled states finds the class in 70 to 80 % of the samples, over 16 tokens in 95 to 100 %.
+    parser.add_argument("--pool-size", type=int, default=16)
     parser.add_argument("--max-chars", type=int, default=60_000_000)
     parser.add_argument("--max-minutes", type=float, default=60.0, help="stop early, at the end of a step")
     parser.add_argument("--workers", type=int, default=12)
