@@ -155,19 +155,14 @@ def test_closed_pipe_is_quiet(prompt):
 
 
 def test_import_is_light():
-    """What the package adds to importing transformers' model classes, which its users have imported anyway."""
     code = (
-        "import time, torch\n"
-        "from transformers import PreTrainedModel, DynamicCache, AttentionInterface, AttentionMaskInterface\n"
-        "from transformers.integrations import sdpa_attention\n"
+        "import time, transformers\n"
         "began = time.perf_counter()\n"
-        "import flux_attention, sys\n"
-        "print(time.perf_counter() - began, 'triton' in sys.modules and 'loaded')"
+        "import flux_attention\n"
+        "print(time.perf_counter() - began)\n"
+        "from flux_attention.attach import Routing\n"  # the submodule must not hide the function of its name
+        "from flux_attention import attach\n"
+        "assert callable(attach) and callable(flux_attention.attach) and 'attach' in dir(flux_attention)"
     )
-    seconds = min(
-        float(
-            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[0]
-        )
-        for _ in range(3)
-    )
-    assert seconds < 0.3
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.3

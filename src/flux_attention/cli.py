@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -57,19 +56,16 @@ def run() -> None:
         code = app(standalone_mode=False)
         sys.stdout.flush()
         sys.exit(code or 0)
-    except click.exceptions.Abort:
-        err.print("interrupted")
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted")
         sys.exit(130)
     except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of click, or of typer's copy of it
+            error.show()
+            sys.exit(error.exit_code)
         if _debug:
             traceback.print_exc()
         else:
@@ -126,7 +122,7 @@ def _load(model: str, routers: str | None, device: str | None, dtype: str):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise _UserError(f"device {device} was asked for, but PyTorch sees no CUDA GPU; use --device cpu")
-        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise _UserError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or auto")
         try:
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
