@@ -2,8 +2,8 @@
 
 Nothing is copied or patched: hooks on modules, an attention function and a mask function registered under the
 name ``flux``, and cache layers of our own in the cache that the caller or ``generate`` made. One forward call of
-the decoder is a ``_Call``; it travels to the layers as a keyword argument, so that gradient checkpointing, which
-runs layers again, finds it.
+the decoder is a ``_Call``. It travels to the layers as a keyword argument, so that gradient checkpointing, which
+runs layers again, finds it; within a layer a context variable holds it, so that threads do not mix.
 
 Shape suffixes: B batch, S query length, H query heads, D head dim, L routed layers.
 """
@@ -34,8 +34,10 @@ from flux_attention.routes import Routes, RouteSpec, parse_routes
 #: The name under which attention and mask functions are registered, and the keyword that carries the call.
 NAME = "flux"
 CALL = "flux_call"
+#: Arguments with which models ask their attention function for more than softmax attention.
+EXTRAS = ("s_aux", "softcap", "position_bias", "sliding_window")
 
-_in_routed_forward: ContextVar[bool] = ContextVar("flux_in_routed_forward", default=False)
+_current: ContextVar[_Call | None] = ContextVar("flux_call", default=None)
 
 
 class UnsupportedModelError(ValueError):
@@ -56,7 +58,10 @@ class _Call:
             self.layers = {index: cache.layers[index] for index in routing.layers}
         first = self.layers.get(routing.layers[0])
         self.is_prompt = first is None or first.seen == 0
-        self.decides = first is None or first.routes is None
+        self.decides = first is None or first.undecided
+        self.past = [0] * self.batch if self.is_prompt else list(first.lengths)
+        self.attended: set[int] = set()
+        self.finished = False
         # At the end of a prompt that is decided in this call: each layer's routes, or soft gates in training.
         self.routes: dict[int, list[bool]] = {}
         self.logits: dict[int, torch.Tensor] = {}
@@ -80,6 +85,8 @@ class _Call:
         if self.forced is not None:
             self._set(layer, self.forced[:, self.routing.layers.index(layer)].tolist())
             return
+        if layer in self.routes and not self.finished:
+            raise UnsupportedModelError(f"layer {layer} computes its query twice in a call, so it cannot be routed")
         router = self.routing.routers[str(layer)]
         device = query_BSHD.device
         if next(router.parameters()).device != device:
@@ -91,19 +98,19 @@ class _Call:
             self.gates[layer] = soft_route(logits, self.temperature)
             return
         # The one host synchronisation of a layer's prefill: how a row is computed depends on its route.
-        values, routes = logits.detach().cpu(), hard_route(logits).tolist()
+        values = logits.detach().cpu()
         if not math.isfinite(values.sum().item()):
             bad = [row for row in range(self.batch) if not values[row].isfinite().all()]
             raise ValueError(
                 f"the router of layer {layer} read NaN or infinite query states in sequences {bad} of the batch; "
                 "the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
             )
-        self._set(layer, routes)
+        self._set(layer, hard_route(values).tolist())
 
     def _set(self, layer: int, routes: list[bool]) -> None:
         self.routes[layer] = routes
         if layer in self.layers:
-            self.layers[layer].routes = routes
+            self.layers[layer].decide(routes)
 
     def _pooled_columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if self._pooled is None:
@@ -114,11 +121,24 @@ class _Call:
         return tuple(tensor.to(device) for tensor in self._pooled)
 
     def finish(self) -> None:
-        """Publish what was decided."""
+        """Check that every layer took part, and publish what was decided."""
+        self.finished = True
+        routing = self.routing
+        missing = sorted(set(routing.layers) - self.attended)
+        if missing:
+            raise UnsupportedModelError(
+                f"layers {missing} did not call the registered attention function, so this model (or this way of "
+                "calling it, such as early exit) cannot be routed; call detach() to use it as it was"
+            )
         if not self.decides:
             return
-        routing = self.routing
         if self.soft:
+            trained = any(parameter.requires_grad for parameter in routing.routers.parameters())
+            if trained and torch.is_grad_enabled() and not self.gates[routing.layers[0]].requires_grad:
+                raise ValueError(
+                    "the gates carry no gradient: reentrant gradient checkpointing runs layers without one; enable it "
+                    "with gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
             routing.gates = torch.stack([self.gates[layer].cpu() for layer in routing.layers], dim=1)
             decided = routing.gates.detach() > 0.5
         else:
@@ -126,12 +146,21 @@ class _Call:
         logits = None
         if self.forced is None:
             logits = torch.stack([self.logits[layer].cpu() for layer in routing.layers], dim=1)
-        routing.routes = Routes(decided, logits, routing.layers, tuple(self.prompt_lengths), routing.pattern)
+        lengths = tuple(old + new for old, new in zip(self.past, self.prompt_lengths, strict=True))
+        routing.routes = Routes(decided, logits, routing.layers, lengths, routing.pattern)
 
     # Attention of one layer.
 
     def attend(self, layer: int, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
         """Attention output (B, S, H, D) of one layer, each row by its own route."""
+        if layer in self.attended and not self.finished:
+            raise UnsupportedModelError(f"layer {layer} calls attention twice in a call, so it cannot be routed")
+        self.attended.add(layer)
+        if value_BKSD.shape[-1] != query_BHSD.shape[-1]:
+            raise UnsupportedModelError(
+                f"values have {value_BKSD.shape[-1]} dimensions a head, queries {query_BHSD.shape[-1]}; routed layers "
+                "need the same"
+            )
         query = self.tokens.pack(query_BHSD)
         if self.soft:
             output = self._mixed(layer, query, self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD), scale)
@@ -154,7 +183,7 @@ class _Call:
         return output
 
     def _one(self, view: View, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
-        if not self.is_prompt and view.queries == 1:
+        if view.is_decode:
             return kernels.decode(query_RHSD, view.key_RKTD, view.value_RKTD, view.lengths, scale)
         sparse = self.routing.pattern
         if not self.is_prompt:  # what sparse rows keep allows sink + window only
@@ -174,9 +203,20 @@ class _Call:
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The registered attention function: routed layers by route, all others by SDPA."""
     call: _Call | None = kwargs.pop(CALL, None)
+    extras = [name for name in EXTRAS if kwargs.get(name) is not None]
     if call is None or module.layer_idx not in call.routing.layers:
+        if "s_aux" in extras:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has learned attention sinks in its sliding layers, which SDPA does not compute"
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if attention_mask is not None or kwargs.get("is_causal") is False:
+        extras.append("a mask of its own")
+    if extras:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks its attention function for {extras}, which routed layers do not compute"
         )
     if dropout:
         raise UnsupportedModelError(f"attention dropout is {dropout}; routed layers support none: set it to 0")
@@ -186,7 +226,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
 
 def _mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):
     """The registered mask function: none for routed layers, which know their tokens; SDPA's for all others."""
-    if not _in_routed_forward.get() or local_size is not None:
+    if _current.get() is None or local_size is not None:
         return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
     if mask_function is not causal_mask_function:
         raise UnsupportedModelError(
@@ -281,9 +321,11 @@ class Routing:
         ValueError
             Unless attached with ``keep_full_kv=True``: sparse layers have dropped what a full one would need.
         """
-        for layer in cache.layers:
-            if isinstance(layer, RoutedLayer):
-                layer.reroute()
+        layers = [layer for layer in cache.layers if isinstance(layer, RoutedLayer)]
+        if not layers:
+            raise ValueError("this cache has no routed layers: it was not filled by a model with routers attached")
+        for layer in layers:
+            layer.reroute()
 
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
         """Write the adapter; see ``adapters.save``."""
@@ -303,6 +345,12 @@ class Routing:
             del self._decoder.flux_routing
             self._decoder = None
 
+    def __deepcopy__(self, memo):
+        raise RuntimeError("a model with routers attached cannot be copied: detach, copy, attach to both")
+
+    def __reduce__(self):
+        raise RuntimeError("a model with routers attached cannot be pickled: detach first, save routers as an adapter")
+
     # Hooks.
 
     def _hook(self, decoder: nn.Module, attentions: dict[int, nn.Module]) -> None:
@@ -314,33 +362,33 @@ class Routing:
         def before_forward(module, args, kwargs):
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
             kwargs[CALL] = self._begin(kwargs)
-            kwargs[CALL].token = _in_routed_forward.set(True)
-            self._running.append(kwargs[CALL])
+            _current.set(kwargs[CALL])
             return (), kwargs
 
         def after_forward(module, args, output):
-            if not self._running:  # before_forward refused the call
-                return
-            call = self._running.pop()
-            _in_routed_forward.reset(call.token)
+            call = _current.get()
+            _current.set(None)
             if output is not None:  # None: the forward raised
                 call.finish()
 
-        self._running: list[_Call] = []
         self._handles.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
         self._handles.append(decoder.register_forward_hook(after_forward, always_call=True))
         for layer, attention in attentions.items():
             self._hook_layer(layer, attention)
 
     def _hook_layer(self, layer: int, attention: nn.Module) -> None:
-        current: list[_Call | None] = [None]
         heads, dim = _query_shape(self._decoder.config, attention)
 
         def before_attention(module, args, kwargs):
-            current[0] = kwargs.get(CALL)
+            if CALL not in kwargs:
+                raise UnsupportedModelError(
+                    f"{type(self._decoder).__name__} does not pass keyword arguments on to its attention layers, so "
+                    "they cannot be routed; call detach() to use the model as it was"
+                )
+            _current.set(kwargs[CALL])
 
         def after_query(module, args, output):
-            call = current[0]
+            call = _current.get()
             if call is not None and call.decides:
                 call.decide(layer, _query_states(output, call.tokens.width, heads, dim, args[0]))
 
@@ -349,6 +397,12 @@ class Routing:
 
     def _begin(self, kwargs: dict[str, Any]) -> _Call:
         """Check a forward call's arguments, put routed layers into its cache, and describe it."""
+        implementation = self._decoder.config._attn_implementation
+        if implementation != NAME:
+            raise RuntimeError(
+                f"the model's attention implementation was changed to {implementation!r} while routers were attached; "
+                "detach first, and attach again after changing it"
+            )
         if kwargs.get("output_attentions") or getattr(self._decoder.config, "output_attentions", False):
             raise UnsupportedModelError(
                 "output_attentions=True: routed layers do not compute attention weights; call without it, or detach"
@@ -398,6 +452,11 @@ class Routing:
                 f"past_key_values is a {kind}; routed layers need a DynamicCache, which generate() makes by default "
                 "(no cache_implementation)"
             )
+        if config.num_hidden_layers != self.config.base_model.num_layers:
+            raise UnsupportedModelError(
+                f"the call runs {config.num_hidden_layers} of {self.config.base_model.num_layers} layers (early exit), "
+                "which routing does not support"
+            )
         missing = config.num_hidden_layers - len(cache.layers)
         cache.layers.extend(DynamicLayer() for _ in range(missing))
         for index in self.layers:
@@ -412,6 +471,10 @@ class Routing:
                 raise ValueError("past_key_values was filled before routers were attached; start from an empty cache")
             else:
                 cache.layers[index] = RoutedLayer(self.pattern, self.keep_full_kv)
+        if len({cache.layers[index].seen for index in self.layers}) > 1:
+            raise ValueError(
+                "this KV cache was left half-filled by a call that failed or was interrupted; start from a new cache"
+            )
         return cache
 
     def _checkpoints(self) -> bool:
@@ -442,7 +505,9 @@ class Routing:
         tokens = Tokens.from_mask(mask[:, seen:])
         if not seen and min(tokens.lengths) == 0:
             raise ValueError(
-                f"attention_mask hides every token of sequence {tokens.lengths.index(0)}; expected a real one in each"
+                f"attention_mask hides every token of sequence {tokens.lengths.index(0)} in the first call, so it cannot "
+                "be routed; expected a real token in each (with chunked prefill of a left-padded batch, use a larger "
+                "chunk, or pad on the right)"
             )
         return tokens
 
@@ -482,14 +547,20 @@ def _query_states(output: torch.Tensor, length: int, heads: int, dim: int, sourc
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:
-    if not isinstance(getattr(model, "config", None), object) or not hasattr(model, "get_decoder"):
+    if not hasattr(model, "config") or not hasattr(model, "get_decoder"):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; expected a causal LM")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; routers need a decoder-only model")
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers"):
+        decoder = getattr(decoder, "model", decoder)
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "config"):
         raise UnsupportedModelError(
-            f"{type(decoder).__name__} has no `layers`; routers need a decoder in today's transformers layout"
+            f"{type(model).__name__} has no decoder with `layers`; routers need today's transformers layout"
+        )
+    if not getattr(model, "_supports_sdpa", True):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not use transformers' exchangeable attention functions, so it cannot be routed"
         )
     return decoder
 
@@ -502,21 +573,21 @@ def _full_attention_layers(decoder: nn.Module) -> dict[int, nn.Module]:
             f"{config.model_type} uses multi-head latent attention (MLA), whose KV cache is compressed across heads; "
             "routers support ordinary and grouped-query attention"
         )
-    for name in ("attn_logit_softcapping",):
-        if getattr(config, name, None):
-            raise UnsupportedModelError(f"{config.model_type} sets {name}, which routed layers do not compute")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UnsupportedModelError(f"{config.model_type} caps attention logits, which routed layers do not compute")
     types = getattr(config, "layer_types", None)
     found = {}
     for index, layer in enumerate(decoder.layers):
         attention = getattr(layer, "self_attn", None)
         if attention is None or getattr(attention, "layer_idx", None) != index:
             continue
-        sliding = getattr(attention, "sliding_window", None) is not None
+        if hasattr(layer, "encoder_attn"):
+            raise UnsupportedModelError(f"{config.model_type} attends to an encoder; routers need a decoder-only model")
         if types is not None:
-            sliding = sliding or types[index] != "full_attention"
-        elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-            sliding = True
-        if not sliding:
+            full = types[index] == "full_attention"
+        else:
+            full = not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+        if full:
             found[index] = attention
     if not found:
         raise UnsupportedModelError(
@@ -597,6 +668,11 @@ def attach(model: PreTrainedModel, routers: str | FluxConfig | Any = None, *, ke
     decoder = _find_decoder(model)
     if hasattr(decoder, "flux_routing"):
         raise RuntimeError("routers are attached to this model already; call detach() on their handle first")
+    if decoder.config._attn_implementation == NAME:
+        raise RuntimeError(
+            "this model shares its config object with a model that has routers attached; detach those first, or give "
+            "the model a config of its own (copy.deepcopy)"
+        )
     attentions = _full_attention_layers(decoder)
     base = _base_model(model, decoder, attentions)
     if routers is None or isinstance(routers, FluxConfig):
@@ -610,7 +686,7 @@ def attach(model: PreTrainedModel, routers: str | FluxConfig | Any = None, *, ke
     else:
         config, modules = adapters.load(routers, base)
     for index, attention in attentions.items():
-        device = next(_query_module(attention).parameters()).device
+        device = next(attention.parameters()).device
         if device.type != "meta":
             modules[str(index)].to(device)
     routing = Routing(model, config, modules, keep_full_kv)

@@ -95,6 +95,8 @@ class View:
         Keys and values to read, left-aligned.
     lengths : list of int or None
         Real keys of each row, where rows differ; None if all T are real in every row.
+    is_decode : bool
+        One query a row that sees all its keys, in whatever order they are.
     """
 
     rows: list[int]
@@ -103,6 +105,7 @@ class View:
     key_RKTD: torch.Tensor
     value_RKTD: torch.Tensor
     lengths: list[int] | None
+    is_decode: bool = False
 
 
 def take_rows(states: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -165,6 +168,15 @@ class _Store:
         """Store each row's first ``new`` tokens behind its ``past`` ones."""
         key_RKSD, value_RKSD = key_RKSD.detach(), value_RKSD.detach()
         self.reserve(max(p + n for p, n in zip(past, new, strict=True)), key_RKSD, value_RKSD)
+        if self.key_RKCD.is_inference() and not torch.is_inference_mode_enabled():
+            # Filled under torch.inference_mode, whose tensors cannot be written outside of it.
+            self.key_RKCD, self.value_RKCD = self.key_RKCD.clone(), self.value_RKCD.clone()
+        if set(new) == {1} and len(set(past)) > 1:  # decode of a ragged batch: one write for all rows
+            slots = self.slots(torch.tensor(past)).to(key_RKSD.device)
+            rows = torch.arange(len(past), device=key_RKSD.device)
+            self.key_RKCD[rows, :, slots] = key_RKSD[:, :, 0]
+            self.value_RKCD[rows, :, slots] = value_RKSD[:, :, 0]
+            return
         if len(set(zip(past, new, strict=True))) == 1:
             groups = [(slice(None), past[0], new[0])]
         else:
@@ -184,7 +196,7 @@ class _Store:
         """Keys and values of the store's rows ``index`` at ``slots``."""
         if isinstance(slots, torch.Tensor):
             slots = slots.to(self.key_RKCD.device)
-        return take_rows(self.key_RKCD, index)[:, :, slots], take_rows(self.value_RKCD, index)[:, :, slots]
+        return take_rows(self.key_RKCD[:, :, slots], index), take_rows(self.value_RKCD[:, :, slots], index)
 
     def select(self, rows: list[int], index: list[int]) -> None:
         """Become the store of batch rows ``rows``, copied from this store's rows ``index``."""
@@ -221,6 +233,7 @@ class RoutedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, routes too: the next call is a new prompt."""
         self.routes: list[bool] | None = None  # per row; None until the first prefill decides
+        self.decide_again = False
         self.lengths: list[int] = []  # real tokens of each row
         self.seen = 0  # columns, padding included
         self.tail = 0  # columns at the end that are real in every row
@@ -233,6 +246,15 @@ class RoutedLayer(CacheLayerMixin):
     def is_croppable(self) -> bool:
         return self.keep_full
 
+    @property
+    def undecided(self) -> bool:
+        """Whether the next call decides the routes."""
+        return self.routes is None or self.decide_again
+
+    def decide(self, routes: list[bool]) -> None:
+        """Set the rows' routes, True for full attention."""
+        self.routes, self.decide_again = routes, False
+
     def expect(self, tokens: Tokens) -> None:
         """Announce the tokens of the next ``update``."""
         self.pending = tokens
@@ -243,7 +265,7 @@ class RoutedLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """
         Store the new tokens and note, in ``views``, what each row's queries attend to. Gradients do not flow
-        through what is stored, only through the call's own tokens.
+        through what is stored, only through the tokens of a prompt or of several new tokens.
 
         Parameters
         ----------
@@ -322,12 +344,13 @@ class RoutedLayer(CacheLayerMixin):
                     same = [i for i, other in zip(index, lengths, strict=True) if other == length]
                     # The newest token is stored already, and a query sees window - 1 older ones.
                     key, value = store.read(same, store.visible(length))
-                    views.append(View([store.rows[i] for i in same], route, 1, key, value, None))
+                    views.append(View([store.rows[i] for i in same], route, 1, key, value, None, is_decode=True))
                 continue
             if store.ring:
                 lengths = [min(length, self.sink + self.window) for length in lengths]
             key, value = store.read(index, slice(max(lengths)))
-            views.append(View(rows, route, 1, key, value, lengths if min(lengths) < max(lengths) else None))
+            ragged = lengths if min(lengths) < max(lengths) else None
+            views.append(View(rows, route, 1, key, value, ragged, is_decode=True))
         return views
 
     def _continuation_views(self, key, value, past, new) -> list[View]:
@@ -366,7 +389,7 @@ class RoutedLayer(CacheLayerMixin):
 
     def select(self, index: list[int]) -> None:
         """Make row n of the cache what row ``index[n]`` was."""
-        if self.routes is None:
+        if self.routes is None or index == list(range(len(self.lengths))):
             return
         self.routes = [self.routes[row] for row in index]
         self.lengths = [self.lengths[row] for row in index]
@@ -428,6 +451,9 @@ class RoutedLayer(CacheLayerMixin):
                 f"cannot crop {count} tokens: sparse layers keep sink + window = {self.sink + self.window} tokens and "
                 "have dropped what would be needed; attach with keep_full_kv=True to be able to crop"
             )
+        if count == self.seen:
+            self.reset()
+            return
         self.seen -= count
         self.tail -= count
         self.lengths = [length - count for length in self.lengths]
@@ -443,7 +469,7 @@ class RoutedLayer(CacheLayerMixin):
         """
         if not self.keep_full:
             raise ValueError("sparse layers have dropped old tokens; attach with keep_full_kv=True to re-route")
-        self.routes = None
+        self.decide_again = True
 
     @property
     def nbytes(self) -> int:
