@@ -10,7 +10,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from test_attach import CONFIG, ids, randomize
 
-from flux_attention import AdapterError, adapters, attach
+from flux_attention import AdapterError, FluxConfig, adapters, attach
 
 
 @pytest.fixture
@@ -62,6 +62,16 @@ def test_another_model_is_refused_with_the_reason(saved):
     with pytest.raises(AdapterError):
         attach(model, saved)
     attach(model).detach()  # a refused adapter leaves the model as it was
+    with pytest.raises(AdapterError, match="its shape fits, but its embedding weights are others"):
+        attach(tiny_model("qwen3", seed=1), saved)
+
+
+def test_fine_tunes_and_other_dtypes_of_the_model_are_not_others(saved):
+    model = tiny_model("qwen3")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.02)
+    attach(model, saved).detach()
+    attach(tiny_model("qwen3").to(torch.float16), saved).detach()
 
 
 DAMAGE = {
@@ -86,7 +96,8 @@ DAMAGE = {
         lambda p: (p / adapters.CONFIG_FILE).write_text((p / adapters.CONFIG_FILE).read_text()[:50]),
         "not valid JSON",
     ),
-    "config without base model": (lambda p: (p / adapters.CONFIG_FILE).write_text("{}"), "names no base_model"),
+    "config without keys": (lambda p: (p / adapters.CONFIG_FILE).write_text("{}"), r"missing keys \['base_model'"),
+    "config without base model": (lambda p: FluxConfig().to_json(p / adapters.CONFIG_FILE), "names no base_model"),
     "unknown config key": (
         lambda p: (p / adapters.CONFIG_FILE).write_text(json.dumps({"x": 1})),
         r"unknown FluxConfig keys \['x'\]",

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -25,13 +26,18 @@ def test_file_round_trip(tmp_path):
     [
         ({"patern": "streaming"}, r"unknown FluxConfig keys \['patern'\]"),
         ({"pattern": "dense"}, "pattern is 'dense', expected one of"),
-        ({"window": 0}, "window is 0, expected a whole number of tokens, at least 1"),
+        ({"window": 0}, "window is 0, expected a whole number, at least 1"),
         ({"sink": -1}, "sink is -1"),
         ({"pool_size": 1.5}, "pool_size is 1.5"),
         ({"window": True}, "window is True"),
         ({"base_model": {"nam": "x"}}, r"unknown BaseModel keys \['nam'\]"),
         ({"base_model": {"name": "x"}}, "base_model is incomplete"),
         ({"base_model": 3}, "base_model is 3"),
+        ({"base_model": {**asdict(BASE), "head_dim": -4}}, "base_model.head_dim is -4"),
+        ({"base_model": {**asdict(BASE), "routed_layers": "12"}}, "base_model.routed_layers is '12'"),
+        ({"base_model": {**asdict(BASE), "routed_layers": 3}}, "base_model.routed_layers is 3"),
+        ({"base_model": {**asdict(BASE), "model_type": 3}}, "base_model.model_type is 3"),
+        ({"pattern": "triangle"}, r"missing keys \['base_model', 'last_n', 'pool_size', 'sink', 'window'\]"),
         ([], "expected a JSON object"),
     ],
 )

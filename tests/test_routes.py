@@ -46,9 +46,10 @@ def test_forcing(spec, expected):
     assert parse_routes(spec, 2, LAYERS).long().tolist() == [expected] * 2
 
 
-def test_forcing_each_sequence():
+def test_forcing_each_sequence_and_its_beams():
     bits = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 1]])
     assert torch.equal(parse_routes(bits, 2, LAYERS).long(), bits)
+    assert torch.equal(parse_routes(bits, 6, LAYERS).long(), bits.repeat_interleave(3, 0))
 
 
 @pytest.mark.parametrize("spec", ["dense", 1.5, -0.1, [1], [99], torch.ones(3), torch.ones(3, 4), None, True, {}])

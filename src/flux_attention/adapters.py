@@ -29,7 +29,8 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
     """
     Write an adapter.
 
-    Each file is written beside its place and then moved there, so an interrupted save leaves a former adapter whole.
+    Each file is written beside its place first: a full disk or an interrupt while writing leaves a former adapter as
+    it was.
 
     Parameters
     ----------
@@ -73,7 +74,7 @@ def push_to_hub(
         return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload layer routers"))
 
 
-def _resolve(path_or_id: str | os.PathLike) -> Path:
+def _resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """The local directory of an adapter: the path itself, or a download of the Hub repository of that id."""
     path = Path(path_or_id)
     if path.is_dir():
@@ -81,7 +82,7 @@ def _resolve(path_or_id: str | os.PathLike) -> Path:
     if path.exists():
         raise AdapterError(f"{path} is a file; expected a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterError(
@@ -89,9 +90,9 @@ def _resolve(path_or_id: str | os.PathLike) -> Path:
         ) from None
 
 
-def load_config(path_or_id: str | os.PathLike) -> tuple[Path, FluxConfig]:
+def load_config(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple[Path, FluxConfig]:
     """The directory and the configuration of an adapter."""
-    directory = _resolve(path_or_id)
+    directory = _resolve(path_or_id, revision)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise AdapterError(f"{directory} has no {name}; expected an adapter: {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -104,9 +105,11 @@ def load_config(path_or_id: str | os.PathLike) -> tuple[Path, FluxConfig]:
     return directory, config
 
 
-def load(path_or_id: str | os.PathLike, base_model: BaseModel) -> tuple[FluxConfig, nn.ModuleDict]:
+def load(
+    path_or_id: str | os.PathLike, base_model: BaseModel, revision: str | None = None
+) -> tuple[FluxConfig, nn.ModuleDict]:
     """
-    Read an adapter made for a model of the shape ``base_model``.
+    Read an adapter made for the model ``base_model``.
 
     Returns
     -------
@@ -121,7 +124,7 @@ def load(path_or_id: str | os.PathLike, base_model: BaseModel) -> tuple[FluxConf
         If a file is missing, truncated or not what it should be; if weights are missing, unknown, of another shape,
         or not finite; if the adapter was made for another model.
     """
-    directory, config = load_config(path_or_id)
+    directory, config = load_config(path_or_id, revision)
     differences = config.base_model.differences(base_model)
     if differences:
         raise AdapterError(

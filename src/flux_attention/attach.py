@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -207,7 +208,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     if call is None or module.layer_idx not in call.routing.layers:
         if "s_aux" in extras:
             raise UnsupportedModelError(
-                f"{type(module).__name__} has learned attention sinks in its sliding layers, which SDPA does not compute"
+                f"{type(module).__name__} has learned attention sinks in sliding layers, which SDPA does not compute"
             )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -505,9 +506,9 @@ class Routing:
         tokens = Tokens.from_mask(mask[:, seen:])
         if not seen and min(tokens.lengths) == 0:
             raise ValueError(
-                f"attention_mask hides every token of sequence {tokens.lengths.index(0)} in the first call, so it cannot "
-                "be routed; expected a real token in each (with chunked prefill of a left-padded batch, use a larger "
-                "chunk, or pad on the right)"
+                f"attention_mask hides every token of sequence {tokens.lengths.index(0)} in the first call, so it "
+                "cannot be routed; expected a real token in each (with chunked prefill of a left-padded batch, use a "
+                "larger chunk, or pad on the right)"
             )
         return tokens
 
@@ -557,10 +558,6 @@ def _find_decoder(model: nn.Module) -> nn.Module:
     if not hasattr(decoder, "layers") or not hasattr(decoder, "config"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no decoder with `layers`; routers need today's transformers layout"
-        )
-    if not getattr(model, "_supports_sdpa", True):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not use transformers' exchangeable attention functions, so it cannot be routed"
         )
     return decoder
 
@@ -629,10 +626,26 @@ def _base_model(model: nn.Module, decoder: nn.Module, attentions: dict[int, nn.M
         head_dim=dim,
         vocab_size=config.vocab_size,
         routed_layers=tuple(attentions),
+        sample=_sample(model),
     )
 
 
-def attach(model: PreTrainedModel, routers: str | FluxConfig | Any = None, *, keep_full_kv: bool = False) -> Routing:
+def _sample(model: nn.Module) -> tuple[float, ...] | None:
+    """Four embedding weights of four rows, in four digits."""
+    weight = model.get_input_embeddings().weight
+    if weight.device.type == "meta" or not weight.is_floating_point() or weight.ndim != 2:
+        return None
+    rows = torch.linspace(0, len(weight) - 1, 6, device=weight.device).long()[1:-1]
+    return tuple(float(f"{value:.4g}") for value in weight.detach()[rows, :4].float().flatten().tolist())
+
+
+def attach(
+    model: PreTrainedModel,
+    routers: str | os.PathLike | FluxConfig | None = None,
+    *,
+    revision: str | None = None,
+    keep_full_kv: bool = False,
+) -> Routing:
     """
     Attach layer routers to a frozen causal language model.
 
@@ -648,6 +661,8 @@ def attach(model: PreTrainedModel, routers: str | FluxConfig | Any = None, *, ke
     routers : str, os.PathLike or FluxConfig, optional
         Trained routers as a directory or a Hub id, or a configuration for fresh ones, which route everything to
         full attention. Default: ``FluxConfig()``.
+    revision : str, optional
+        Branch, tag or commit of a Hub repository.
     keep_full_kv : bool
         Keep the whole KV cache of sparse layers too, for ``Routing.reroute``, cropping and assisted decoding.
 
@@ -674,6 +689,8 @@ def attach(model: PreTrainedModel, routers: str | FluxConfig | Any = None, *, ke
             "the model a config of its own (copy.deepcopy)"
         )
     attentions = _full_attention_layers(decoder)
+    if not getattr(model, "_supports_sdpa", True):  # attention of a kind that SDPA, and so our kernels, cannot compute
+        raise UnsupportedModelError(f"{type(model).__name__} does not support SDPA attention, so it cannot be routed")
     base = _base_model(model, decoder, attentions)
     if routers is None or isinstance(routers, FluxConfig):
         config = replace(routers or FluxConfig(), base_model=base)
@@ -684,7 +701,7 @@ def attach(model: PreTrainedModel, routers: str | FluxConfig | Any = None, *, ke
             }
         )
     else:
-        config, modules = adapters.load(routers, base)
+        config, modules = adapters.load(routers, base, revision)
     for index, attention in attentions.items():
         device = next(attention.parameters()).device
         if device.type != "meta":

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 #: Names of the sparse-attention patterns (METHOD: "Patterns").
 PATTERNS = ("streaming", "triangle")
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise FluxConfigError(f"{name} is {value!r}, expected a whole number, at least {least}")
 
 
 class FluxConfigError(ValueError):
@@ -37,6 +43,14 @@ class BaseModel:
         The decoder's sizes; ``head_dim`` is that of the routed layers.
     routed_layers : tuple of int
         Indices of the layers that have a router: those with full attention over the whole context.
+    sample : tuple of float, optional
+        A few embedding weights, to tell models of one shape apart. Compared loosely, so that fine-tunes and other
+        dtypes pass; None where weights were not at hand.
+
+    Raises
+    ------
+    FluxConfigError
+        For a value of the wrong kind or out of range.
     """
 
     name: str
@@ -48,17 +62,34 @@ class BaseModel:
     head_dim: int
     vocab_size: int
     routed_layers: tuple[int, ...]
+    sample: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "routed_layers", tuple(self.routed_layers))
+        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+            _check_int("base_model." + name, getattr(self, name), 1)
+        for name in ("name", "model_type"):
+            if not isinstance(getattr(self, name), str):
+                raise FluxConfigError(f"base_model.{name} is {getattr(self, name)!r}, expected text")
+        for name, kinds in (("routed_layers", int), ("sample", (int, float))):
+            values = getattr(self, name)
+            if values is None and name == "sample":
+                continue
+            if not isinstance(values, (list, tuple)) or not all(isinstance(value, kinds) for value in values):
+                raise FluxConfigError(f"base_model.{name} is {values!r}, expected a list of numbers")
+            object.__setattr__(self, name, tuple(values))
 
     def differences(self, other: BaseModel) -> list[str]:
         """What differs from ``other``, one readable phrase each; empty if routers of one fit the other."""
-        return [
+        found = [
             f"{field.name} is {getattr(other, field.name)!r}, expected {getattr(self, field.name)!r}"
             for field in fields(self)
-            if field.name != "name" and getattr(self, field.name) != getattr(other, field.name)
+            if field.name not in ("name", "sample") and getattr(self, field.name) != getattr(other, field.name)
         ]
+        if not found and self.sample and other.sample:
+            change = math.dist(self.sample, other.sample) / (math.hypot(*self.sample) or 1.0)
+            if change > 0.2:
+                found.append(f"its shape fits, but its embedding weights are others (they differ by {change:.0%})")
+        return found
 
 
 @dataclass(frozen=True)
@@ -98,9 +129,7 @@ class FluxConfig:
         if self.pattern not in PATTERNS:
             raise FluxConfigError(f"pattern is {self.pattern!r}, expected one of {list(PATTERNS)}")
         for name, least in (("sink", 0), ("window", 1), ("last_n", 1), ("pool_size", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise FluxConfigError(f"{name} is {value!r}, expected a whole number of tokens, at least {least}")
+            _check_int(name, getattr(self, name), least)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; ``from_dict`` of it is equal to this configuration."""
@@ -129,7 +158,11 @@ class FluxConfig:
                 values["base_model"] = BaseModel(**base)
             except TypeError as error:
                 raise FluxConfigError(f"base_model is incomplete: {error}") from None
-        return cls(**values)
+        config = cls(**values)
+        missing = sorted({field.name for field in fields(cls)} - set(values))
+        if missing:
+            raise FluxConfigError(f"missing keys {missing}")
+        return config
 
     def to_json(self, path: str | Path) -> None:
         """Write the configuration to ``path``."""

@@ -121,12 +121,14 @@ def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[int]) -> torch.Te
     count = len(layers)
     routes = torch.zeros(batch, count, dtype=torch.bool)
     if isinstance(spec, torch.Tensor):
-        if spec.shape not in ((count,), (batch, count)):
+        rows = {1: 1, 2: len(spec)}.get(spec.ndim, 0) if spec.shape[-1:] == (count,) else 0
+        if rows == 0 or batch % rows:
             raise ValueError(
                 f"forced routes have shape {tuple(spec.shape)}, expected ({count},) or ({batch}, {count}): "
                 "(routed layers,) or (batch, routed layers)"
             )
-        return (spec.detach().cpu() != 0).expand(batch, count).clone()
+        # generate() repeats each sequence for beams and num_return_sequences.
+        return (spec.detach().cpu() != 0).view(rows, count).repeat_interleave(batch // rows, dim=0)
     if isinstance(spec, str):
         if spec not in ("full", "sparse"):
             raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")

@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-#: Queries that are computed at a time where a mask is needed. Bounds the mask to BLOCK × keys.
+#: Queries that are computed at a time where a mask is needed, at most.
 BLOCK = 512
+#: Elements of such a mask, at most.
+MASK_SIZE = 2**24
 
 
 def _masked(query_BHSD, key_BKTD, value_BKTD, mask, scale):
@@ -35,9 +37,11 @@ def full(query_BHSD, key_BKTD, value_BKTD, scale):
         return F.scaled_dot_product_attention(
             query_BHSD, key_BKTD, value_BKTD, is_causal=True, scale=scale, enable_gqa=True
         )
+    groups = query_BHSD.shape[1] // key_BKTD.shape[1]
+    block = max(16, min(BLOCK, MASK_SIZE // (keys * groups)))
     outputs = []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
         seen = keys - length + stop
         i = torch.arange(seen - (stop - start), seen, device=query_BHSD.device)[:, None]
         mask = torch.arange(seen, device=query_BHSD.device)[None, :] <= i

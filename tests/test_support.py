@@ -1,0 +1,163 @@
+"""A model type is either routed exactly or refused in words, never computed wrongly."""
+
+import contextlib
+
+import pytest
+import torch
+import transformers
+from conftest import SMALL, tiny_model
+from test_attach import CONFIG, ids
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flux_attention import UnsupportedModelError, attach
+
+#: Sizes by whatever names a configuration has for them.
+SIZES = dict(
+    head_dim=8, num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_routed_experts=4,
+    d_model=32, n_head=4, n_layer=3, num_layers=3, ffn_dim=48, word_embed_proj_dim=32, decoder_layers=3,
+    decoder_attention_heads=4, decoder_ffn_dim=32, num_kv_shared_layers=0, hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=96, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+    linear_value_head_dim=8, shared_expert_intermediate_size=16,
+)  # fmt: skip
+HYBRID = dict(num_hidden_layers=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+CHANGES = {
+    "cohere2": HYBRID,
+    "exaone4": HYBRID,
+    "olmo3": HYBRID,
+    "qwen3_next": dict(num_hidden_layers=4),
+    "mimo_v2_flash": dict(HYBRID, v_head_dim=8, mlp_layer_types=["dense"] * 4),
+}
+EXACT = [
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "glm", "granite", "granitemoe", "helium",
+    "mixtral", "olmo", "olmo3", "olmoe", "opt", "phi", "phimoe", "qwen2_moe", "qwen3_next", "smollm3", "starcoder2",
+]  # fmt: skip
+REFUSED = {
+    "bart": "attends to an encoder",
+    "bert": "no decoder with `layers`",
+    "bloom": "no decoder with `layers`",
+    "deepseek_v3": "multi-head latent attention",
+    "diffllama": "twice|queries|did not call",
+    "doge": "a mask of its own",
+    "gemma2": "caps attention logits",
+    "gpt2": "no decoder with `layers`",
+    "gpt_oss": "learned attention sinks",
+    "mamba": "nothing to route",
+    "mimo_v2_flash": "does not support SDPA|learned attention sinks",
+    "nemotron": "does not pass keyword arguments",
+    "xglm": "did not call the registered attention|does not support SDPA",
+}
+
+
+def build(model_type):
+    try:
+        known = set(AutoConfig.for_model(model_type).to_dict())
+    except ValueError:
+        pytest.skip("this version of transformers has no such model")
+    sizes = {**SMALL, **{name: size for name, size in SIZES.items() if name in known}, **CHANGES.get(model_type, {})}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(6.0 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 2.0)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+@torch.no_grad()
+def test_routed_exactly(model_type):
+    model = build(model_type)
+    prompt = ids(2, 40)
+    mask = torch.ones_like(prompt)
+    mask[1, :7] = 0
+
+    def outputs():
+        logits = model(prompt).logits
+        return logits, *(
+            model.generate(prompt, attention_mask=m, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            for m in (torch.ones_like(mask), mask)
+        )
+
+    logits, greedy, padded = outputs()
+    routing = attach(model, CONFIG)
+    routed = outputs()
+    scale = logits.abs().max()
+    assert (routed[0] - logits).abs().max() < 1e-3 * scale
+    assert torch.equal(routed[1], greedy)
+    assert torch.equal(routed[2], padded)
+    with routing.force("sparse"):
+        sparse = model(prompt).logits
+        assert (sparse - logits).abs().max() > 1e-3 * scale
+        cache = model(prompt[:, :10]).past_key_values
+        steps = torch.cat([model(prompt[:, i : i + 1], past_key_values=cache).logits for i in range(10, 40)], 1)
+        assert (steps - sparse[:, 10:]).abs().max() < 1e-2 * scale
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+@torch.no_grad()
+def test_refused_in_words(model_type):
+    """At attach where the configuration tells, else at the first call; never a wrong result."""
+    model = build(model_type)
+
+    def use():
+        attach(model, CONFIG)
+        model(ids(2, 40))
+
+    with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
+        use()
+
+
+def test_encoder_decoders_are_refused():
+    config = transformers.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder; routers need a decoder-only model"):
+        attach(transformers.T5ForConditionalGeneration(config), CONFIG)
+    with pytest.raises(UnsupportedModelError, match="is not a transformers model"):
+        attach(torch.nn.Linear(2, 2), CONFIG)
+
+
+def test_attention_dropout_is_refused():
+    model = tiny_model("llama", attention_dropout=0.1).train()
+    attach(model, CONFIG)
+    with pytest.raises(UnsupportedModelError, match=r"attention dropout is 0\.1"):
+        model(ids(1, 8))
+
+
+def test_a_shared_config_is_refused():
+    first = tiny_model("llama")
+    second = AutoModelForCausalLM.from_config(first.config).eval()
+    assert second.config is first.config or pytest.skip("from_config copies the configuration in this transformers")
+    routing = attach(first, CONFIG)
+    with pytest.raises(RuntimeError, match="shares its config object"):
+        attach(second, CONFIG)
+    with torch.no_grad():
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+        beside = second(ids(1, 6), attention_mask=mask).logits  # the unrouted model keeps working meanwhile
+        routing.detach()
+        torch.testing.assert_close(second(ids(1, 6), attention_mask=mask).logits, beside)
+
+
+def test_changing_the_attention_implementation_while_attached_is_refused():
+    model = tiny_model("llama")
+    attach(model, CONFIG)
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="was changed to 'eager' while routers were attached"):
+        model(ids(1, 8))
+
+
+def test_early_exit_is_refused():
+    model = tiny_model("llama")
+    attach(model, CONFIG)
+    model.config.num_hidden_layers = 2
+    with pytest.raises(UnsupportedModelError, match="2 of 3 layers"):
+        model(ids(1, 8))
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients():
+    model = tiny_model("llama").train()
+    with contextlib.suppress(TypeError):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    routing = attach(model, CONFIG)
+    with routing.soft(1.0), pytest.raises(ValueError, match="use_reentrant"):
+        model(ids(1, 8), labels=ids(1, 8))
