@@ -7,6 +7,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+# One test process a core: more threads than cores slow each other down many times over.
+torch.set_num_threads(1)
+
 VOCAB = 96
 SMALL = dict(
     vocab_size=VOCAB,

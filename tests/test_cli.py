@@ -10,7 +10,7 @@ import time
 import pytest
 
 COMMAND = [sys.executable, "-m", "flux_attention.cli"]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "NO_COLOR": "1"}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
 
 
 def flux(*arguments, stdin="", timeout=300):
@@ -22,7 +22,8 @@ def flux(*arguments, stdin="", timeout=300):
 @pytest.fixture(scope="module")
 def prompt(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "prompt.txt"
-    lines = ["# The secret code of the silver whale is 48213."] + [f"x{i} = compute({i})" for i in range(300)]
+    lines = [f"x{i} = compute({i})" for i in range(400)]
+    lines.insert(50, "# The secret code of the silver whale is 48213.")  # behind the sink, before the window
     path.write_text("\n".join(lines) + "\n# Question: What is the secret code of the silver whale?\n# Answer:")
     return str(path)
 

@@ -1,0 +1,86 @@
+"""The shipped model: small, stock, and doing what README says, on inputs that are the same on every run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flux_attention.evaluation.harness import evaluate
+from flux_attention.evaluation.tasks import FAMILIES, Haystack, make_sample
+from flux_attention.evaluation.text import local_texts
+from flux_attention.shipped import BACKBONE, ROUTERS, load_shipped
+
+LENGTH = 4096
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_shipped()
+
+
+@pytest.fixture(scope="module")
+def haystack(shipped):
+    return Haystack(local_texts(True, max_chars=200_000), shipped[1])
+
+
+def test_files_are_small_stock_and_safe():
+    files = [path for folder in (BACKBONE, ROUTERS) for path in folder.iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 25 * 2**20
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    config = json.loads((BACKBONE / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert "auto_map" not in config
+
+
+def test_weights_are_finite_and_routers_decide_differently(shipped):
+    model, _, routing = shipped
+    assert all(parameter.isfinite().all() for parameter in (*model.parameters(), *routing.routers.parameters()))
+    assert routing.config.base_model.sample is not None
+
+
+@pytest.mark.parametrize("family", ["single_needle", "two_hop"])
+def test_routing_keeps_answers_that_sparse_attention_loses(shipped, haystack, family):
+    model, tokenizer, routing = shipped
+    samples = [make_sample(family, haystack, tokenizer, LENGTH, seed) for seed in range(4)]
+    routed = evaluate(model, samples, routing)
+    assert routed.accuracy >= 0.75
+    assert routed.msr >= 0.4
+    with routing.force("sparse"):
+        assert evaluate(model, samples, routing).accuracy <= 0.5
+
+
+def test_plain_text_needs_fewer_full_layers_than_questions(shipped, haystack):
+    model, tokenizer, routing = shipped
+    sparsity = {
+        family: evaluate(model, [make_sample(family, haystack, tokenizer, 1024, s) for s in range(3)], routing).msr
+        for family in ("plain", "two_hop")
+    }
+    assert sparsity["plain"] >= sparsity["two_hop"] + 0.15
+
+
+@torch.no_grad()
+def test_scores_are_what_greedy_generation_gives(shipped, haystack):
+    """The harness scores in one forward; generating through the routed cache must agree, right or wrong."""
+    model, tokenizer, routing = shipped
+    for family in ("multi_key", "multi_value", "count"):
+        for seed in range(2):
+            sample = make_sample(family, haystack, tokenizer, 1536, seed)
+            for spec in ("full", "sparse", [6, 8]):
+                with routing.force(spec):
+                    right = evaluate(model, [sample], routing).right[0]
+                    ids = torch.from_numpy(sample.prompt_ids.astype(np.int64))[None]
+                    new = model.generate(ids, max_new_tokens=len(sample.answer_ids), do_sample=False, pad_token_id=2)
+                assert (new[0, ids.shape[1] :].tolist() == sample.answer_ids.tolist()) == right, (family, seed, spec)
+
+
+def test_reported_numbers_are_of_this_model():
+    """The committed report covers every family and method, with at least 200 samples."""
+    path = Path(__file__).parents[1] / "benchmarks/results/demo_quality.json"
+    report = json.loads(path.read_text())
+    seen = {(row["task"], row["method"]) for row in report["rows"]}
+    assert seen == {(family, method) for family in FAMILIES for method in ("dense", "routed", "sparse", "static")}
+    assert all(row["n"] >= 200 and 0 <= row["sparsity"] <= 1 for row in report["rows"])
+    config = json.loads((ROUTERS / "flux_config.json").read_text())
+    assert (report["meta"]["sink"], report["meta"]["window"]) == (config["sink"], config["window"])
