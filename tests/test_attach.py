@@ -1,7 +1,5 @@
 """The invariants of attaching: nothing changes until routes do, and what routes change is exactly the mask."""
 
-import sys
-
 import pytest
 import torch
 from conftest import VOCAB, tiny_model
@@ -11,6 +9,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import flux_attention.call
 from flux_attention import FluxConfig, UnsupportedModelError, attach, kv_bytes
 from flux_attention.patterns import Full
 
@@ -358,9 +357,7 @@ def test_gradients_of_mixed_attention_equal_those_of_the_plain_formula(config, m
     weight = torch.randn(3, 30, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     routing = attach(model, config)
     pattern, remaining = routing.pattern, list(gates)
-    monkeypatch.setattr(
-        sys.modules["flux_attention.attach"], "soft_route", lambda logits, temperature: remaining.pop(0)
-    )
+    monkeypatch.setattr(flux_attention.call, "soft_route", lambda logits, temperature: remaining.pop(0))
     with routing.soft(1.0):
         logits = model(inputs_embeds=embeds, prompt_lengths=lengths).logits
     actual = torch.autograd.grad((logits * weight).sum(), [embeds, *gates])

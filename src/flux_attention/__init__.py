@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flux_attention.adapters import AdapterError as AdapterError
     from flux_attention.attach import Routing as Routing
-    from flux_attention.attach import UnsupportedModelError as UnsupportedModelError
     from flux_attention.attach import attach as attach
     from flux_attention.cache import kv_bytes as kv_bytes
+    from flux_attention.call import UnsupportedModelError as UnsupportedModelError
     from flux_attention.config import FluxConfig as FluxConfig
     from flux_attention.config import FluxConfigError as FluxConfigError
     from flux_attention.routes import Routes as Routes
@@ -28,7 +28,7 @@ _HOMES = {
     "FluxConfigError": "config",
     "Routes": "routes",
     "Routing": "attach",
-    "UnsupportedModelError": "attach",
+    "UnsupportedModelError": "call",
     "attach": "attach",
     "kv_bytes": "cache",
 }

@@ -2,7 +2,7 @@
 
 Nothing is copied or patched: hooks on modules, an attention function and a mask function registered under the
 name ``flux``, and cache layers of our own in the cache that the caller or ``generate`` made. One forward call of
-the decoder is a ``_Call``. It travels to the layers as a keyword argument, so that gradient checkpointing, which
+the decoder is a ``Call``. It travels to the layers as a keyword argument, so that gradient checkpointing, which
 runs layers again, finds it; within a layer a context variable holds it, so that threads do not mix.
 
 Shape suffixes: B batch, S query length, H query heads, D head dim, L routed layers.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import os
 from contextvars import ContextVar
 from dataclasses import replace
@@ -25,11 +24,12 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from flux_attention import adapters, kernels
-from flux_attention.cache import RoutedLayer, Tokens, View, prompt_views, take_rows
+from flux_attention import adapters
+from flux_attention.cache import RoutedLayer, Tokens
+from flux_attention.call import Call, UnsupportedModelError
 from flux_attention.config import BaseModel, FluxConfig
-from flux_attention.patterns import Full, Streaming, sparse_pattern
-from flux_attention.router import LayerRouter, hard_route, pool_query, pooled_slots, soft_route
+from flux_attention.patterns import sparse_pattern
+from flux_attention.router import LayerRouter
 from flux_attention.routes import Routes, RouteSpec, parse_routes
 
 #: The name under which attention and mask functions are registered, and the keyword that carries the call.
@@ -38,172 +38,12 @@ CALL = "flux_call"
 #: Arguments with which models ask their attention function for more than softmax attention.
 EXTRAS = ("s_aux", "softcap", "position_bias", "sliding_window")
 
-_current: ContextVar[_Call | None] = ContextVar("flux_call", default=None)
-
-
-class UnsupportedModelError(ValueError):
-    """A model or a call that routing cannot serve; the message says what was found and what is supported."""
-
-
-# --- One forward call -------------------------------------------------------------------------------------------
-
-
-class _Call:
-    """One forward call of the decoder: its tokens, its cache, and the routes that are decided in it."""
-
-    def __init__(self, routing: Routing, tokens: Tokens, prompt_lengths: list[int], cache: DynamicCache | None):
-        self.routing, self.tokens, self.prompt_lengths, self.cache = routing, tokens, prompt_lengths, cache
-        self.batch = len(tokens.lengths)
-        self.layers: dict[int, RoutedLayer] = {}
-        if cache is not None:
-            self.layers = {index: cache.layers[index] for index in routing.layers}
-        first = self.layers.get(routing.layers[0])
-        self.is_prompt = first is None or first.seen == 0
-        self.decides = first is None or first.undecided
-        self.past = [0] * self.batch if self.is_prompt else list(first.lengths)
-        self.attended: set[int] = set()
-        self.finished = False
-        # At the end of a prompt that is decided in this call: each layer's routes, or soft gates in training.
-        self.routes: dict[int, list[bool]] = {}
-        self.logits: dict[int, torch.Tensor] = {}
-        self.gates: dict[int, torch.Tensor] = {}
-        self.forced: torch.Tensor | None = None
-        if self.decides and routing._forced is not None:
-            self.forced = parse_routes(routing._forced, self.batch, routing.layers)
-        # Whether both branches run and the gates carry gradients; kept here as recomputation may come after the
-        # `soft` block has ended.
-        self.temperature = routing._temperature if self.decides and self.forced is None else None
-        if self.decides and not self.is_prompt and min(tokens.lengths) == 0:
-            raise ValueError("cannot re-route: a sequence of the batch has no new token to read")
-        self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def soft(self) -> bool:
-        return self.temperature is not None
-
-    def decide(self, layer: int, query_BSHD: torch.Tensor) -> None:
-        """Decide one layer's routes from its query states."""
-        if self.forced is not None:
-            self._set(layer, self.forced[:, self.routing.layers.index(layer)].tolist())
-            return
-        if layer in self.routes and not self.finished:
-            raise UnsupportedModelError(f"layer {layer} computes its query twice in a call, so it cannot be routed")
-        router = self.routing.routers[str(layer)]
-        device = query_BSHD.device
-        if next(router.parameters()).device != device:
-            router.to(device)
-        columns, weights = self._pooled_columns(device)
-        logits = router(pool_query(query_BSHD, columns, weights))
-        self.logits[layer] = logits.detach()
-        if self.soft:
-            self.gates[layer] = soft_route(logits, self.temperature)
-            return
-        # The one host synchronisation of a layer's prefill: how a row is computed depends on its route.
-        values = logits.detach().cpu()
-        if not math.isfinite(values.sum().item()):
-            bad = [row for row in range(self.batch) if not values[row].isfinite().all()]
-            raise ValueError(
-                f"the router of layer {layer} read NaN or infinite query states in sequences {bad} of the batch; "
-                "the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
-            )
-        self._set(layer, hard_route(values).tolist())
-
-    def _set(self, layer: int, routes: list[bool]) -> None:
-        self.routes[layer] = routes
-        if layer in self.layers:
-            self.layers[layer].decide(routes)
-
-    def _pooled_columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._pooled is None:
-            slots, weights = pooled_slots(torch.tensor(self.prompt_lengths), self.routing.config.pool_size)
-            if self.tokens.columns_BS is not None:
-                slots = self.tokens.columns_BS.cpu().gather(1, slots)
-            self._pooled = slots, weights
-        return tuple(tensor.to(device) for tensor in self._pooled)
-
-    def finish(self) -> None:
-        """Check that every layer took part, and publish what was decided."""
-        self.finished = True
-        routing = self.routing
-        missing = sorted(set(routing.layers) - self.attended)
-        if missing:
-            raise UnsupportedModelError(
-                f"layers {missing} did not call the registered attention function, so this model (or this way of "
-                "calling it, such as early exit) cannot be routed; call detach() to use it as it was"
-            )
-        if not self.decides:
-            return
-        if self.soft:
-            trained = any(parameter.requires_grad for parameter in routing.routers.parameters())
-            if trained and torch.is_grad_enabled() and not self.gates[routing.layers[0]].requires_grad:
-                raise ValueError(
-                    "the gates carry no gradient: reentrant gradient checkpointing runs layers without one; enable it "
-                    "with gradient_checkpointing_kwargs={'use_reentrant': False}"
-                )
-            routing.gates = torch.stack([self.gates[layer].cpu() for layer in routing.layers], dim=1)
-            decided = routing.gates.detach() > 0.5
-        else:
-            decided = torch.tensor([self.routes[layer] for layer in routing.layers]).T
-        logits = None
-        if self.forced is None:
-            logits = torch.stack([self.logits[layer].cpu() for layer in routing.layers], dim=1)
-        lengths = tuple(old + new for old, new in zip(self.past, self.prompt_lengths, strict=True))
-        routing.routes = Routes(decided, logits, routing.layers, lengths, routing.pattern)
-
-    # Attention of one layer.
-
-    def attend(self, layer: int, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
-        """Attention output (B, S, H, D) of one layer, each row by its own route."""
-        if layer in self.attended and not self.finished:
-            raise UnsupportedModelError(f"layer {layer} calls attention twice in a call, so it cannot be routed")
-        self.attended.add(layer)
-        if value_BKSD.shape[-1] != query_BHSD.shape[-1]:
-            raise UnsupportedModelError(
-                f"values have {value_BKSD.shape[-1]} dimensions a head, queries {query_BHSD.shape[-1]}; routed layers "
-                "need the same"
-            )
-        query = self.tokens.pack(query_BHSD)
-        if self.soft:
-            output = self._mixed(layer, query, self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD), scale)
-        else:
-            if layer in self.layers:
-                views = self.layers[layer].take_views()
-            else:
-                key, value = self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD)
-                views = prompt_views(self.routes[layer], self.tokens, key, value)
-            output = self._by_view(views, query, scale)
-        return self.tokens.unpack(output).transpose(1, 2).contiguous()
-
-    def _by_view(self, views: list[View], query: torch.Tensor, scale: float) -> torch.Tensor:
-        if len(views) == 1 and views[0].queries == query.shape[2] and len(views[0].rows) == self.batch:
-            return self._one(views[0], query, scale)
-        output = torch.zeros_like(query)
-        for view in views:
-            part = self._one(view, take_rows(query, view.rows)[:, :, : view.queries], scale)
-            output[view.rows, :, : view.queries] = part
-        return output
-
-    def _one(self, view: View, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
-        if view.is_decode:
-            return kernels.decode(query_RHSD, view.key_RKTD, view.value_RKTD, view.lengths, scale)
-        sparse = self.routing.pattern
-        if not self.is_prompt:  # what sparse rows keep allows sink + window only
-            sparse = Streaming(sparse.sink, sparse.window)
-        pattern = Full() if view.route else sparse
-        prompt_lengths = [self.prompt_lengths[row] for row in view.rows]
-        return pattern.prefill(query_RHSD, view.key_RKTD, view.value_RKTD, scale, prompt_lengths)
-
-    def _mixed(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """O = z · FA + (1 − z) · SA, with the straight-through gate z of each sequence."""
-        gate = self.gates[layer].to(query.dtype)[:, None, None, None]
-        full = Full().prefill(query, key, value, scale)
-        sparse = self.routing.pattern.prefill(query, key, value, scale, self.prompt_lengths)
-        return gate * full + (1 - gate) * sparse
+_current: ContextVar[Call | None] = ContextVar("flux_call", default=None)
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The registered attention function: routed layers by route, all others by SDPA."""
-    call: _Call | None = kwargs.pop(CALL, None)
+    call: Call | None = kwargs.pop(CALL, None)
     extras = [name for name in EXTRAS if kwargs.get(name) is not None]
     if call is None or module.layer_idx not in call.routing.layers:
         if "s_aux" in extras:
@@ -261,6 +101,10 @@ class Routing:
         What sparse layers compute in prefill.
     routes : Routes or None
         What the last prefill decided.
+    forced : what ``force`` takes, or None
+        Routes in force.
+    temperature : float, torch.Tensor or None
+        Of soft decisions, within ``soft``.
     gates : torch.Tensor or None
         In training (``soft``): float32 (B, L) on the CPU, the last forward's straight-through decisions, through
         which gradients flow to the routers.
@@ -272,8 +116,8 @@ class Routing:
         self.pattern = sparse_pattern(config)
         self.routes: Routes | None = None
         self.gates: torch.Tensor | None = None
-        self._forced: RouteSpec | None = None
-        self._temperature: float | torch.Tensor | None = None
+        self.forced: RouteSpec | None = None
+        self.temperature: float | torch.Tensor | None = None
         self._handles: list[Any] = []
         self._decoder: nn.Module | None = None
         self._stock_attention: str | None = None
@@ -293,11 +137,11 @@ class Routing:
         """
         if not isinstance(routes, torch.Tensor):
             parse_routes(routes, 1, self.layers)  # a wrong request fails here, not in the next forward
-        before, self._forced = self._forced, routes
+        before, self.forced = self.forced, routes
         try:
             yield self
         finally:
-            self._forced = before
+            self.forced = before
 
     @contextlib.contextmanager
     def soft(self, temperature: float | torch.Tensor):
@@ -307,11 +151,11 @@ class Routing:
         Both branches run and gradients flow to the routers. Pass ``prompt_lengths`` (B real tokens each) to the
         model's forward where the sequences hold answers, which routers must not read.
         """
-        before, self._temperature = self._temperature, temperature
+        before, self.temperature = self.temperature, temperature
         try:
             yield self
         finally:
-            self._temperature = before
+            self.temperature = before
 
     def reroute(self, cache: DynamicCache) -> None:
         """
@@ -396,7 +240,7 @@ class Routing:
         self._handles.append(attention.register_forward_pre_hook(before_attention, with_kwargs=True))
         self._handles.append(_query_module(attention).register_forward_hook(after_query))
 
-    def _begin(self, kwargs: dict[str, Any]) -> _Call:
+    def _begin(self, kwargs: dict[str, Any]) -> Call:
         """Check a forward call's arguments, put routed layers into its cache, and describe it."""
         implementation = self._decoder.config._attn_implementation
         if implementation != NAME:
@@ -429,7 +273,8 @@ class Routing:
                     f"prompt_lengths is {prompt_lengths}, expected {batch} numbers of tokens between 1 and the "
                     f"sequences' lengths {tokens.lengths}"
                 )
-        call = _Call(self, tokens, prompt_lengths, cache)
+        layers = {} if cache is None else {index: cache.layers[index] for index in self.layers}
+        call = Call(self, tokens, prompt_lengths, layers)
         if call.soft and cache is not None:
             raise ValueError("soft routing is for training and keeps no KV cache; pass use_cache=False")
         for cached in call.layers.values():
@@ -442,7 +287,7 @@ class Routing:
         if cache is None:
             use_cache = kwargs.get("use_cache")
             use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
-            if self._temperature is not None or (self._decoder.training and self._checkpoints()):
+            if self.temperature is not None or (self._decoder.training and self._checkpoints()):
                 kwargs["use_cache"] = use_cache = False
             if not use_cache:
                 return None

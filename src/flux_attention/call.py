@@ -1,0 +1,190 @@
+"""One forward call of a routed decoder: which tokens are real, which routes are decided, and attention by route.
+
+Knows nothing of transformers: ``attach`` makes a ``Call`` for each forward and its hooks feed it.
+
+Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, D head dim, R rows of one view.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from flux_attention import kernels
+from flux_attention.cache import RoutedLayer, Tokens, View, prompt_views, take_rows
+from flux_attention.patterns import Full, Streaming
+from flux_attention.router import hard_route, pool_query, pooled_slots, soft_route
+from flux_attention.routes import Routes, parse_routes
+
+if TYPE_CHECKING:
+    from flux_attention.attach import Routing
+
+
+class UnsupportedModelError(ValueError):
+    """A model or a call that routing cannot serve; the message says what was found and what is supported."""
+
+
+class Call:
+    """
+    One forward call of the decoder.
+
+    Parameters
+    ----------
+    routing : Routing
+        The attached routers.
+    tokens : Tokens
+        Which of the call's tokens are real.
+    prompt_lengths : list of int
+        Real tokens of each row that its router may read.
+    layers : dict of int to RoutedLayer
+        The routed layers of the KV cache; empty without a cache.
+    """
+
+    def __init__(self, routing: Routing, tokens: Tokens, prompt_lengths: list[int], layers: dict[int, RoutedLayer]):
+        self.routing, self.tokens, self.prompt_lengths, self.layers = routing, tokens, prompt_lengths, layers
+        self.batch = len(tokens.lengths)
+        first = self.layers.get(routing.layers[0])
+        self.is_prompt = first is None or first.seen == 0
+        self.decides = first is None or first.undecided
+        self.past = [0] * self.batch if self.is_prompt else list(first.lengths)
+        self.attended: set[int] = set()
+        self.finished = False
+        # What this call decides, by layer: routes, or soft gates in training.
+        self.routes: dict[int, list[bool]] = {}
+        self.logits: dict[int, torch.Tensor] = {}
+        self.gates: dict[int, torch.Tensor] = {}
+        self.forced: torch.Tensor | None = None
+        if self.decides and routing.forced is not None:
+            self.forced = parse_routes(routing.forced, self.batch, routing.layers)
+        # Whether both branches run and the gates carry gradients; kept here as recomputation may come after the
+        # `soft` block has ended.
+        self.temperature = routing.temperature if self.decides and self.forced is None else None
+        if self.decides and not self.is_prompt and min(tokens.lengths) == 0:
+            raise ValueError("cannot re-route: a sequence of the batch has no new token to read")
+        self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def soft(self) -> bool:
+        """Whether both branches run and the gates carry gradients."""
+        return self.temperature is not None
+
+    def decide(self, layer: int, query_BSHD: torch.Tensor) -> None:
+        """Decide one layer's routes from its query states."""
+        if self.forced is not None:
+            self._set(layer, self.forced[:, self.routing.layers.index(layer)].tolist())
+            return
+        if layer in self.routes and not self.finished:
+            raise UnsupportedModelError(f"layer {layer} computes its query twice in a call, so it cannot be routed")
+        router = self.routing.routers[str(layer)]
+        device = query_BSHD.device
+        if next(router.parameters()).device != device:
+            router.to(device)
+        columns, weights = self._pooled_columns(device)
+        logits = router(pool_query(query_BSHD, columns, weights))
+        self.logits[layer] = logits.detach()
+        if self.soft:
+            self.gates[layer] = soft_route(logits, self.temperature)
+            return
+        # The one host synchronisation of a layer's prefill: how a row is computed depends on its route.
+        values = logits.detach().cpu()
+        if not math.isfinite(values.sum().item()):
+            bad = [row for row in range(self.batch) if not values[row].isfinite().all()]
+            raise ValueError(
+                f"the router of layer {layer} read NaN or infinite query states in sequences {bad} of the batch; "
+                "the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
+            )
+        self._set(layer, hard_route(values).tolist())
+
+    def _set(self, layer: int, routes: list[bool]) -> None:
+        self.routes[layer] = routes
+        if layer in self.layers:
+            self.layers[layer].decide(routes)
+
+    def _pooled_columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._pooled is None:
+            slots, weights = pooled_slots(torch.tensor(self.prompt_lengths), self.routing.config.pool_size)
+            if self.tokens.columns_BS is not None:
+                slots = self.tokens.columns_BS.cpu().gather(1, slots)
+            self._pooled = slots, weights
+        return tuple(tensor.to(device) for tensor in self._pooled)
+
+    def finish(self) -> None:
+        """Check that every layer took part, and publish what was decided."""
+        self.finished = True
+        routing = self.routing
+        missing = sorted(set(routing.layers) - self.attended)
+        if missing:
+            raise UnsupportedModelError(
+                f"layers {missing} did not call the registered attention function, so this model (or this way of "
+                "calling it, such as early exit) cannot be routed; call detach() to use it as it was"
+            )
+        if not self.decides:
+            return
+        if self.soft:
+            trained = any(parameter.requires_grad for parameter in routing.routers.parameters())
+            if trained and torch.is_grad_enabled() and not self.gates[routing.layers[0]].requires_grad:
+                raise ValueError(
+                    "the gates carry no gradient: reentrant gradient checkpointing runs layers without one; enable it "
+                    "with gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+            routing.gates = torch.stack([self.gates[layer].cpu() for layer in routing.layers], dim=1)
+            decided = routing.gates.detach() > 0.5
+        else:
+            decided = torch.tensor([self.routes[layer] for layer in routing.layers]).T
+        logits = None
+        if self.forced is None:
+            logits = torch.stack([self.logits[layer].cpu() for layer in routing.layers], dim=1)
+        lengths = tuple(old + new for old, new in zip(self.past, self.prompt_lengths, strict=True))
+        routing.routes = Routes(decided, logits, routing.layers, lengths, routing.pattern)
+
+    # Attention of one layer.
+
+    def attend(self, layer: int, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
+        """Attention output (B, S, H, D) of one layer, each row by its own route."""
+        if layer in self.attended and not self.finished:
+            raise UnsupportedModelError(f"layer {layer} calls attention twice in a call, so it cannot be routed")
+        self.attended.add(layer)
+        if value_BKSD.shape[-1] != query_BHSD.shape[-1]:
+            raise UnsupportedModelError(
+                f"values have {value_BKSD.shape[-1]} dimensions a head, queries {query_BHSD.shape[-1]}; routed layers "
+                "need the same"
+            )
+        query = self.tokens.pack(query_BHSD)
+        if self.soft:
+            output = self._mixed(layer, query, self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD), scale)
+        else:
+            if layer in self.layers:
+                views = self.layers[layer].take_views()
+            else:
+                key, value = self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD)
+                views = prompt_views(self.routes[layer], self.tokens, key, value)
+            output = self._by_view(views, query, scale)
+        return self.tokens.unpack(output).transpose(1, 2).contiguous()
+
+    def _by_view(self, views: list[View], query: torch.Tensor, scale: float) -> torch.Tensor:
+        if len(views) == 1 and views[0].queries == query.shape[2] and len(views[0].rows) == self.batch:
+            return self._one(views[0], query, scale)
+        output = torch.zeros_like(query)
+        for view in views:
+            part = self._one(view, take_rows(query, view.rows)[:, :, : view.queries], scale)
+            output[view.rows, :, : view.queries] = part
+        return output
+
+    def _one(self, view: View, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
+        if view.is_decode:
+            return kernels.decode(query_RHSD, view.key_RKTD, view.value_RKTD, view.lengths, scale)
+        sparse = self.routing.pattern
+        if not self.is_prompt:  # what sparse rows keep allows sink + window only
+            sparse = Streaming(sparse.sink, sparse.window)
+        pattern = Full() if view.route else sparse
+        prompt_lengths = [self.prompt_lengths[row] for row in view.rows]
+        return pattern.prefill(query_RHSD, view.key_RKTD, view.value_RKTD, scale, prompt_lengths)
+
+    def _mixed(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """O = z · FA + (1 − z) · SA, with the straight-through gate z of each sequence."""
+        gate = self.gates[layer].to(query.dtype)[:, None, None, None]
+        full = Full().prefill(query, key, value, scale)
+        sparse = self.routing.pattern.prefill(query, key, value, scale, self.prompt_lengths)
+        return gate * full + (1 - gate) * sparse
