@@ -1,6 +1,9 @@
 """The shipped model: small, stock, and doing what README says, on inputs that are the same on every run."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +87,11 @@ def test_reported_numbers_are_of_this_model():
     assert all(row["n"] >= 200 and 0 <= row["sparsity"] <= 1 for row in report["rows"])
     config = json.loads((ROUTERS / "flux_config.json").read_text())
     assert (report["meta"]["sink"], report["meta"]["window"]) == (config["sink"], config["window"])
+
+
+def test_the_example_runs():
+    example = Path(__file__).parents[1] / "examples/quickstart.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, example], capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "a fact from the text: ' 48213" in result.stdout

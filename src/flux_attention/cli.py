@@ -55,6 +55,8 @@ def run() -> None:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # newer versions of typer catch Ctrl-C themselves
+            raise KeyboardInterrupt
         sys.exit(code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
