@@ -94,6 +94,7 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.backbone, dtype=dtype).to(device).eval()
     model.requires_grad_(False)
+    model.config.name_or_path = "flux-attention/shipped"  # the name that the adapter gives its base model
     routing = attach(model, FluxConfig(sink=args.sink, window=args.window, pool_size=args.pool_size))
     objective = SparsityObjective(TARGETS, initial=args.multiplier_start, warmup=args.target_warmup).to(device)
     optimizer = torch.optim.AdamW(routing.routers.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)

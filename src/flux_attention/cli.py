@@ -73,7 +73,7 @@ def run() -> None:
         else:
             text = " ".join(str(error).split()) or type(error).__name__
             kind = "" if isinstance(error, (_UserError, ValueError)) else f"{type(error).__name__}: "
-            if "out of memory" in text.lower() or isinstance(error, MemoryError):
+            if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
                 kind, text = "", f"not enough memory ({text[:120]}); use a shorter prompt, a smaller dtype, or routers"
             err.print(f"[bold red]error:[/] {kind}{text}", markup=True, highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -203,8 +203,15 @@ def generate(
     prompt, routes = _read(text), _force(force)
     loaded, tokenizer, routing = _load(model, routers, device, dtype)
     ids = _encode(tokenizer, prompt, loaded)
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.no_grad(), routing.force(routes) if routes is not None else nullcontext():
+    status = err.status(f"prefilling {ids.shape[1]} tokens")
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False):
+            status.stop()  # the first text is there
+            super().on_finalized_text(text, stream_end)
+
+    streamer = None if as_json else Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with status, torch.no_grad(), routing.force(routes) if routes is not None else nullcontext():
         result = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
