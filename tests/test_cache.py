@@ -11,7 +11,7 @@ from test_attach import CONFIG, ids
 from transformers import DynamicCache, StaticCache
 
 from flux_attention import UnsupportedModelError, attach
-from flux_attention.cache import Tokens
+from flux_attention.cache import Tokens, dense_kv_bytes, kv_bytes
 
 MIXED = torch.tensor([[1, 0, 1], [0, 0, 1], [0, 1, 0]])
 
@@ -167,3 +167,13 @@ def test_packing_is_undone(batch, width, data):
         torch.testing.assert_close(packed[row, :, : tokens.lengths[row]], states[row, :, real[row]])
     assert torch.equal(tokens.unpack(packed), states)
     assert tokens.tail == next((n for n in range(width) if not real[:, width - 1 - n].all()), width)
+
+
+@torch.no_grad()
+def test_dense_bytes_are_the_stock_models(family):
+    model = tiny_model(family)
+    stock = kv_bytes(model(ids(2, 30)).past_key_values)
+    routing = attach(model, CONFIG)
+    for spec in ("full", "sparse"):
+        with routing.force(spec):
+            assert dense_kv_bytes(model(ids(2, 30)).past_key_values) == stock

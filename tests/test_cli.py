@@ -23,7 +23,7 @@ def prompt(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "prompt.txt"
     lines = [f"x{i} = compute({i})" for i in range(400)]
     lines.insert(50, "# The secret code of the silver whale is 48213.")  # behind the sink, before the window
-    path.write_text("\n".join(lines) + "\n# Question: What is the secret code of the silver whale?\n# Answer:")
+    path.write_text("\n".join(lines) + "\n# Question: What is the secret code of the silver whale?\n# Answer:\n")
     return str(path)
 
 
@@ -80,7 +80,7 @@ def test_demo_shows_every_family():
 
 
 ERRORS = {
-    "no such model": (["inspect", "no/such-model", "{prompt}"], 1, "cannot load 'no/such-model'"),
+    "no such model": (["inspect", "no/such-model", "{prompt}"], 1, "cannot load 'no/such-model' as a causal LM"),
     "no such routers": (
         ["inspect", "shipped", "{prompt}", "--routers", "/nowhere"],
         1,
@@ -95,6 +95,13 @@ ERRORS = {
     "no GPU": (["inspect", "shipped", "{prompt}", "--device", "cuda:7"], 1, "sees no CUDA GPU"),
     "unknown option": (["inspect", "shipped", "--nope"], 2, "No such option"),
     "unknown command": (["inspekt"], 2, "No such command"),
+    "markup in a name": (["inspect", "shipped", "[/nope].txt"], 1, "[/nope].txt is not a file"),
+    "bad device": (["inspect", "shipped", "{prompt}", "--device", "banana"], 1, "device is 'banana'"),
+    "too long to generate": (
+        ["generate", "shipped", "{prompt}", "--max-new-tokens", "9000"],
+        1,
+        "9000 are to be generated",
+    ),
     "no tokens": (["generate", "shipped", "{prompt}", "--max-new-tokens", "0"], 2, "max-new-tokens"),
 }
 

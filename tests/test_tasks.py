@@ -67,7 +67,7 @@ def test_the_answer_follows_from_the_prompt(family, haystack, tokenizer, seed, h
     assert answer_by_reading(family, tokenizer.decode(sample.prompt_ids)) == answer.strip()
 
 
-def test_held_out_names_and_codes_are_never_trained_on():
+def test_held_out_and_training_vocabularies_are_disjoint():
     for words in (ADJECTIVES, NOUNS, PEOPLE, CITIES):
         parts = [set(split_words(words, held_out)) for held_out in (False, True)]
         assert not parts[0] & parts[1]

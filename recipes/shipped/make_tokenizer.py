@@ -47,7 +47,7 @@ tokenizer.post_processor = processors.Sequence(
     ]
 )
 fast = PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=4096, padding_side="left"
+    tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=8192, padding_side="left"
 )
 fast.save_pretrained(output)
 

@@ -486,14 +486,30 @@ def kv_bytes(cache: Cache) -> int:
     cache : transformers.Cache
         As returned in ``past_key_values``.
     """
+    return sum(layer.nbytes if isinstance(layer, RoutedLayer) else _stock_bytes(layer) for layer in cache.layers)
+
+
+def dense_kv_bytes(cache: Cache) -> int:
+    """
+    Bytes of keys and values that the stock model would hold for the same tokens.
+
+    Parameters
+    ----------
+    cache : transformers.Cache
+        Filled while routers were attached.
+    """
     total = 0
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):
-            total += layer.nbytes
+            store = next(iter(layer.stores.values()), None)
+            if store is not None:
+                _, heads, _, dim = store.key_RKCD.shape
+                total += 2 * sum(layer.lengths) * heads * dim * store.key_RKCD.element_size()
         else:
-            total += sum(
-                states.numel() * states.element_size()
-                for states in (getattr(layer, "keys", None), getattr(layer, "values", None))
-                if states is not None
-            )
+            total += _stock_bytes(layer)
     return total
+
+
+def _stock_bytes(layer: CacheLayerMixin) -> int:
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(states.numel() * states.element_size() for states in held if states is not None)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ Text = Annotated[Optional[str], typer.Argument(help="File with the prompt, or - 
 Routers = Annotated[Optional[str], typer.Option(help="Directory or Hub id of a router adapter.")]  # noqa: UP045
 Force = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="Ignore the routers: 'full', 'sparse', a ratio such as 0.75, or full layers such as 3,7."),
+    typer.Option(help="Ignore the routers: 'full', 'sparse', a ratio with a point (0.75), or the full layers (3,7)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Device = Annotated[Optional[str], typer.Option(help="Device; default: cuda if there is one.")]  # noqa: UP045
@@ -75,27 +76,28 @@ def run() -> None:
             kind = "" if isinstance(error, (_UserError, ValueError)) else f"{type(error).__name__}: "
             if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
                 kind, text = "", f"not enough memory ({text[:120]}); use a shorter prompt, a smaller dtype, or routers"
-            err.print(f"[bold red]error:[/] {kind}{text}", markup=True, highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(kind + text)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
 def _read(source: str | None) -> str:
+    """The prompt, without the newline that editors put at a file's end."""
     if source in (None, "-"):
         if source is None and sys.stdin.isatty():
             raise _UserError("no prompt: name a file, or - to read standard input")
-        text = sys.stdin.read()
-        source = "standard input"
+        source, content = "standard input", sys.stdin.buffer.read()
     else:
         path = Path(source)
-        if not path.is_file():
+        if not path.exists() or path.is_dir():
             raise _UserError(f"{source} is not a file; name a text file, or - for standard input")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise _UserError(f"{source} is not UTF-8 text (byte {error.start})") from None
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _UserError(f"{source} is not UTF-8 text (byte {error.start})") from None
     if not text.strip():
         raise _UserError(f"the prompt in {source} is empty")
-    return text
+    return text.removesuffix("\n")
 
 
 def _force(spec: str | None) -> Any:
@@ -111,7 +113,7 @@ def _force(spec: str | None) -> Any:
 
 def _load(model: str, routers: str | None, device: str | None, dtype: str):
     """Model, tokenizer and attached routers."""
-    with err.status(f"loading {model}"):
+    with err.status(f"loading {escape(model)}"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -122,6 +124,8 @@ def _load(model: str, routers: str | None, device: str | None, dtype: str):
         if model == "shipped":
             model, routers = str(shipped.BACKBONE), routers or str(shipped.ROUTERS)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+            raise _UserError(f"device is {device!r}, expected cpu, cuda, cuda:N, mps or xpu")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise _UserError(f"device {device} was asked for, but PyTorch sees no CUDA GPU; use --device cpu")
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -129,22 +133,20 @@ def _load(model: str, routers: str | None, device: str | None, dtype: str):
         try:
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
             tokenizer = AutoTokenizer.from_pretrained(model)
-        except OSError as error:
-            raise _UserError(f"cannot load {model!r}: {str(error).strip().splitlines()[0]}") from None
+        except (OSError, ValueError) as error:
+            raise _UserError(
+                f"cannot load {model!r} as a causal LM: {str(error).strip().splitlines()[0][:200]}"
+            ) from None
         return loaded, tokenizer, attach(loaded, routers)
 
 
-def _encode(tokenizer, text: str, model):
+def _encode(tokenizer, text: str, model, new_tokens: int = 0):
     ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
     most = getattr(model.config, "max_position_embeddings", None)
-    if most and ids.shape[1] > most:
-        raise _UserError(f"the prompt has {ids.shape[1]} tokens, the model reads at most {most}; shorten it")
+    if most and ids.shape[1] + new_tokens > most:
+        wanted = f" and {new_tokens} are to be generated" if new_tokens else ""
+        raise _UserError(f"the prompt has {ids.shape[1]} tokens{wanted}, the model reads at most {most}; shorten it")
     return ids
-
-
-def _dense_bytes(routing, tokens: int, itemsize: int) -> int:
-    base = routing.config.base_model
-    return tokens * base.num_layers * base.num_kv_heads * base.head_dim * 2 * itemsize
 
 
 def _mib(count: int) -> str:
@@ -164,7 +166,7 @@ def inspect(
     """Show how a prompt is routed: full and sparse layers, sparsity ratios, bytes of the KV cache."""
     import torch
 
-    from flux_attention import kv_bytes
+    from flux_attention.cache import dense_kv_bytes, kv_bytes
 
     prompt, routes = _read(text), _force(force)
     loaded, tokenizer, routing = _load(model, routers, device, dtype)
@@ -175,7 +177,7 @@ def inspect(
         routing.force(routes) if routes is not None else nullcontext(),
     ):
         cache = loaded.get_decoder()(ids, use_cache=True).past_key_values
-    held, dense = kv_bytes(cache), _dense_bytes(routing, ids.shape[1], next(loaded.parameters()).element_size())
+    held, dense = kv_bytes(cache), dense_kv_bytes(cache)
     if as_json:
         print(json.dumps({"model": model, **routing.routes.to_dict(), "kv_bytes": held, "baseline_kv_bytes": dense}))
         return
@@ -202,7 +204,7 @@ def generate(
 
     prompt, routes = _read(text), _force(force)
     loaded, tokenizer, routing = _load(model, routers, device, dtype)
-    ids = _encode(tokenizer, prompt, loaded)
+    ids = _encode(tokenizer, prompt, loaded, max_new_tokens)
     status = err.status(f"prefilling {ids.shape[1]} tokens")
 
     class Streamer(TextStreamer):

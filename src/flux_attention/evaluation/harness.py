@@ -2,12 +2,12 @@
 
 A sample's answer is right if every one of its tokens is the most likely one given the tokens before it: exactly
 then greedy generation gives this answer. One forward pass scores prompt and answer; routes are decided by the
-prompt alone.
+prompt alone, and answer tokens see sink and window in sparse layers, as in decode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -39,10 +39,12 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
+        """Share of right answers."""
         return fmean(self.right)
 
     @property
     def perplexity(self) -> float:
+        """Exponential of the mean loss."""
         return float(np.exp(fmean(self.nats)))
 
     @property
@@ -84,7 +86,6 @@ def evaluate(
     samples: Sequence[Sample],
     routing=None,
     batch_size: int = 1,
-    advance: Callable[[int], None] = lambda count: None,
 ) -> Scores:
     """
     Score ``samples``.
@@ -95,8 +96,6 @@ def evaluate(
         The attached routers' handle, if any; use ``routing.force`` around the call to compare routes.
     batch_size : int
         Samples a forward; samples of one call have the same number of tokens.
-    advance : callable
-        Called with the number of samples done, for a progress bar.
     """
     scores = Scores()
     for first in range(0, len(samples), batch_size):
@@ -107,5 +106,4 @@ def evaluate(
         scores.right += [bool(tokens.all()) for tokens in right]
         if routing is not None:
             scores.full += routing.routes.routes_BL.tolist()
-        advance(len(batch))
     return scores

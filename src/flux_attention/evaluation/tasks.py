@@ -31,6 +31,9 @@ class Words:
     """
     Names and values drawn without repetition, from the training or the held-out vocabulary.
 
+    Held-out names are never keys or asked values in training. They do occur there in copied passages, as a token
+    that was never read has no meaning to look up.
+
     Parameters
     ----------
     rng : random.Random
@@ -57,9 +60,13 @@ class Words:
         self.taken: set[str] = set()
 
     def draw(self, kind: str) -> str:
+        """A person or a city that was not drawn yet."""
         return self.pools[kind].pop()
 
     def key(self) -> str:
+        """An adjective and a noun that were not drawn together yet."""
+        if len(self.taken) == len(self.adjectives) * len(self.nouns):
+            raise IndexError("all keys are drawn")
         while True:
             key = f"{self.rng.choice(self.adjectives)} {self.rng.choice(self.nouns)}"
             if key not in self.taken:
@@ -67,12 +74,14 @@ class Words:
                 return key
 
     def code(self) -> str:
+        """Five digits."""
         while True:
             code = f"{self.rng.randrange(100_000):05d}"
             if is_held_out(code, 0.2) == self.held_out:
                 return code
 
     def any_words(self, count: int) -> list[str]:
+        """Words of all lists and both splits, with repetition."""
         return [self.rng.choice(self.rng.choice((ADJECTIVES, NOUNS, PEOPLE, CITIES))) for _ in range(count)]
 
 

@@ -1,8 +1,8 @@
 """Real text that every machine has: the source code and documentation of the local Python installation.
 
-Nothing is downloaded. A file belongs to the ``held_out`` split if a hash of its path below the library
-folder says so, so the split is the same on every machine and for every Python version: what the shipped
-model never read in training, it never read anywhere.
+Nothing is downloaded. A file belongs to the ``held_out`` split if a hash of its path below the library folder says
+so, so the split is the same on every machine. It is a split of files, not of lines: packages carry copies of each
+other's files, and some text of a held-out file may stand in a training file of another path too.
 """
 
 from __future__ import annotations

@@ -74,6 +74,9 @@ class SparsityObjective(nn.Module):
         KeyError
             For a task class without a target.
         """
+        unknown = sorted(set(classes) - set(self.classes))
+        if unknown:
+            raise KeyError(f"task classes {unknown} have no target; known classes are {list(self.classes)}")
         index = torch.tensor([self.classes[name] for name in classes], device=lm_loss_B.device)
         rise = min(1.0, progress / self.warmup) if self.warmup > 0 else 1.0
         sparsity_B = 1 - gates_BL.to(lm_loss_B.device).mean(1)
