@@ -12,6 +12,7 @@ import math
 import random
 import time
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from flux_attention.evaluation.tasks import RETRIEVAL, Haystack, make_sample, training_sample
+from flux_attention.evaluation.harness import evaluate
+from flux_attention.evaluation.tasks import FAMILIES, Haystack, make_sample, training_sample
 from flux_attention.evaluation.text import local_texts
 
 ANSWER_WEIGHT = 4.0  # answers are a few per cent of the tokens, and all of what is learnt slowly
@@ -58,25 +60,14 @@ class Mixture(IterableDataset):
             step += stride
 
 
-@torch.no_grad()
-def evaluate(model, haystack, tokenizer, length, count, device, batch=16):
-    """Share of samples whose whole answer is the argmax of the teacher-forced logits; nats a token for plain."""
+def report(model, haystack, tokenizer, length, count):
+    """Accuracy of each family on held-out samples; nats a token for plain text."""
     result = {}
-    for family in (*RETRIEVAL, "plain"):
-        right = []
-        for first in range(0, count, batch):
-            samples = [make_sample(family, haystack, tokenizer, length, seed) for seed in range(first, first + batch)]
-            ids = torch.from_numpy(np.stack([s.input_ids for s in samples]).astype(np.int64)).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            for row, sample in enumerate(samples):
-                start, end = sample.answers[-1]
-                logits = model.lm_head(hidden[row, start - 1 : end - 1]).float()
-                if family == "plain":
-                    right.append(F.cross_entropy(logits, ids[row, start:end]).item())
-                else:
-                    right.append(bool((logits.argmax(-1) == ids[row, start:end]).all()))
-        result[family] = round(float(np.mean(right)), 4)
+    for family in FAMILIES:
+        samples = [make_sample(family, haystack, tokenizer, length, seed) for seed in range(count)]
+        with torch.autocast(model.device.type, torch.bfloat16):
+            scores = evaluate(model, samples, batch_size=16)
+        result[family] = round(fmean(scores.nats) if family == "plain" else scores.accuracy, 4)
     return result
 
 
@@ -207,10 +198,10 @@ def main():
             )
             tick, tick_step = time.time(), step + 1
         if (step + 1) % args.eval_every == 0:
-            record(step=step + 1, **evaluate(model, held_out, tokenizer, args.length, args.eval_count, device))
+            record(step=step + 1, **report(model, held_out, tokenizer, args.length, args.eval_count))
             tick, tick_step = time.time(), step + 1
     record(steps=step, tokens=step * args.batch_tokens, elapsed=round(time.time() - began, 1))
-    record(final=True, **evaluate(model, held_out, tokenizer, args.length, 2 * args.eval_count, device))
+    record(final=True, **report(model, held_out, tokenizer, args.length, 2 * args.eval_count))
     model.to(torch.bfloat16).save_pretrained(args.output / "backbone", max_shard_size="8MB")
     tokenizer.save_pretrained(args.output / "backbone")
 
