@@ -7,6 +7,7 @@ input: the best of all such sets by mean retrieval accuracy on calibration sampl
 """
 
 import argparse
+import hashlib
 import itertools
 import math
 from pathlib import Path
@@ -24,11 +25,17 @@ from flux_attention.evaluation.text import local_texts
 CALIBRATION_SEED = 10_000_000
 
 
+def hashes(*folders):
+    """SHA-256 of the weight files: which weights a report is about."""
+    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def main():
     shipped = Path(__file__).parents[1] / "src/flux_attention/shipped"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default=shipped / "backbone")
-    parser.add_argument("--routers", default=shipped / "routers")
+    parser.add_argument("--backbone", type=Path, default=shipped / "backbone")
+    parser.add_argument("--routers", type=Path, default=shipped / "routers")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/demo_quality.json")
     parser.add_argument("--count", type=int, default=200, help="samples a family")
     parser.add_argument("--calibration", type=int, default=32, help="samples a family to choose static layers on")
@@ -104,6 +111,7 @@ def main():
         sink=routing.config.sink,
         window=routing.config.window,
         static_choices=math.comb(len(layers), count),
+        sha256=hashes(args.backbone, args.routers),
         dtype=str(dtype).removeprefix("torch."),
     )
 

@@ -31,7 +31,7 @@ CLASSES = {
     "count": "multi-step",
     "plain": "holistic",
 }
-TARGETS = {"look-up": 0.8, "multi-step": 0.45, "holistic": 0.92}
+TARGETS = {"look-up": 0.75, "multi-step": 0.4, "holistic": 0.95}
 LENGTHS = (4096, 4096, 2048, 2048, 1024)
 
 
@@ -68,14 +68,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--multiplier-lr", type=float, default=1e-3)
-    parser.add_argument("--multiplier-start", type=float, default=1.0)
+    parser.add_argument("--multiplier-lr", type=float, default=5e-4)
+    parser.add_argument("--multiplier-start", type=float, default=0.3)
     # Without it all layers but the strongest are switched off, and their gates saturated, before the loss has told
     # which ones the harder tasks need.
-    parser.add_argument("--target-warmup", type=float, default=0.5, help="share of steps over which targets rise")
+    parser.add_argument("--target-warmup", type=float, default=0.7, help="share of steps over which targets rise")
     parser.add_argument("--sink", type=int, default=64)
     parser.add_argument("--window", type=int, default=704)
     # The questions have about twenty tokens. Over 64 tokens the text around them drowns what tells the classes apart:
@@ -116,6 +116,8 @@ def main():
     )
     args.output.mkdir(parents=True, exist_ok=True)
     log = (args.output / "routers_log.jsonl").open("w")
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    log.write(json.dumps({**settings, "targets": TARGETS}) + "\n")
     sums: dict[str, list] = {}
     for step, samples in enumerate(loader):
         if step == args.steps or time.time() - began > args.max_minutes * 60:

@@ -1,8 +1,8 @@
 """Real text that every machine has: the source code and documentation of the local Python installation.
 
 Nothing is downloaded. A file belongs to the ``held_out`` split if a hash of its path below the library folder says
-so, so the split is the same on every machine. It is a split of files, not of lines: packages carry copies of each
-other's files, and some text of a held-out file may stand in a training file of another path too.
+so, so the split is the same on every machine. Packages carry copies of each other's files: a held-out file is left out
+if more than a few of its lines stand in training files too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 MAX_FILE_BYTES = 400_000
 MAX_LINE_CHARS = 200  # longer lines are data tables, not text
 HELD_OUT_FRACTION = 0.04
+LONG_LINE_CHARS = 40  # shorter lines are the same everywhere: `return None`
+MAX_SHARED_LINES = 0.1  # of a held-out file's long lines: licences and idioms
 
 
 def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
@@ -59,6 +61,25 @@ def python_roots(site_packages: bool = False) -> list[Path]:
     return roots
 
 
+def long_lines(text: str) -> list[str]:
+    """The lines by which a copy of ``text`` can be told."""
+    return [line for line in map(str.strip, text.split("\n")) if len(line) >= LONG_LINE_CHARS]
+
+
+@lru_cache(maxsize=2)
+def _training_lines(site_packages: bool) -> frozenset[int]:
+    """Hashes of the long lines of all training files; hashes, for the lines would fill a gigabyte."""
+    texts = map(read_text, iter_files(python_roots(site_packages), held_out=False))
+    return frozenset(hash(line) for text in texts if text is not None for line in long_lines(text))
+
+
+def is_copied(text: str, site_packages: bool) -> bool:
+    """Whether too many of the long lines of ``text`` stand in training files."""
+    lines = long_lines(text)
+    shared = _training_lines(site_packages)
+    return sum(hash(line) in shared for line in lines) > MAX_SHARED_LINES * len(lines)
+
+
 @lru_cache(maxsize=4)
 def local_texts(held_out: bool, site_packages: bool = False, max_chars: int | None = None) -> tuple[str, ...]:
     """
@@ -86,7 +107,7 @@ def local_texts(held_out: bool, site_packages: bool = False, max_chars: int | No
     texts, chars = [], 0
     for path in iter_files(python_roots(site_packages), held_out):
         text = read_text(path)
-        if text is None:
+        if text is None or (held_out and is_copied(text, site_packages)):
             continue
         texts.append(text)
         chars += len(text)
