@@ -1,11 +1,15 @@
 """Tiny random models of every supported family, on the CPU, in float32."""
 
+import os
 import warnings
 
 import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+
+if not torch.cuda.is_available():  # before any kernel is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # One test process a core: more threads than cores slow each other down many times over.
 torch.set_num_threads(1)

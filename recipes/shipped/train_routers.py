@@ -76,6 +76,7 @@ def main():
     # Without it all layers but the strongest are switched off, and their gates saturated, before the loss has told
     # which ones the harder tasks need.
     parser.add_argument("--target-warmup", type=float, default=0.7, help="share of steps over which targets rise")
+    parser.add_argument("--targets", type=json.loads, default=TARGETS, help="Ω_MSR of each task class, as JSON")
     parser.add_argument("--sink", type=int, default=64)
     parser.add_argument("--window", type=int, default=704)
     # The questions have about twenty tokens. Over 64 tokens the text around them drowns what tells the classes apart:
@@ -96,7 +97,7 @@ def main():
     model.requires_grad_(False)
     model.config.name_or_path = "flux-attention/shipped"  # the name that the adapter gives its base model
     routing = attach(model, FluxConfig(sink=args.sink, window=args.window, pool_size=args.pool_size))
-    objective = SparsityObjective(TARGETS, initial=args.multiplier_start, warmup=args.target_warmup).to(device)
+    objective = SparsityObjective(args.targets, initial=args.multiplier_start, warmup=args.target_warmup).to(device)
     optimizer = torch.optim.AdamW(routing.routers.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     ascent = torch.optim.Adam(objective.parameters(), lr=args.multiplier_lr, maximize=True)
     warmup = 0.2 * args.steps
@@ -117,7 +118,7 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     log = (args.output / "routers_log.jsonl").open("w")
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    log.write(json.dumps({**settings, "targets": TARGETS}) + "\n")
+    log.write(json.dumps(settings) + "\n")
     sums: dict[str, list] = {}
     for step, samples in enumerate(loader):
         if step == args.steps or time.time() - began > args.max_minutes * 60:

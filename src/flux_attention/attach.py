@@ -11,6 +11,7 @@ Shape suffixes: B batch, S query length, H query heads, D head dim, L routed lay
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from contextvars import ContextVar
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -35,6 +36,8 @@ from flux_attention.routes import Routes, RouteSpec, parse_routes
 #: The name under which attention and mask functions are registered, and the keyword that carries the call.
 NAME = "flux"
 CALL = "flux_call"
+#: How ``generate`` may decode.
+DECODE_MODES = ("graph", "compile", "eager")
 #: Arguments with which models ask their attention function for more than softmax attention.
 EXTRAS = ("s_aux", "softcap", "position_bias", "sliding_window")
 
@@ -67,7 +70,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
 
 def _mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):
     """The registered mask function: none for routed layers, which know their tokens; SDPA's for all others."""
-    if _current.get() is None or local_size is not None:
+    # torch.compile cannot read context variables; it sees only decode steps of models with routers everywhere.
+    if not torch.compiler.is_compiling() and (_current.get() is None or local_size is not None):
         return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
     if mask_function is not causal_mask_function:
         raise UnsupportedModelError(
@@ -105,19 +109,25 @@ class Routing:
         Routes in force.
     temperature : float, torch.Tensor or None
         Of soft decisions, within ``soft``.
+    decode : {"graph", "compile", "eager"}
+        How ``generate`` decodes on an NVIDIA GPU; may be set at any time.
     gates : torch.Tensor or None
         In training (``soft``): float32 (B, L) on the CPU, the last forward's straight-through decisions, through
         which gradients flow to the routers.
     """
 
-    def __init__(self, model: PreTrainedModel, config: FluxConfig, routers: nn.ModuleDict, keep_full_kv: bool):
+    def __init__(
+        self, model: PreTrainedModel, config: FluxConfig, routers: nn.ModuleDict, keep_full_kv: bool, decode: str
+    ):
         self.model, self.config, self.routers, self.keep_full_kv = model, config, routers, keep_full_kv
+        self.decode = decode
         self.layers = config.base_model.routed_layers
         self.pattern = sparse_pattern(config)
         self.routes: Routes | None = None
         self.gates: torch.Tensor | None = None
         self.forced: RouteSpec | None = None
         self.temperature: float | torch.Tensor | None = None
+        self.steps: dict[Any, Any] = {}  # captured decode steps; see ``generation.decode_step``
         self._handles: list[Any] = []
         self._decoder: nn.Module | None = None
         self._stock_attention: str | None = None
@@ -182,10 +192,10 @@ class Routing:
 
     def detach(self) -> None:
         """Restore the stock model exactly. Caches filled while attached cannot be read afterwards."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._remove_hooks()
+        self.steps.clear()
         if self._decoder is not None:
+            self.model.__class__ = self._stock_class
             self._decoder.config._attn_implementation = self._stock_attention
             del self._decoder.flux_routing
             self._decoder = None
@@ -200,8 +210,35 @@ class Routing:
 
     def _hook(self, decoder: nn.Module, attentions: dict[int, nn.Module]) -> None:
         self._decoder, self._stock_attention = decoder, decoder.config._attn_implementation
+        self._attentions = attentions
         decoder.config._attn_implementation = NAME
         decoder.flux_routing = self
+        self._stock_class = type(self.model)
+        if isinstance(self.model, GenerationMixin):
+            self.model.__class__ = _with_decode_loop(self._stock_class)
+        self._add_hooks()
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextlib.contextmanager
+    def direct(self, call):
+        """
+        Let the model run without hooks within a ``with`` block, with ``call`` as what its attention asks: for decode
+        steps, which are compiled or captured. The model's forward must get the argument ``CALL``.
+        """
+        self._remove_hooks()
+        token = _current.set(call)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+            self._add_hooks()
+
+    def _add_hooks(self) -> None:
+        decoder = self._decoder
         names = list(inspect.signature(decoder.forward).parameters)
 
         def before_forward(module, args, kwargs):
@@ -218,7 +255,7 @@ class Routing:
 
         self._handles.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
         self._handles.append(decoder.register_forward_hook(after_forward, always_call=True))
-        for layer, attention in attentions.items():
+        for layer, attention in self._attentions.items():
             self._hook_layer(layer, attention)
 
     def _hook_layer(self, layer: int, attention: nn.Module) -> None:
@@ -389,6 +426,26 @@ def _query_states(output: torch.Tensor, length: int, heads: int, dim: int, sourc
     return output.transpose(1, 2) if heads_first else output
 
 
+def _with_decode_loop(stock: type) -> type:
+    """
+    A subclass, of the same name, whose greedy and sampled decoding is ours.
+
+    ``generate`` looks its loop up on the model's class. Everything around the loop (arguments, other ways of decoding,
+    ``pipeline``) stays the stock one.
+    """
+
+    @functools.wraps(stock._sample)
+    def _sample(self, *args, **kwargs):
+        from flux_attention import generation  # which builds on this module
+
+        return generation.sample(
+            self.get_decoder().flux_routing, functools.partial(stock._sample, self), *args, **kwargs
+        )
+
+    names = {"_sample": _sample, "__module__": stock.__module__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (stock,), names)
+
+
 # --- Attach -----------------------------------------------------------------------------------------------------
 
 
@@ -490,6 +547,7 @@ def attach(
     *,
     revision: str | None = None,
     keep_full_kv: bool = False,
+    decode: str = "graph",
 ) -> Routing:
     """
     Attach layer routers to a frozen causal language model.
@@ -510,6 +568,10 @@ def attach(
         Branch, tag or commit of a Hub repository.
     keep_full_kv : bool
         Keep the whole KV cache of sparse layers too, for ``Routing.reroute``, cropping and assisted decoding.
+    decode : {"graph", "compile", "eager"}
+        How ``generate`` decodes (greedy or sampling) on an NVIDIA GPU: by a CUDA graph of the whole step; by one of the
+        step that ``torch.compile`` has fused, which is faster and takes tens of seconds before the first generation of
+        a batch size; or as the stock model does.
 
     Returns
     -------
@@ -525,6 +587,8 @@ def attach(
     adapters.AdapterError
         If the adapter is missing, damaged, or made for another model.
     """
+    if decode not in DECODE_MODES:
+        raise ValueError(f"decode is {decode!r}, expected one of {list(DECODE_MODES)}")
     decoder = _find_decoder(model)
     if hasattr(decoder, "flux_routing"):
         raise RuntimeError("routers are attached to this model already; call detach() on their handle first")
@@ -551,6 +615,6 @@ def attach(
         device = next(attention.parameters()).device
         if device.type != "meta":
             modules[str(index)].to(device)
-    routing = Routing(model, config, modules, keep_full_kv)
+    routing = Routing(model, config, modules, keep_full_kv, decode)
     routing._hook(decoder, attentions)
     return routing

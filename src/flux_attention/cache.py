@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from flux_attention.kernels import FULL, KEPT, RING
 from flux_attention.patterns import Streaming
 
 
@@ -144,14 +145,20 @@ class _Store:
         low = max(min(self.sink, length), length - self.window)
         return torch.cat([torch.arange(min(self.sink, length)), torch.arange(low, length)])
 
-    def reserve(self, length: int, key_RKSD: torch.Tensor, value_RKSD: torch.Tensor) -> None:
-        """Make room for ``length`` tokens: buffers grow by an eighth, so a token's cost stays constant."""
+    def reserve(self, length: int, key_RKSD: torch.Tensor, value_RKSD: torch.Tensor, spare: bool = True) -> None:
+        """
+        Make room for ``length`` tokens; the states give heads, head dim, dtype and device.
+
+        With ``spare`` buffers grow by an eighth at least, so that a token's cost stays constant.
+        """
         most = self.sink + self.window if self.ring else None
         need = length if most is None else min(length, most)
         have = 0 if self.key_RKCD is None else self.key_RKCD.shape[2]
         if need <= have:
             return
-        capacity = need + 64 if have == 0 else max(need, have + max(64, have // 8))
+        capacity = need
+        if spare:
+            capacity = need + 64 if have == 0 else max(need, have + max(64, have // 8))
         if most is not None:
             capacity = min(capacity, most)
 
@@ -182,15 +189,26 @@ class _Store:
         else:
             groups = [(slice(row, row + 1), p, n) for row, (p, n) in enumerate(zip(past, new, strict=True))]
         for rows, first, count in groups:
-            if count == 0:
-                continue
-            positions = torch.arange(first, first + count)
-            if self.ring:
-                positions = positions[(positions < self.sink) | (positions >= first + count - self.window)]
-            columns = (positions - first).to(key_RKSD.device)
-            slots = self.slots(positions).to(key_RKSD.device)
-            self.key_RKCD[rows].index_copy_(2, slots, key_RKSD[rows].index_select(2, columns))
-            self.value_RKCD[rows].index_copy_(2, slots, value_RKSD[rows].index_select(2, columns))
+            for source, target in self._runs(first, count):
+                self.key_RKCD[rows, :, target] = key_RKSD[rows, :, source]
+                self.value_RKCD[rows, :, target] = value_RKSD[rows, :, source]
+
+    def _runs(self, first: int, count: int) -> list[tuple[slice, slice]]:
+        """(new tokens, slots) of each contiguous stretch of what is kept of ``count`` tokens from ``first`` on."""
+        if not self.ring:
+            return [(slice(count), slice(first, first + count))] if count else []
+        end, runs = first + count, []
+        if first < self.sink:
+            stop = min(end, self.sink)
+            runs.append((slice(stop - first), slice(first, stop)))
+        position = max(first, self.sink, end - self.window)
+        while position < end:  # twice at most: to the ring's end, then from its start
+            place = (position - self.sink) % self.window
+            size = min(end - position, self.window - place)
+            slot = self.sink + place
+            runs.append((slice(position - first, position - first + size), slice(slot, slot + size)))
+            position += size
+        return runs
 
     def read(self, index: list[int], slots: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the store's rows ``index`` at ``slots``."""
@@ -306,6 +324,28 @@ class RoutedLayer(CacheLayerMixin):
             self.views = self._continuation_views(key, value, past, tokens.lengths)
             self._append(key, value, past, tokens.lengths)
         return key_states, value_states
+
+    def reserve(self, more: int) -> None:
+        """Make room for ``more`` tokens behind those that are stored, so that buffers stay where they are."""
+        for store in self.stores.values():
+            length = max(self.lengths[row] for row in store.rows) + more
+            store.reserve(length, store.key_RKCD, store.value_RKCD, spare=False)
+
+    def table(self) -> list[list[int]]:
+        """What the decode kernel needs to know of each row; see ``kernels.triton_decode``."""
+        rows: list[list[int]] = [[] for _ in self.lengths]
+        for store in self.stores.values():
+            key, value = store.key_RKCD, store.value_RKCD
+            for place, row in enumerate(store.rows):
+                kind = RING if store.ring else FULL if self.routes[row] else KEPT
+                rows[row] = [key[place].data_ptr(), value[place].data_ptr(), key.stride(1), kind]
+        return rows
+
+    def advance(self, count: int) -> None:
+        """Note ``count`` tokens a row that the decode kernel has stored."""
+        self.lengths = [length + count for length in self.lengths]
+        self.seen += count
+        self.tail += count
 
     def take_views(self) -> list[View]:
         """The views of the last ``update``, once: they may hold all of a prompt's keys and values."""
@@ -475,6 +515,40 @@ class RoutedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of the keys and values that are held."""
         return sum(store.nbytes for store in self.stores.values())
+
+
+class _StepLayer(CacheLayerMixin):
+    """Passes states through: the decode kernel stores them."""
+
+    is_sliding = False
+    is_initialized = True
+
+    def __init__(self):
+        super().__init__()
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return key_states, value_states
+
+    def lazy_initialization(self, *args) -> None: ...
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class StepCache(DynamicCache):
+    """What the layers of a model take for the KV cache while the decode kernel keeps the real one."""
+
+    def __init__(self, layers: int):
+        super().__init__()
+        self.layers = [_StepLayer() for _ in range(layers)]
 
 
 def kv_bytes(cache: Cache) -> int:

@@ -7,9 +7,59 @@ real query.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import lru_cache
+from importlib.util import find_spec
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux_attention.kernels import reference
+
+#: What the decode kernel reads of a row: every token, sink + window out of all that is kept, or a ring of those.
+FULL, KEPT, RING = 0, 1, 2
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels run on ``device``: an NVIDIA GPU of compute capability 8.0 or newer."""
+    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _triton(query_BHSD: torch.Tensor):
+    """The Triton prefill kernels, where they can take these states."""
+    if not query_BHSD.is_cuda or not has_triton(query_BHSD.device):
+        return None
+    from flux_attention.kernels import triton_prefill
+
+    return triton_prefill if triton_prefill.supports(query_BHSD) else None
+
+
+@lru_cache
+def _dense_backends(device: torch.device, dtype: torch.dtype, dim: int) -> list[SDPBackend] | None:
+    """
+    SDPA's backends for dense prefill, best first; None for PyTorch's own order.
+
+    On Hopper cuDNN is 1.6 to 1.7 times as fast as the flash backend at every length from 8 K to 128 K
+    (benchmarks/results/attention_prefill.json); PyTorch prefers flash.
+    """
+    if torch.cuda.get_device_capability(device) < (9, 0) or dtype not in (torch.bfloat16, torch.float16) or dim > 128:
+        return None
+    return [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+
+
+def _dense_backend(query_BHSD: torch.Tensor):
+    """A context in which SDPA runs its fastest backend for dense prefill of these states."""
+    if not query_BHSD.is_cuda:
+        return nullcontext()
+    backends = _dense_backends(query_BHSD.device, query_BHSD.dtype, query_BHSD.shape[-1])
+    return nullcontext() if backends is None else sdpa_kernel(backends, set_priority=True)
 
 
 def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor, scale: float) -> torch.Tensor:
@@ -28,7 +78,11 @@ def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Ten
     torch.Tensor
         Shape and dtype of ``query_BHSD``.
     """
-    return reference.full(query_BHSD, key_BKTD, value_BKTD, scale)
+    keys = key_BKTD.shape[2]
+    if query_BHSD.shape[2] < keys and (triton := _triton(query_BHSD)):
+        return triton.attention(query_BHSD, key_BKTD, value_BKTD, 0, keys, scale)
+    with _dense_backend(query_BHSD):
+        return reference.full(query_BHSD, key_BKTD, value_BKTD, scale)
 
 
 def streaming(
@@ -46,6 +100,10 @@ def streaming(
     sink, window : int
         Tokens; the window includes the query's own position.
     """
+    if key_BKTD.shape[2] <= sink + window:
+        return full(query_BHSD, key_BKTD, value_BKTD, scale)
+    if triton := _triton(query_BHSD):
+        return triton.attention(query_BHSD, key_BKTD, value_BKTD, sink, window, scale)
     return reference.streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale)
 
 

@@ -27,7 +27,7 @@ def _masked(query_BHSD, key_BKTD, value_BKTD, mask, scale):
         mask = mask.expand(*mask.shape[:-2], length, mask.shape[-1])
         mask = mask.unsqueeze(-3).expand(*mask.shape[:-2], groups, *mask.shape[-2:]).flatten(-3, -2)
     output = F.scaled_dot_product_attention(query, key_BKTD, value_BKTD, attn_mask=mask, scale=scale)
-    return output.view(batch, heads, length, dim)
+    return output.reshape(batch, heads, length, dim)
 
 
 def full(query_BHSD, key_BKTD, value_BKTD, scale):
@@ -54,8 +54,6 @@ def full(query_BHSD, key_BKTD, value_BKTD, scale):
 def streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale):
     """Sink + window attention of the last S of T positions. See ``kernels.streaming``."""
     length, keys = query_BHSD.shape[2], key_BKTD.shape[2]
-    if keys <= sink + window:
-        return full(query_BHSD, key_BKTD, value_BKTD, scale)
     device = query_BHSD.device
     # Larger blocks compute more masked-out pairs, smaller ones launch more; half the window wastes a quarter.
     block = max(128, min(BLOCK, window // 2))

@@ -1,0 +1,345 @@
+"""Decoding on a GPU: one step of the model as a CUDA graph, and the loop around it that ``model.generate`` uses.
+
+A step reads everything that changes (the token, lengths, where each row's keys lie) from fixed places in device memory,
+so one captured graph serves all steps and all later generations of the same batch size, whatever their routes.
+
+Shape suffixes: B batch, S query length, H query heads, K KV heads, D head dim, L routed layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+from flux_attention import kernels
+from flux_attention.cache import StepCache
+
+if TYPE_CHECKING:
+    from flux_attention.attach import Routing
+
+logger = logging.get_logger(__name__)
+
+#: Tokens for which room is made in the KV cache at a time.
+ROOM = 4096
+#: Rotary embeddings whose frequencies depend on the sequence's length, which a graph would freeze.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+#: By identity: how an operator that ``torch.compile`` cannot see into finds its step.
+_steps: WeakValueDictionary[int, DecodeStep] = WeakValueDictionary()
+
+
+class DecodeStep:
+    """
+    One decode step of a routed model, for one batch size.
+
+    Parameters
+    ----------
+    routing : Routing
+        Of a model that ``unsupported`` has nothing against.
+    batch : int
+        B.
+    compiled : bool
+        Fuse the model's small operations with ``torch.compile`` first: fewer launches, tens of seconds once.
+
+    Attributes
+    ----------
+    ids_B1 : torch.Tensor
+        int64, the token that the next ``run`` stores and reads.
+    lengths_B : torch.Tensor
+        int32, tokens before it; ``run`` adds one.
+    logits_BV : torch.Tensor
+        What the last ``run`` gave for the token after it.
+    seconds : float
+        What warm-up, compilation and capture took.
+    """
+
+    def __init__(self, routing: Routing, batch: int, compiled: bool = False):
+        from flux_attention.kernels.triton_decode import DecodeSpace
+
+        began = time.perf_counter()
+        self.routing, self.batch = routing, batch
+        base, device = routing.config.base_model, routing.model.device
+        self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.lengths_B = torch.zeros(batch, dtype=torch.int32, device=device)
+        # Until a cache is loaded, each row is a full one whose only token lies in a buffer of one.
+        spare = torch.zeros(2, base.num_kv_heads, 1, base.head_dim, dtype=routing.model.dtype, device=device)
+        row = [spare[0].data_ptr(), spare[1].data_ptr(), spare.stride(1), kernels.FULL]
+        self.table_LB4 = torch.tensor([[row] * batch] * len(routing.layers), device=device)
+        self._spare, self._cache = spare, StepCache(base.num_layers)
+        self._space = DecodeSpace(batch, base.num_heads, base.num_kv_heads, base.head_dim, device)
+        self._places = {layer: place for place, layer in enumerate(routing.layers)}
+        self.attended: set[int] = set()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits_BV = torch.empty(0)
+        self._forward = torch.compile(self._model, dynamic=False) if compiled else self._model
+        self._compiled = compiled
+        _steps[id(self)] = self
+        with torch.no_grad(), routing.direct(self):
+            self._prepare()
+        self.seconds = time.perf_counter() - began
+
+    def _model(self, ids_B1: torch.Tensor, positions_B1: torch.Tensor) -> torch.Tensor:
+        from flux_attention.attach import CALL
+
+        output = self.routing.model(
+            input_ids=ids_B1, position_ids=positions_B1, past_key_values=self._cache, use_cache=True, **{CALL: self}
+        )
+        return output.logits[:, -1]
+
+    def _step(self) -> torch.Tensor:
+        logits = self._forward(self.ids_B1, self.lengths_B[:, None].long())
+        self.lengths_B += 1
+        return logits
+
+    def _prepare(self) -> None:
+        """Run the step a few times, then capture it."""
+        if self.ids_B1.device.type != "cuda":  # Triton's interpreter
+            self._step()
+        else:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.lengths_B.zero_()
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.logits_BV = self._step()
+        missing = sorted(set(self.routing.layers) - self.attended)
+        if missing and not self._compiled:
+            raise ValueError(f"layers {missing} did not call the registered attention function")
+
+    def attend(self, layer: int, query_BH1D, key_BK1D, value_BK1D, scale: float) -> torch.Tensor:
+        """Attention output (B, 1, H, D) of one layer; called by the registered attention function."""
+        if torch.compiler.is_compiling():
+            return torch.ops.flux_attention.decode_step(query_BH1D, key_BK1D, value_BK1D, scale, id(self), layer)
+        return self.attend_now(layer, query_BH1D, key_BK1D, value_BK1D, scale)
+
+    def attend_now(self, layer: int, query_BH1D, key_BK1D, value_BK1D, scale: float) -> torch.Tensor:
+        from flux_attention.kernels.triton_decode import attend
+
+        self.attended.add(layer)
+        pattern = self.routing.pattern
+        states = [states[:, :, 0] for states in (query_BH1D, key_BK1D, value_BK1D)]
+        output = attend(
+            *states,
+            self.table_LB4[self._places[layer]],
+            self.lengths_B,
+            self._space,
+            pattern.sink,
+            pattern.window,
+            scale,
+        )
+        return output[:, None]
+
+    def load(self, cache: DynamicCache, more: int) -> None:
+        """Continue the sequences of ``cache``, after making room for ``more`` tokens each."""
+        layers = [cache.layers[layer] for layer in self.routing.layers]
+        for layer in layers:
+            layer.reserve(more)
+        self.table_LB4.copy_(torch.tensor([layer.table() for layer in layers]))
+        self.lengths_B.copy_(torch.tensor(layers[0].lengths, dtype=torch.int32))
+
+    def run(self) -> torch.Tensor:
+        """Store the token ``ids_B1`` and return the next one's logits, in a buffer that the next ``run`` overwrites."""
+        if self.graph is None:
+            with torch.no_grad(), self.routing.direct(self):
+                self.logits_BV = self._step()
+        else:
+            self.graph.replay()
+        return self.logits_BV
+
+
+@torch.library.custom_op("flux_attention::decode_step", mutates_args=())
+def _decode_step(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, step: int, layer: int
+) -> torch.Tensor:
+    return _steps[step].attend_now(layer, query, key, value, scale)
+
+
+@_decode_step.register_fake
+def _(query, key, value, scale, step, layer):
+    batch, heads, length, dim = query.shape
+    return query.new_empty(batch, length, heads, dim)
+
+
+def unsupported(routing: Routing) -> str | None:
+    """Why the routed model cannot decode by graph; None if it can."""
+    model, base = routing.model, routing.config.base_model
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if len(routing.layers) < base.num_layers:
+        return "some layers have no router"
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        return f"its dtype is {model.dtype}"
+    if base.head_dim not in (16, 32, 64, 128, 256):
+        return f"its head dim is {base.head_dim}"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "it is spread over several devices"
+    if not kernels.has_triton(model.device):
+        return f"Triton kernels do not run on {model.device}"
+    if "mrope_section" in rope or rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+        return f"its rotary embedding ({rope.get('rope_type')}) depends on more than a token's position"
+    return None
+
+
+def decode_step(routing: Routing, batch: int) -> DecodeStep:
+    """
+    The step of ``routing`` for ``batch`` sequences: made at the first call, then kept until the model's weights move.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot decode by graph; the message says why.
+    """
+    reason = unsupported(routing)
+    if reason:
+        raise ValueError(f"{routing.config.base_model.name} cannot decode by CUDA graph: {reason}")
+    weights = tuple(parameter.data_ptr() for parameter in routing.model.parameters())
+    key = batch, routing.decode
+    made_for, step = routing.steps.get(key, (None, None))
+    if made_for != weights:
+        routing.steps.pop(key, None)
+        step = DecodeStep(routing, batch, compiled=routing.decode == "compile")
+        routing.steps[key] = weights, step
+    return step
+
+
+class _OneToken(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def sample(
+    routing: Routing,
+    stock: Callable,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer=None,
+    **model_kwargs: Any,
+):
+    """
+    Greedy decoding or sampling: the stock loop, from the second token on with captured steps, and without waiting for
+    the device between them. Takes and returns what ``GenerationMixin._sample`` does.
+
+    Where steps cannot be captured (``unsupported``, another cache, hidden states asked for) it is the stock loop.
+
+    Parameters
+    ----------
+    routing : Routing
+        Of the model that generates.
+    stock : callable
+        The model's own ``_sample``.
+    """
+    stock = functools.partial(stock, logits_processor=logits_processor, **model_kwargs)
+    step = None
+    if not (
+        routing.decode == "eager"
+        or synced_gpus
+        or type(model_kwargs.get("past_key_values")) is not DynamicCache
+        or generation_config.output_attentions
+        or generation_config.output_hidden_states
+        or unsupported(routing)
+    ):
+        try:
+            step = decode_step(routing, len(input_ids))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            logger.warning_once(f"decoding without a CUDA graph, as a step could not be captured: {reason}")
+    if step is None:
+        return stock(
+            input_ids,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+        )
+
+    first = copy.copy(generation_config)
+    first.return_dict_in_generate = True
+    start = stock(input_ids, stopping_criteria=StoppingCriteriaList([_OneToken()]), generation_config=first)
+    cache, scores, raw_logits = start.past_key_values, start.scores, start.logits
+    length, limit = start.sequences.shape[1], stopping_criteria.max_length
+    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = generation_config._pad_token_tensor
+    ids = start.sequences
+    tokens = ids[:, -1]
+    unfinished = ~stopping_criteria(ids, scores)
+    check = _LateCheck(tokens, streamer)
+    check.begin(tokens, unfinished)
+    stored = room = 0
+    while limit is None or length < limit:
+        if stored == room:
+            for layer in routing.layers:
+                cache.layers[layer].advance(stored)
+            room = ROOM if limit is None else min(ROOM, limit - length)
+            step.load(cache, room)
+            ids, stored = torch.cat([ids[:, :length], ids.new_empty(len(ids), room)], dim=1), 0
+        step.ids_B1.copy_(tokens[:, None])
+        logits = step.run().to(torch.float32, copy=True)
+        if check.end():  # the device is busy with this step meanwhile; it is not counted if it came too late
+            break
+        stored += 1
+        token_scores = logits_processor(ids[:, :length], logits)
+        if scores is not None:
+            scores += (token_scores,)
+        if raw_logits is not None:
+            raw_logits += (logits,)
+        if generation_config.do_sample:
+            tokens = torch.multinomial(token_scores.softmax(-1), num_samples=1)[:, 0]
+        else:
+            tokens = token_scores.argmax(-1)
+        if has_eos:
+            tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
+        ids[:, length] = tokens
+        length += 1
+        unfinished = unfinished & ~stopping_criteria(ids[:, :length], scores)
+        check.begin(tokens, unfinished)
+    else:
+        check.end()
+    for layer in routing.layers:
+        cache.layers[layer].advance(stored)
+    if streamer is not None:
+        streamer.end()
+    ids = ids[:, :length]
+    if not generation_config.return_dict_in_generate:
+        return ids
+    return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=raw_logits, past_key_values=cache)
+
+
+class _LateCheck:
+    """Brings tokens and whether all sequences are finished to the host while the device works on the next step."""
+
+    def __init__(self, tokens: torch.Tensor, streamer):
+        pinned = tokens.is_cuda
+        self.finished = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
+        self.tokens = torch.zeros(tokens.shape, dtype=tokens.dtype, pin_memory=pinned)
+        self.event = torch.cuda.Event() if pinned else None
+        self.streamer = streamer
+
+    def begin(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> None:
+        self.finished.copy_(~unfinished.any(), non_blocking=True)
+        if self.streamer is not None:
+            self.tokens.copy_(tokens, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+
+    def end(self) -> bool:
+        if self.event is not None:
+            self.event.synchronize()
+        if self.streamer is not None:
+            self.streamer.put(self.tokens.clone())
+        return bool(self.finished)

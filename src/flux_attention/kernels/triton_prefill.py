@@ -1,0 +1,415 @@
+"""Sink + window attention as Triton kernels, forward and backward, for NVIDIA GPUs.
+
+A program computes a tile of query rows: some positions of some heads that share a KV head. It visits only the blocks
+of keys that the pattern needs, and masks only those at the pattern's edges; nothing is built ahead of a call. With a
+window of all keys the same kernel is causal attention of the last S of T positions.
+
+Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, G = H / K, D head dim, M query rows of
+a tile, N keys of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _mask(i_M, j_N, sink, window, T):
+    """Whether query position i sees key j."""
+    i, j = i_M[:, None], j_N[None, :]
+    return (j <= i) & ((j < sink) | (i - j < window)) & (j < T)
+
+
+@triton.jit
+def _ranges(first, last, sink, window, N: tl.constexpr):
+    """
+    Where the keys of the queries at positions first … last − 1 lie: sink keys 0 … sink_end − 1, then blocks from
+    ``start``, of which those from ``inner`` on and before ``outer`` need no mask.
+    """
+    start = tl.maximum(first - window + 1, 0)
+    apart = start > sink
+    sink_end = tl.where(apart, sink, 0)
+    start = tl.where(apart, start, 0)
+    inner = start + tl.cdiv(tl.maximum(last - window - start, 0), N) * N
+    outer = start + (first + 1 - start) // N * N
+    inner = tl.minimum(inner, outer)
+    return sink_end, start, inner, outer
+
+
+@triton.jit
+def _load(pointer, start, stride, T, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows start … start + N − 1 of a (T, D) tensor whose rows are ``stride`` apart."""
+    rows, columns = tl.arange(0, N), tl.arange(0, D)
+    pointers = pointer + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=(start + rows < T)[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _attend(
+    acc, top, total, query, key_ptr, value_ptr, key_stride, value_stride, i_M, begin, end, sink, window, T, scale_log2,
+    N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys begin … end − 1."""
+    for start in tl.range(begin, end, N):
+        key = _load(key_ptr, start, key_stride, T, N, D, MASKED)
+        score = tl.dot(query, key.T)
+        if MASKED:
+            score = tl.where(
+                _mask(i_M, start + tl.arange(0, N), sink, window, tl.minimum(T, end)), score, float("-inf")
+            )
+        new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
+        weight = tl.exp2(score * scale_log2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = acc * shrink[:, None]
+        value = _load(value_ptr, start, value_stride, T, N, D, MASKED)
+        acc = tl.dot(weight.to(value.dtype), value, acc)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _tile(pid, S, T, G: tl.constexpr, M: tl.constexpr, PACK: tl.constexpr):
+    """Head within the group, position of each row; the first position and the one behind the last."""
+    rows = tl.arange(0, M)
+    first = T - S + pid * (M // PACK)
+    last = tl.minimum(first + M // PACK, T)
+    return rows % PACK, first + rows // PACK, first, last
+
+
+@triton.jit
+def _forward(
+    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
+    query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_s,
+    S, T, sink, window, scale_log2,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    batch, kv_head = tl.program_id(2).to(tl.int64), tl.program_id(1) // (G // PACK)
+    pack, i_M, first, last = _tile(tl.program_id(0), S, T, G, M, PACK)
+    head_M = tl.program_id(1) * PACK + pack
+    row_M = i_M - (T - S)
+    real_M = i_M < T
+    columns = tl.arange(0, D)
+
+    offsets = head_M.to(tl.int64) * query_h + row_M.to(tl.int64) * query_s
+    query = tl.load(query_ptr + batch * query_b + offsets[:, None] + columns[None, :], mask=real_M[:, None], other=0.0)
+    key_ptr += batch * key_b + kv_head.to(tl.int64) * key_h
+    value_ptr += batch * value_b + kv_head.to(tl.int64) * value_h
+
+    acc = tl.zeros([M, D], tl.float32)
+    top = tl.full([M], -1e30, tl.float32)  # finite, so that a block without a visible key leaves no NaN
+    total = tl.zeros([M], tl.float32)
+    sink_end, start, inner, outer = _ranges(first, last, sink, window, N)
+    acc, top, total = _attend(
+        acc, top, total, query, key_ptr, value_ptr, key_t, value_t, i_M, 0, sink_end, sink, window, T, scale_log2,
+        N, D, True,
+    )  # fmt: skip
+    acc, top, total = _attend(
+        acc, top, total, query, key_ptr, value_ptr, key_t, value_t, i_M, start, inner, sink, window, T, scale_log2,
+        N, D, True,
+    )  # fmt: skip
+    acc, top, total = _attend(
+        acc, top, total, query, key_ptr, value_ptr, key_t, value_t, i_M, inner, outer, sink, window, T, scale_log2,
+        N, D, False,
+    )  # fmt: skip
+    acc, top, total = _attend(
+        acc, top, total, query, key_ptr, value_ptr, key_t, value_t, i_M, outer, last, sink, window, T, scale_log2,
+        N, D, True,
+    )  # fmt: skip
+
+    acc = acc / total[:, None]
+    offsets = head_M.to(tl.int64) * output_h + row_M.to(tl.int64) * output_s
+    tl.store(
+        output_ptr + batch * output_b + offsets[:, None] + columns[None, :],
+        acc.to(output_ptr.dtype.element_ty),
+        mask=real_M[:, None],
+    )
+    if lse_ptr is not None:
+        heads = tl.num_programs(1) * PACK
+        tl.store(
+            lse_ptr + (batch * heads + head_M) * S + row_M, (top + tl.log2(total)) / 1.4426950408889634, mask=real_M
+        )
+
+
+@triton.jit
+def _dot_gradient(
+    query, grad, lse_M, delta_M, key, value, i_M, j_N, sink, window, T, scale_log2, MASKED: tl.constexpr
+):  # fmt: skip
+    """Weights and gradient of the scores (without the scale) for a tile of queries and keys."""
+    weight = tl.exp2(tl.dot(query, key.T) * scale_log2 - lse_M[:, None])
+    if MASKED:
+        weight = tl.where(_mask(i_M, j_N, sink, window, T), weight, 0.0)
+    return weight, weight * (tl.dot(grad, value.T) - delta_M[:, None])
+
+
+@triton.jit
+def _query_gradient_part(
+    acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_stride, value_stride, i_M, begin, end, sink, window, T,
+    scale_log2, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(begin, end, N):
+        key = _load(key_ptr, start, key_stride, T, N, D, MASKED)
+        value = _load(value_ptr, start, value_stride, T, N, D, MASKED)
+        j_N = start + tl.arange(0, N)
+        _, score_grad = _dot_gradient(
+            query, grad, lse_M, delta_M, key, value, i_M, j_N, sink, window, tl.minimum(T, end), scale_log2, MASKED
+        )
+        acc = tl.dot(score_grad.to(key.dtype), key, acc)
+    return acc
+
+
+@triton.jit
+def _query_gradient(
+    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dquery_ptr,
+    query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, grad_b, grad_h, grad_s,
+    dquery_b, dquery_h, dquery_s,
+    S, T, sink, window, scale, scale_log2,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    batch, kv_head = tl.program_id(2).to(tl.int64), tl.program_id(1) // (G // PACK)
+    pack, i_M, first, last = _tile(tl.program_id(0), S, T, G, M, PACK)
+    head_M = tl.program_id(1) * PACK + pack
+    row_M = i_M - (T - S)
+    real_M = i_M < T
+    columns = tl.arange(0, D)[None, :]
+    head_64, row_64 = head_M.to(tl.int64)[:, None], row_M.to(tl.int64)[:, None]
+    mask = real_M[:, None]
+    query = tl.load(query_ptr + batch * query_b + head_64 * query_h + row_64 * query_s + columns, mask=mask, other=0.0)
+    grad = tl.load(grad_ptr + batch * grad_b + head_64 * grad_h + row_64 * grad_s + columns, mask=mask, other=0.0)
+    statistics = (batch * tl.num_programs(1) * PACK + head_M) * S + row_M
+    lse_M = tl.load(lse_ptr + statistics, mask=real_M, other=0.0) * 1.4426950408889634
+    delta_M = tl.load(delta_ptr + statistics, mask=real_M, other=0.0)
+    key_ptr += batch * key_b + kv_head.to(tl.int64) * key_h
+    value_ptr += batch * value_b + kv_head.to(tl.int64) * value_h
+
+    acc = tl.zeros([M, D], tl.float32)
+    sink_end, start, inner, outer = _ranges(first, last, sink, window, N)
+    acc = _query_gradient_part(
+        acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_t, value_t, i_M, 0, sink_end, sink, window, T,
+        scale_log2, N, D, True,
+    )  # fmt: skip
+    acc = _query_gradient_part(
+        acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_t, value_t, i_M, start, inner, sink, window, T,
+        scale_log2, N, D, True,
+    )  # fmt: skip
+    acc = _query_gradient_part(
+        acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_t, value_t, i_M, inner, outer, sink, window, T,
+        scale_log2, N, D, False,
+    )  # fmt: skip
+    acc = _query_gradient_part(
+        acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_t, value_t, i_M, outer, last, sink, window, T,
+        scale_log2, N, D, True,
+    )  # fmt: skip
+    tl.store(
+        dquery_ptr + batch * dquery_b + head_64 * dquery_h + row_64 * dquery_s + columns,
+        (acc * scale).to(dquery_ptr.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit
+def _key_gradient(
+    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
+    query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, grad_b, grad_h, grad_s,
+    out_part, out_b, out_h, out_t,
+    S, T, sink, window, scale, scale_log2, parts,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """
+    Gradients of a block of keys and values: from the queries whose window reaches it, or (``FAR``) from a part of
+    the later queries, which only see its sink keys.
+    """
+    batch, kv_head = (tl.program_id(2) // parts).to(tl.int64), tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2) % parts
+    start = tl.program_id(0) * N
+    columns = tl.arange(0, D)
+    j_N = start + tl.arange(0, N)
+    key = _load(key_ptr + batch * key_b + kv_head * key_h, start, key_t, T, N, D, True)
+    value = _load(value_ptr + batch * value_b + kv_head * value_h, start, value_t, T, N, D, True)
+
+    begin, end = tl.maximum(start, T - S), tl.minimum(T, start + N - 1 + window)
+    if FAR:
+        begin = tl.maximum(end, T - S)
+        share = tl.cdiv(tl.cdiv(tl.maximum(T - begin, 0), parts), M) * M
+        begin += part * share
+        end = tl.minimum(T, begin + share)
+
+    dkey, dvalue = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
+    for group in range(G):
+        head = kv_head * G + group
+        statistics = (batch * tl.num_programs(1) * G + head) * S
+        query_head = query_ptr + batch * query_b + head * query_h
+        grad_head = grad_ptr + batch * grad_b + head * grad_h
+        for first in tl.range(begin, end, M):
+            i_M = first + tl.arange(0, M)
+            real_M = i_M < end
+            row = first - (T - S)
+            query = _load(query_head, row, query_s, S, M, D, True)
+            grad = _load(grad_head, row, grad_s, S, M, D, True)
+            lse_M = tl.load(lse_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0) * 1.4426950408889634
+            delta_M = tl.load(delta_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0)
+            weight = tl.exp2(tl.dot(key, query.T) * scale_log2 - lse_M[None, :])
+            mask = tl.trans(_mask(i_M, j_N, sink, window, T)) & real_M[None, :]
+            weight = tl.where(mask, weight, 0.0)
+            dvalue = tl.dot(weight.to(grad.dtype), grad, dvalue)
+            score_grad = weight * (tl.dot(value, grad.T) - delta_M[None, :])
+            dkey = tl.dot(score_grad.to(query.dtype), query, dkey)
+
+    offset = part * out_part + batch * out_b + kv_head * out_h + j_N.to(tl.int64)[:, None] * out_t + columns[None, :]
+    real = (j_N < T)[:, None]
+    tl.store(dkey_ptr + offset, (dkey * scale).to(dkey_ptr.dtype.element_ty), mask=real)
+    tl.store(dvalue_ptr + offset, dvalue.to(dvalue_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _delta(
+    output_ptr, grad_ptr, delta_ptr, output_b, output_h, output_s, grad_b, grad_h, grad_s, S,
+    D: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Sum over D of output × its gradient."""
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * M
+    output = _load(output_ptr + batch * output_b + head * output_h, start, output_s, S, M, D, True)
+    grad = _load(grad_ptr + batch * grad_b + head * grad_h, start, grad_s, S, M, D, True)
+    rows = start + tl.arange(0, M)
+    delta_M = tl.sum(output.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(delta_ptr + (batch * tl.num_programs(1) + head) * S + rows, delta_M, mask=rows < S)
+
+
+# --- Launching --------------------------------------------------------------------------------------------------
+
+
+def supports(query: torch.Tensor) -> bool:
+    """Whether the kernels take this dtype and head dim."""
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (16, 32, 64, 128, 256)
+
+
+def _pack(groups: int, most: int) -> int:
+    """Heads of a group that share a tile: more of them let a tile span fewer positions, so less of it is masked."""
+    return min(most, groups & -groups)
+
+
+def _rows_contiguous(states: torch.Tensor) -> torch.Tensor:
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+def _like(states_BHSD: torch.Tensor) -> torch.Tensor:
+    """Empty, of the same shape, heads inside positions in memory: what the output projection reads without a copy."""
+    batch, heads, length, dim = states_BHSD.shape
+    return states_BHSD.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _run_forward(query, key, value, sink, window, scale, with_lse):
+    batch, heads, length, dim = query.shape
+    groups = heads // key.shape[1]
+    tile = forward_tile(dim)
+    pack = _pack(groups, tile.pop("most_packed"))
+    output = _like(query)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
+    grid = (triton.cdiv(length, tile["M"] // pack), heads // pack, batch)
+    _forward[grid](
+        query, key, value, output, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+        length, key.shape[2], sink, window, scale * LOG2E,
+        G=groups, D=dim, PACK=pack, **tile,
+    )  # fmt: skip
+    return output, lse
+
+
+def forward_tile(dim: int) -> dict[str, int]:
+    """Tile sizes of the forward kernel."""
+    if dim <= 128:
+        return dict(M=128, N=64, num_warps=8 if dim == 128 else 4, num_stages=3, most_packed=4)
+    return dict(M=64, N=32, num_warps=4, num_stages=2, most_packed=4)
+
+
+def _run_backward(query, key, value, output, lse, grad, sink, window, scale):
+    batch, heads, length, dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    groups = heads // kv_heads
+    pack = _pack(groups, 4)
+    M, N, warps = (64, 64, 4) if dim <= 128 else (32, 32, 4)
+    grad = _rows_contiguous(grad)
+    delta = torch.empty_like(lse)
+    _delta[(triton.cdiv(length, 64), heads, batch)](
+        output, grad, delta, *output.stride()[:3], *grad.stride()[:3], length, D=dim, M=64
+    )
+    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3]
+    dquery, dkey, dvalue = _like(query), torch.empty_like(key), torch.empty_like(value)
+    dkey, dvalue = (states if states.stride() == key.stride() else _like(key) for states in (dkey, dvalue))
+    if dkey.stride() != dvalue.stride() or dkey.stride(-1) != 1:
+        dkey, dvalue = _like(key), _like(value)
+    constants = dict(G=groups, D=dim, num_warps=warps, num_stages=2)
+    _query_gradient[(triton.cdiv(length, M // pack), heads // pack, batch)](
+        query, key, value, grad, lse, delta, dquery, *strides, *dquery.stride()[:3],
+        length, keys, sink, window, scale, scale * LOG2E, M=M, N=N, PACK=pack, **constants,
+    )  # fmt: skip
+    _key_gradient[(triton.cdiv(keys, N), kv_heads, batch)](
+        query, key, value, grad, lse, delta, dkey, dvalue, *strides, 0, *dkey.stride()[:3],
+        length, keys, sink, window, scale, scale * LOG2E, 1, M=M, N=N, FAR=False, **constants,
+    )  # fmt: skip
+    sinks = min(sink, keys)
+    if sinks and keys > window:  # queries behind the window see the sink keys: many queries, few keys
+        parts = max(1, min(64, keys // 1024))
+        blocks = triton.cdiv(sinks, N)
+        far = query.new_zeros(2, parts, batch, kv_heads, blocks * N, dim, dtype=torch.float32)
+        _key_gradient[(blocks, kv_heads, batch * parts)](
+            query, key, value, grad, lse, delta, far[0], far[1], *strides, *far.stride()[1:5],
+            length, keys, sink, window, scale, scale * LOG2E, parts, M=M, N=N, FAR=True, **constants,
+        )  # fmt: skip
+        for states, extra in zip((dkey, dvalue), far.sum(1), strict=True):
+            states[:, :, :sinks] += extra[:, :, :sinks].to(states.dtype)
+    return dquery, dkey, dvalue
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, sink, window, scale):
+        output, lse = _run_forward(query, key, value, sink, window, scale, with_lse=True)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.settings = sink, window, scale
+        ctx.mark_non_differentiable(lse)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return *_run_backward(*ctx.saved_tensors, grad, *ctx.settings), None, None, None
+
+
+def attention(
+    query_BHSD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    sink: int,
+    window: int,
+    scale: float,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention of the last S of T positions to the first ``sink`` keys and the latest ``window`` ones.
+
+    Differentiable; gradients do not flow through the log-sum-exp.
+
+    Parameters
+    ----------
+    query_BHSD, key_BKTD, value_BKTD : torch.Tensor
+        bf16 or fp16 on an NVIDIA GPU, any strides; D a power of two from 16 to 256.
+    sink, window : int
+        Tokens; ``window`` = T is causal attention.
+    scale : float
+        Positive.
+    return_lse : bool
+        Return the log-sum-exp of each query's scores too: float32 (B, H, S), natural logarithm.
+    """
+    query, key, value = map(_rows_contiguous, (query_BHSD, key_BKTD, value_BKTD))
+    if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
+        output, lse = _Attention.apply(query, key, value, sink, window, scale)
+    else:
+        output, lse = _run_forward(query, key, value, sink, window, scale, return_lse)
+    return (output, lse) if return_lse else output

@@ -1,0 +1,192 @@
+"""Triton kernels against a float64 oracle: by Triton's interpreter on a CPU, compiled on a GPU (`make gpu-test`)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_patterns import error, oracle
+
+from flux_attention import kernels
+from flux_attention.patterns import Streaming
+
+pytest.importorskip("triton")
+from flux_attention.kernels import triton_decode, triton_prefill
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def states(generator, heads, length, dim, dtype, layout):
+    """Random (B=2, heads, length, dim) in one of the layouts that models give: heads inside or outside positions."""
+    shape = (2, heads, length, dim) if layout == "BHSD" else (2, length, heads, dim)
+    tensor = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+    return tensor if layout == "BHSD" else tensor.transpose(1, 2)
+
+
+@st.composite
+def problems(draw, dims=(16, 32), most=90):
+    """Sizes around block boundaries, with windows and sinks on either side of them."""
+    kv_heads, groups = draw(st.sampled_from([(1, 1), (1, 4), (2, 3), (1, 6)]))
+    keys = draw(st.one_of(st.integers(1, most), st.sampled_from([63, 64, 65, 127, 128, 129])))
+    return dict(
+        kv_heads=kv_heads,
+        heads=kv_heads * groups,
+        keys=keys,
+        length=draw(st.one_of(st.just(keys), st.integers(1, keys))),
+        dim=draw(st.sampled_from(dims)),
+        sink=draw(st.sampled_from([0, 1, 5, 16, 64, 70])),
+        window=draw(st.sampled_from([1, 7, 16, 33, 64, 200])),
+        layouts=draw(st.tuples(*[st.sampled_from(["BHSD", "BSHD"])] * 3)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def check_prefill(device, dtype, heads, kv_heads, keys, length, dim, sink, window, layouts, seed, gradients=True):
+    """Output, log-sum-exp and gradients of one problem."""
+    generator = torch.Generator(device).manual_seed(seed)
+    query = states(generator, heads, length, dim, dtype, layouts[0])
+    key, value = (states(generator, kv_heads, keys, dim, dtype, layout) for layout in layouts[1:])
+    leaves = [tensor.requires_grad_(gradients) for tensor in (query, key, value)]
+    scale = dim**-0.5
+    output, lse = triton_prefill.attention(*leaves, sink, window, scale, return_lse=True)
+    mask = Streaming(sink, window).mask(keys)[keys - length :].to(device)
+    truth = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    expected = oracle(*truth, mask, scale)
+    assert error(output, expected) < TOLERANCE[dtype]
+    scores = (truth[0] @ truth[1].repeat_interleave(heads // kv_heads, 1).transpose(-1, -2)) * scale
+    torch.testing.assert_close(
+        lse, scores.masked_fill(~mask, -math.inf).logsumexp(-1).float(), atol=5e-3, rtol=1e-3, check_dtype=False
+    )
+    if gradients:
+        weight = torch.randn(output.shape, generator=generator, device=device).to(dtype)
+        actual = torch.autograd.grad(output, leaves, weight)
+        for a, e in zip(actual, torch.autograd.grad(expected, truth, weight.double()), strict=True):
+            # Where a query sees one key only, the true gradient of its scores is zero.
+            assert (a.double() - e).norm() < 2 * TOLERANCE[dtype] * e.norm() + 1e-3 * math.sqrt(a.numel())
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Outputs that a kernel forgets to write are NaN."""
+    like = triton_prefill._like
+    monkeypatch.setattr(triton_prefill, "_like", lambda tensor: like(tensor).fill_(math.nan))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")
+@settings(max_examples=25, deadline=None)
+@given(problems())
+def test_prefill_by_the_interpreter(problem):
+    check_prefill("cpu", torch.float16, **problem)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None)
+@given(problems(dims=(64,), most=3000), st.sampled_from([torch.float16, torch.bfloat16]))
+def test_prefill_of_random_shapes(problem, dtype):
+    check_prefill("cuda", dtype, **problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2), (5, 1)])
+@pytest.mark.parametrize("keys, length", [(1, 1), (127, 127), (2049, 2049), (3000, 130)])
+def test_prefill_of_every_tile(poisoned, dim, heads, kv_heads, keys, length):
+    for sink, window in ((0, 1), (128, 1024), (100, 300), (0, keys)):
+        layouts = ("BSHD", "BSHD", "BHSD")
+        check_prefill("cuda", torch.bfloat16, heads, kv_heads, keys, length, dim, sink, window, layouts, keys + dim)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_output_is_written(poisoned, device):
+    check_prefill(device, torch.float16, 4, 2, 70, 70, 16, 5, 16, ("BSHD", "BSHD", "BHSD"), 0)
+
+
+@st.composite
+def rows(draw):
+    kinds = st.sampled_from([kernels.FULL, kernels.KEPT, kernels.RING])
+    lengths = st.one_of(st.integers(0, 300), st.sampled_from([63, 64, 65, 127, 128, 129, 191, 192, 193]))
+    return draw(st.lists(st.tuples(lengths, kinds), min_size=1, max_size=4))
+
+
+def check_decode(device, dtype, kept, kv_heads, groups, dim, sink, window, seed):
+    """Rows of (length, kind): output, and what is stored, of one step."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    batch, heads = len(kept), kv_heads * groups
+    query, new_key, new_value = random(batch, heads, dim), random(batch, kv_heads, dim), random(batch, kv_heads, dim)
+    table, buffers, pasts = [], [], []
+    for length, kind in kept:
+        past = random(2, kv_heads, length, dim)
+        capacity = sink + window if kind == kernels.RING else length + 3
+        buffer = torch.full((2, kv_heads, capacity, dim), math.nan, dtype=dtype, device=device)
+        for position in range(length):
+            buffer[:, :, slot_of(position, kind, sink, window)] = past[:, :, position]
+        table.append([buffer[0].data_ptr(), buffer[1].data_ptr(), buffer.stride(1), kind])
+        buffers.append(buffer)
+        pasts.append(past)
+    space = triton_decode.DecodeSpace(batch, heads, kv_heads, dim, torch.device(device))
+    lengths = torch.tensor([length for length, _ in kept], dtype=torch.int32, device=device)
+    arguments = (torch.tensor(table, device=device), lengths, space, sink, window, dim**-0.5)
+    output = triton_decode.attend(query, new_key, new_value, *arguments)
+    again = triton_decode.attend(query, new_key, new_value, *arguments)  # the scratch memory is as it was
+    assert torch.equal(output, again)
+    for row, (length, kind) in enumerate(kept):
+        new = torch.stack([new_key[row], new_value[row]])
+        assert torch.equal(buffers[row][:, :, slot_of(length, kind, sink, window)], new)
+        key, value = torch.cat([pasts[row], new[:, :, None]], dim=2)[:, None]
+        j = torch.arange(length + 1, device=device)
+        mask = (j < sink) | (length - j < window) if kind != kernels.FULL else j >= 0
+        expected = oracle(query[row][None, :, None], key, value, mask[None], dim**-0.5)
+        assert error(output[row][None, :, None], expected) < TOLERANCE[dtype]
+
+
+def slot_of(position, kind, sink, window):
+    return position if kind != kernels.RING or position < sink else sink + (position - sink) % window
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")
+@settings(max_examples=25, deadline=None)
+@given(rows(), st.sampled_from([(1, 1), (2, 4), (1, 3)]), st.sampled_from([(0, 1), (4, 9), (70, 64), (16, 200)]))
+def test_decode_by_the_interpreter(kept, heads, sizes):
+    check_decode("cpu", torch.float16, kept, *heads, 16, *sizes, seed=len(kept))
+
+
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None)
+@given(rows(), st.sampled_from([(2, 4), (8, 1)]), st.sampled_from([(0, 1), (4, 9), (70, 64), (128, 1024)]))
+def test_decode_of_random_rows(kept, heads, sizes):
+    check_decode("cuda", torch.bfloat16, kept, *heads, 128, *sizes, seed=len(kept))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("kv_heads, groups", [(8, 4), (1, 8), (2, 5), (1, 20)])
+def test_decode_of_long_rows(dim, kv_heads, groups):
+    kept = [(40_000, kernels.FULL), (9_000, kernels.KEPT), (1200, kernels.RING), (5, kernels.RING)]
+    check_decode("cuda", torch.bfloat16, kept, kv_heads, groups, dim, 128, 1024, seed=dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("length", [1, 500, 3000])
+def test_gradients_of_dense_prefill(dim, length):
+    """PyTorch's own backends, in the order that we give them."""
+    generator = torch.Generator("cuda").manual_seed(dim)
+    leaves = [states(generator, heads, length, dim, torch.bfloat16, "BSHD").requires_grad_() for heads in (8, 2, 2)]
+    output = kernels.full(*leaves, dim**-0.5)
+    truth = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    mask = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()
+    expected = oracle(*truth, mask, dim**-0.5)
+    assert error(output, expected) < 8e-3
+    weight = torch.randn(output.shape, generator=generator, device="cuda").bfloat16()
+    actual = torch.autograd.grad(output, leaves, weight)
+    for a, e in zip(actual, torch.autograd.grad(expected, truth, weight.double()), strict=True):
+        assert (a.double() - e).norm() < 2e-2 * e.norm() + 1e-3 * math.sqrt(a.numel())
