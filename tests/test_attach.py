@@ -1,5 +1,7 @@
 """The invariants of attaching: nothing changes until routes do, and what routes change is exactly the mask."""
 
+import sys
+
 import pytest
 import torch
 from conftest import VOCAB, tiny_model
@@ -64,6 +66,15 @@ def test_fresh_routers_change_nothing(model):
         torch.testing.assert_close(model(prompt).logits, expected, atol=2e-5, rtol=1e-4)
     assert routing.routes.routes_BL.all()
     assert routing.routes.msr == [0.0, 0.0]
+
+
+def test_activations_in_pieces_change_nothing(model, monkeypatch):
+    prompt = ids(2, 40)
+    attach(model, CONFIG)
+    with torch.no_grad():
+        whole = model(prompt).logits
+        monkeypatch.setattr(sys.modules["flux_attention.attach"], "PIECE", 7)  # the name in the package is the function
+        torch.testing.assert_close(model(prompt).logits, whole, atol=2e-5, rtol=1e-4)
 
 
 def test_detach_restores_the_model_exactly(model):

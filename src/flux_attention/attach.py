@@ -36,6 +36,8 @@ from flux_attention.routes import Routes, RouteSpec, parse_routes
 #: The name under which attention and mask functions are registered, and the keyword that carries the call.
 NAME = "flux"
 CALL = "flux_call"
+#: Tokens that a position-wise module takes at a time in prefill: enough to keep a GPU busy.
+PIECE = 16_384
 #: How ``generate`` may decode.
 DECODE_MODES = ("graph", "compile", "eager")
 #: Arguments with which models ask their attention function for more than softmax attention.
@@ -129,6 +131,7 @@ class Routing:
         self.temperature: float | torch.Tensor | None = None
         self.steps: dict[Any, Any] = {}  # captured decode steps; see ``generation.decode_step``
         self._handles: list[Any] = []
+        self._stock_forwards: list[tuple[nn.Module, Any]] = []
         self._decoder: nn.Module | None = None
         self._stock_attention: str | None = None
 
@@ -196,6 +199,12 @@ class Routing:
         self.steps.clear()
         if self._decoder is not None:
             self.model.__class__ = self._stock_class
+            for module, forward in self._stock_forwards:
+                if forward is None:
+                    del module.forward
+                else:  # accelerate puts one there
+                    module.forward = forward
+            self._stock_forwards.clear()
             self._decoder.config._attn_implementation = self._stock_attention
             del self._decoder.flux_routing
             self._decoder = None
@@ -213,6 +222,9 @@ class Routing:
         self._attentions = attentions
         decoder.config._attn_implementation = NAME
         decoder.flux_routing = self
+        for module in _position_wise(decoder):
+            self._stock_forwards.append((module, vars(module).get("forward")))
+            module.forward = _in_pieces(module.forward)
         self._stock_class = type(self.model)
         if isinstance(self.model, GenerationMixin):
             self.model.__class__ = _with_decode_loop(self._stock_class)
@@ -424,6 +436,30 @@ def _query_states(output: torch.Tensor, length: int, heads: int, dim: int, sourc
     else:
         heads_first = output.shape[1] == heads and output.shape[2] == length
     return output.transpose(1, 2) if heads_first else output
+
+
+def _position_wise(decoder: nn.Module) -> list[nn.Module]:
+    """The modules whose activations are largest, and which treat every token alike: each layer's MLP."""
+    modules = [getattr(layer, "mlp", None) for layer in decoder.layers]
+    return [module for module in modules if isinstance(module, nn.Module)]
+
+
+def _in_pieces(stock):
+    """The forward of a position-wise module on some tokens at a time, so that its activations do not grow with S."""
+
+    @functools.wraps(stock)
+    def forward(states, *args, **kwargs):
+        if states.ndim != 3 or states.shape[1] <= PIECE or torch.is_grad_enabled() or args or kwargs:
+            return stock(states, *args, **kwargs)
+        output = torch.empty_like(states)
+        for piece, target in zip(states.split(PIECE, dim=1), output.split(PIECE, dim=1), strict=True):
+            result = stock(piece.contiguous())
+            if not isinstance(result, torch.Tensor):  # a mixture of experts that gives its router's logits too
+                return stock(states)
+            target.copy_(result)
+        return output
+
+    return forward
 
 
 def _with_decode_loop(stock: type) -> type:

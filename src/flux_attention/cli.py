@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -246,6 +247,7 @@ def info(as_json: Json = False):
 
     import flux_attention
     from flux_attention.evaluation.results import environment
+    from flux_attention.kernels import has_triton
 
     env = environment()
     facts = {
@@ -253,7 +255,8 @@ def info(as_json: Json = False):
         "python": platform.python_version(),
         **{name: env[name] for name in ("torch", "transformers", "triton", "device")},
         "cuda": torch.version.cuda,
-        "kernels": ["reference (PyTorch, any device)"],
+        "kernels": ["reference (PyTorch, any device)"]
+        + ["triton"] * has_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     if as_json:
         print(json.dumps(facts))
@@ -262,6 +265,52 @@ def info(as_json: Json = False):
     for name, value in facts.items():
         table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
     out.print(table)
+
+
+def _numbers(text: str, kind: type) -> list:
+    """Numbers separated by commas; lengths may end in K."""
+    try:
+        return [kind(float(part[:-1]) * 1024) if part[-1:] in "kK" else kind(part) for part in text.split(",") if part]
+    except ValueError:
+        raise _UserError(f"{text!r} is not a list of numbers such as 1K,32K or 0.5,0.75") from None
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="attention, prefill, decode or memory.", show_default=False)],
+    shape: Annotated[str, typer.Option(help="Sizes of the model: qwen3-8b or llama-3.1-8b.")] = "qwen3-8b",
+    lengths: Annotated[str, typer.Option(help="Tokens.")] = "1K,2K,4K,8K,16K,32K,64K,128K,256K",
+    sparsities: Annotated[str, typer.Option(help="Forced Ω_MSR.")] = "0,0.25,0.5,0.75,0.9",
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
+    decode: Annotated[str, typer.Option(help="Decode steps: graph or compile.")] = "compile",
+    gpu_gb: Annotated[float, typer.Option(help="memory: 10⁹ bytes to fit into.")] = 141.0,
+    output: Annotated[Optional[Path], typer.Option(help="JSON file; rewritten after every row.")] = None,  # noqa: UP045
+):
+    """Measure speed and memory on this GPU, with random weights, against dense attention in the same run."""
+    from flux_attention.evaluation import speed, speed_model
+    from flux_attention.evaluation.results import write_results
+
+    if shape not in speed.SHAPES:
+        raise _UserError(f"shape is {shape!r}, expected one of {list(speed.SHAPES)}")
+    if decode not in ("graph", "compile"):
+        raise _UserError(f"decode is {decode!r}, expected graph or compile")
+    tokens, ratios, sequences = _numbers(lengths, int), _numbers(sparsities, float), _numbers(batches, int)
+    runs = {
+        "attention": lambda: itertools.chain(
+            speed.attention_prefill(shape, tokens, ratios), speed.attention_decode(shape, tokens, sequences)
+        ),
+        "prefill": lambda: speed_model.prefill(shape, tokens, ratios),
+        "decode": lambda: speed_model.decode(shape, tokens, sequences, ratios, decode),
+        "memory": lambda: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9)),
+    }
+    if what not in runs:
+        raise _UserError(f"cannot measure {what!r}; expected one of {list(runs)}")
+    rows = []
+    for row in runs[what]():
+        rows.append(row)
+        out.print("  ".join(f"{name} {value}" for name, value in row.items()), highlight=False, soft_wrap=True)
+        if output is not None:
+            write_results(output, rows, **(speed.ceilings() if what != "memory" else {}))
 
 
 @app.command()

@@ -1,0 +1,296 @@
+"""Timing attention on a GPU: own kernels against PyTorch's and FlexAttention, in one run, beside the hardware's floor.
+
+Every function yields result rows (the contract of ``results``) as they are measured.
+
+Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from flux_attention import kernels
+from flux_attention.patterns import Full, Streaming
+
+#: Models whose sizes are measured, with random weights: what ``AutoConfig.for_model`` takes.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-8b": dict(
+        model_type="qwen3",
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "llama-3.1-8b": dict(
+        model_type="llama",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    ),
+}
+BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
+PATTERN = Streaming(128, 1024)
+DTYPE = torch.bfloat16
+
+
+def require_gpu() -> torch.device:
+    """The GPU to measure on."""
+    if not kernels.has_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        raise RuntimeError(
+            "speed is measured on an NVIDIA GPU of compute capability 8.0 or newer, with Triton, and there is none here"
+        )
+    return torch.device("cuda")
+
+
+def measure(run: Callable[[], Any], seconds: float = 0.4, most: int = 50, warm: int = 2) -> dict[str, float]:
+    """Median, least and most milliseconds of ``run``, by device events, over about ``seconds``."""
+    for _ in range(warm):
+        run()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < most and (len(times) < 3 or sum(times) < 1000 * seconds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+        if times[0] > 5000:  # half a minute of repetitions would tell nothing new
+            break
+    return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "repeats": len(times)}
+
+
+def measure_graph(run: Callable[[], Any], launches: int = 20) -> dict[str, float]:
+    """As ``measure``, for short kernels: milliseconds of one of ``launches`` launches in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(launches):
+            run()
+    times = measure(graph.replay, seconds=0.2)
+    return {name: value if name == "repeats" else value / launches for name, value in times.items()}
+
+
+@lru_cache
+def ceilings() -> dict[str, float]:
+    """What this device reaches: copy bandwidth in TB/s (bytes read and written), bf16 matrix products in TFLOP/s."""
+    size = 2**31
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    copy = measure_graph(partial(target.copy_, source), launches=5)["ms"]
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
+    product = measure_graph(partial(torch.matmul, left, right), launches=5)["ms"]
+    return {"copy_tbps": 2 * size / copy / 1e9, "matmul_tflops": 2 * 8192**3 / product / 1e9}
+
+
+def row(times: dict[str, float], baseline: str, base: dict[str, float] | None, **facts: Any) -> dict[str, Any]:
+    """A result row: ``facts``, ``times``, and the baseline of the same run."""
+    numbers = {name: round(value, 5) if isinstance(value, float) else value for name, value in times.items()}
+    result = {**facts, **numbers}
+    if base is not None:
+        result |= {
+            "baseline": baseline,
+            "baseline_ms": round(base["ms"], 5),
+            "baseline_ms_min": round(base["ms_min"], 5),
+            "baseline_ms_max": round(base["ms_max"], 5),
+            "speedup": round(base["ms"] / times["ms"], 3),
+        }
+    return result
+
+
+def _sizes(shape: str) -> tuple[int, int, int]:
+    sizes = SHAPES[shape]
+    return sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["head_dim"]
+
+
+def _states(batch: int, heads: int, length: int, dim: int) -> torch.Tensor:
+    """As a projection gives them: heads inside positions."""
+    return torch.randn(batch, length, heads, dim, device="cuda", dtype=DTYPE).transpose(1, 2)
+
+
+def _sdpa(backend: str, query, key, value, causal: bool):
+    with sdpa_kernel(BACKENDS[backend]):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+
+
+def _mean(share: float, sparse: dict[str, float], full: dict[str, float]) -> dict[str, float]:
+    """A layer's mean time where this share of the layers is sparse."""
+    return {name: share * sparse[name] + (1 - share) * full[name] for name in ("ms", "ms_min", "ms_max")}
+
+
+def attention_prefill(shape: str, lengths: Sequence[int], sparsities: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """
+    One layer's prefill: dense, streaming, and streaming on a share of the KV heads (``head``).
+
+    Yields
+    ------
+    dict
+        Engines ``sdpa-cudnn`` and ``sdpa-flash`` (dense); ``flux`` (streaming) against ``sdpa-cudnn`` and against
+        ``flex`` (compiled FlexAttention, its block mask built beforehand; ``mask_ms`` is what that takes); method
+        ``head`` against ``routed``, the mean over layers of which the same share is sparse. ``tflops`` counts exactly
+        the pairs that the pattern asks for, ``floor_ms`` is those over the measured rate of matrix products.
+    """
+    require_gpu()
+    for length in lengths:
+        yield from _prefill_at(shape, length, sparsities)
+
+
+def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterator[dict[str, Any]]:
+    heads, kv_heads, dim = _sizes(shape)
+    groups, scale = heads // kv_heads, dim**-0.5
+    query, key, value = (_states(1, count, length, dim) for count in (heads, kv_heads, kv_heads))
+    facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill")
+
+    def rate(times, pattern):
+        flops = 4 * pattern.pairs(length) * heads * dim
+        return {
+            "tflops": round(flops / times["ms"] / 1e9, 1),
+            "floor_ms": round(flops / ceilings()["matmul_tflops"] / 1e9, 5),
+        }
+
+    dense = {name: measure(partial(_sdpa, name, query, key, value, True)) for name in BACKENDS}
+    for name, times in dense.items():
+        yield row(times, "", None, **facts, sparsity=0.0, engine=name, method="dense", **rate(times, Full()))
+    ours = measure(partial(kernels.streaming, query, key, value, PATTERN.sink, PATTERN.window, scale))
+    sparse = dict(facts, sparsity=1.0, engine="flux", method="sparse", **rate(ours, PATTERN))
+    yield row(ours, "sdpa-cudnn", dense["sdpa-cudnn"], **sparse)
+
+    def seen(b, h, q, k):
+        return (q >= k) & ((k < PATTERN.sink) | (q - k < PATTERN.window))
+
+    build = partial(create_block_mask, seen, None, None, length, length, device="cuda", _compile=True)
+    flex = torch.compile(flex_attention, dynamic=False)
+    flexed = measure(partial(flex, query, key, value, block_mask=build(), scale=scale, enable_gqa=True))
+    yield row(ours, "flex", flexed, **sparse, mask_ms=round(measure(build, seconds=0.1)["ms"], 4))
+
+    def by_head(few):
+        first = few * groups
+        _sdpa("sdpa-cudnn", query[:, first:], key[:, few:], value[:, few:], True)
+        kernels.streaming(query[:, :first], key[:, :few], value[:, :few], PATTERN.sink, PATTERN.window, scale)
+
+    for few in sorted({round(sparsity * kv_heads) for sparsity in sparsities} - {0, kv_heads}):
+        share = few / kv_heads
+        mean = _mean(share, ours, dense["sdpa-cudnn"])
+        yield row(measure(partial(by_head, few)), "routed", mean, **facts, sparsity=share, engine="flux", method="head")
+
+
+class _Rows:
+    """Random caches of some rows for the decode kernel, several of them so that none stays in the GPU's own cache."""
+
+    def __init__(self, lengths: Sequence[int], kinds: Sequence[int], heads: int, kv_heads: int, dim: int):
+        from flux_attention.kernels.triton_decode import DecodeSpace
+
+        kept = PATTERN.sink + PATTERN.window
+        held = [
+            min(length, kept) if kind == kernels.RING else length for length, kind in zip(lengths, kinds, strict=True)
+        ]
+        self.bytes = 4 * sum(held) * kv_heads * dim
+        self.buffers, tables = [], []
+        for _ in range(max(1, int(3e8 / self.bytes)) + 1):
+            rows = [
+                torch.randn(2, kv_heads, max(count, kept), dim, device="cuda", dtype=DTYPE)[:, :, :count]
+                for count in held
+            ]
+            self.buffers.append(rows)
+            tables.append(
+                [
+                    [row[0].data_ptr(), row[1].data_ptr(), row.stride(1), kind]
+                    for row, kind in zip(rows, kinds, strict=True)
+                ]
+            )
+        self.tables = itertools.cycle([torch.tensor(table, device="cuda") for table in tables])
+        self.lengths = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device="cuda")
+        batch = len(lengths)
+        self.states = [
+            torch.randn(batch, count, dim, device="cuda", dtype=DTYPE) for count in (heads, kv_heads, kv_heads)
+        ]
+        self.space = DecodeSpace(batch, heads, kv_heads, dim, torch.device("cuda"))
+        self.scale = dim**-0.5
+
+    def run(self):
+        from flux_attention.kernels.triton_decode import attend
+
+        return attend(
+            *self.states, next(self.tables), self.lengths, self.space, PATTERN.sink, PATTERN.window, self.scale
+        )
+
+
+def attention_decode(shape: str, lengths: Sequence[int], batches: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """
+    One layer's decode step, in CUDA graphs: full rows, sparse ones, and rows with half of their KV heads sparse.
+
+    Yields
+    ------
+    dict
+        Engine ``flux`` against ``sdpa-cudnn`` and ``sdpa-flash`` over the same keys, with ``tbps`` (TB/s of keys and
+        values) and ``floor_ms`` (their bytes over the copy bandwidth); method ``head`` against ``routed``, the mean
+        over layers of which half are sparse; and, for a batch of which every other sequence is sparse, against
+        ``flex`` with its block mask rebuilt in the step.
+    """
+    require_gpu()
+    for batch, length in itertools.product(batches, lengths):
+        if batch * length <= 2**20:
+            yield from _decode_at(shape, length, batch)
+
+
+def _decode_at(shape: str, length: int, batch: int) -> Iterator[dict[str, Any]]:
+    heads, kv_heads, dim = _sizes(shape)
+    facts = dict(shape=shape, seq_len=length, batch=batch, phase="decode", engine="flux")
+    query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPE)
+    measured = {}
+    for kind, method in ((kernels.FULL, "dense"), (kernels.RING, "sparse")):
+        rows = _Rows([length] * batch, [kind] * batch, heads, kv_heads, dim)
+        measured[kind] = times = measure_graph(rows.run)
+        rate = {
+            "tbps": round(rows.bytes / times["ms"] / 1e9, 3),
+            "floor_ms": round(rows.bytes / ceilings()["copy_tbps"] / 1e9, 5),
+        }
+        stacked = itertools.cycle([torch.stack(buffers, dim=1) for buffers in rows.buffers])
+        del rows
+        for backend in BACKENDS:
+            base = measure_graph(lambda backend=backend, stacked=stacked: _sdpa(backend, query, *next(stacked), False))
+            yield row(times, backend, base, **facts, sparsity=float(method == "sparse"), method=method, **rate)
+        if batch > 1 and method == "dense":
+            yield _mixed(facts, query, *next(stacked))
+        del stacked
+    half = _Rows([length] * 2 * batch, [kernels.FULL, kernels.RING] * batch, heads // 2, kv_heads // 2, dim)
+    mean = _mean(0.5, measured[kernels.RING], measured[kernels.FULL])
+    yield row(measure_graph(half.run), "routed", mean, **facts, sparsity=0.5, method="head")
+
+
+def _mixed(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
+    """A batch whose sequences are full and sparse in turn, against FlexAttention with a mask made for the step."""
+    batch, kv_heads, length, dim = key.shape
+    route = torch.arange(batch, device="cuda") % 2 == 0
+
+    def seen(b, h, q, k):
+        return route[b] | (k < PATTERN.sink) | (length - k <= PATTERN.window)
+
+    flex = torch.compile(flex_attention, dynamic=False)
+
+    def rebuilt():
+        mask = create_block_mask(seen, batch, None, 1, length, device="cuda", _compile=True)
+        return flex(query, key, value, block_mask=mask, enable_gqa=True)
+
+    rows = _Rows([length] * batch, [kernels.FULL, kernels.RING] * (batch // 2), query.shape[1], kv_heads, dim)
+    return row(measure_graph(rows.run), "flex", measure(rebuilt), **facts, sparsity=0.5, method="routed")

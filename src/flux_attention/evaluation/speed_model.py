@@ -1,0 +1,193 @@
+"""Timing whole models on a GPU: prefill, decode steps and memory, by length and forced sparsity, with random weights.
+
+Every function yields result rows (the contract of ``results``) as they are measured. The baseline is the same code with
+every layer full; its floor is what the hardware's ceilings allow.
+
+Shape suffixes: B batch, K KV heads, C capacity, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from flux_attention.attach import Routing, attach
+from flux_attention.cache import RoutedLayer, Tokens, kv_bytes
+from flux_attention.config import FluxConfig
+from flux_attention.evaluation.speed import DTYPE, PATTERN, SHAPES, ceilings, measure, require_gpu, row
+from flux_attention.generation import decode_step
+from flux_attention.patterns import Full
+from flux_attention.routes import parse_routes
+
+
+def random_model(shape: str, **changes: Any) -> Routing:
+    """A model of a named shape with random bf16 weights on the GPU, and fresh routers attached."""
+    sizes = {**SHAPES[shape], **changes}
+    config = AutoConfig.for_model(**sizes, max_position_embeddings=2**20, tie_word_embeddings=False)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+    model.requires_grad_(False)
+    return attach(model, FluxConfig(sink=PATTERN.sink, window=PATTERN.window))
+
+
+def random_cache(routing: Routing, batch: int, length: int, sparsity: float) -> DynamicCache:
+    """A KV cache as a prefill of ``length`` tokens leaves it, with random content."""
+    base = routing.config.base_model
+    routes = parse_routes(float(sparsity), 1, routing.layers)[0].tolist()
+    cache = DynamicCache(config=routing.model.config)
+    for layer, route in zip(routing.layers, routes, strict=True):
+        cached = cache.layers[layer] = RoutedLayer(routing.pattern)
+        cached.decide([route] * batch)
+        cached.expect(Tokens.all_real(batch, length))
+        states = torch.randn(batch, base.num_kv_heads, length, base.head_dim, device=routing.model.device, dtype=DTYPE)
+        cached.update(states, states)
+        cached.take_views()
+    return cache
+
+
+def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
+    """FLOPs of a prefill and bytes of a decode step of one sequence: attention, and everything else."""
+    base = routing.config.base_model
+    layers = len(routing.layers)
+    full = layers - round(sparsity * layers)
+    pairs = full * Full().pairs(length) + (layers - full) * PATTERN.pairs(length)
+    embedding = routing.model.get_input_embeddings().weight.numel()
+    weights = sum(parameter.numel() for parameter in routing.model.parameters()) - embedding
+    kept = full * length + (layers - full) * min(length, PATTERN.sink + PATTERN.window)
+    return {
+        "flops": 4 * pairs * base.num_heads * base.head_dim + 2 * (weights - embedding) * length,
+        "weight_bytes": 2 * weights,
+        "kv_bytes": 4 * kept * base.num_kv_heads * base.head_dim,
+    }
+
+
+def prefill(
+    shape: str, lengths: Sequence[int], sparsities: Sequence[float], longest: float = 60.0, **changes: Any
+) -> Iterator[dict[str, Any]]:
+    """
+    Prefill of one prompt: all layers, the last token's logits.
+
+    Parameters
+    ----------
+    shape : str
+        A key of ``SHAPES``; ``changes`` go to its configuration.
+    lengths, sparsities : sequence
+        Tokens; forced Ω_MSR.
+    longest : float
+        Seconds: repeat a prefill only while it stays under a tenth of this.
+
+    Yields
+    ------
+    dict
+        ``own-dense`` is the baseline; rows with ``method`` = ``routed`` run the routers too (fresh ones, which choose
+        full attention), so that against ``own-dense`` they show what routers cost. ``peak_bytes`` is the most memory
+        that was allocated, ``floor_ms`` the FLOPs over the measured rate of matrix products.
+    """
+    require_gpu()
+    routing = random_model(shape, **changes)
+    model = routing.model
+
+    @torch.no_grad()
+    def run(ids):
+        return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    for length in lengths:
+        ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
+
+        def timed(ids=ids):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            times = measure(lambda: run(ids), seconds=longest / 60, most=20, warm=1 if ids.shape[1] <= 2**16 else 0)
+            return times, torch.cuda.max_memory_allocated(), kv_bytes(run(ids)) if ids.shape[1] <= 2**16 else None
+
+        facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine="flux")
+        dense = None
+        for sparsity in sorted({0.0, *sparsities}):
+            with routing.force(float(sparsity)):
+                try:
+                    times, peak, held = timed()
+                except torch.OutOfMemoryError:
+                    yield dict(facts, sparsity=sparsity, error="out of memory")
+                    continue
+            dense = times if sparsity == 0.0 else dense
+            floor = _counts(routing, length, sparsity)["flops"] / ceilings()["matmul_tflops"] / 1e9
+            yield row(times, "own-dense", dense, **facts, sparsity=sparsity, method="static" if sparsity else "dense",
+                      floor_ms=round(floor, 3), peak_bytes=peak, kv_bytes=held)  # fmt: skip
+        if dense is not None and length <= 2**17:
+            times, peak, held = timed()
+            yield row(times, "own-dense", dense, **facts, sparsity=0.0, method="routed", peak_bytes=peak, kv_bytes=held)
+
+
+def decode(
+    shape: str, lengths: Sequence[int], batches: Sequence[int], sparsities: Sequence[float], mode: str, **changes: Any
+) -> Iterator[dict[str, Any]]:
+    """
+    One decode step of the whole model, captured.
+
+    Parameters
+    ----------
+    mode : {"graph", "compile"}
+        See ``attach``.
+
+    Yields
+    ------
+    dict
+        ``engine`` is ``flux-graph`` or ``flux-compile``, ``own-dense`` the baseline; ``floor_ms`` is the bytes of
+        weights and KV over the copy bandwidth; ``capture_s`` what capture took.
+    """
+    require_gpu()
+    routing = random_model(shape, **changes)
+    routing.decode = mode
+    for batch in batches:
+        step = decode_step(routing, batch)
+        for length in lengths:
+            dense = None
+            facts = dict(shape=shape, seq_len=length, batch=batch, phase="decode", engine=f"flux-{mode}")
+            for sparsity in sorted({0.0, *sparsities}):
+                try:
+                    cache = random_cache(routing, batch, length, sparsity)
+                except torch.OutOfMemoryError:
+                    yield dict(facts, sparsity=sparsity, error="out of memory")
+                    continue
+                step.load(cache, 60)
+                times = measure(step.run, seconds=0.2, most=50, warm=3)
+                dense = times if sparsity == 0.0 else dense
+                counts = _counts(routing, length, sparsity)
+                floor = (counts["weight_bytes"] + batch * counts["kv_bytes"]) / ceilings()["copy_tbps"] / 1e9
+                yield row(times, "own-dense", dense, **facts, sparsity=sparsity,
+                          method="static" if sparsity else "dense", floor_ms=round(floor, 4),
+                          over_floor=round(times["ms"] / floor, 3), capture_s=round(step.seconds, 1))  # fmt: skip
+                del cache
+                torch.cuda.empty_cache()
+
+
+def memory(shape: str, lengths: Sequence[int], sparsities: Sequence[float], gpu_bytes: int) -> Iterator[dict[str, Any]]:
+    """
+    KV bytes of one sequence by arithmetic, and the longest context whose KV cache fits beside the weights.
+
+    Needs no GPU: the model is made without memory for its weights. ``gpu_bytes`` is the memory to fit into.
+    """
+    config = AutoConfig.for_model(**SHAPES[shape])
+    layers, kv_heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    with torch.device("meta"):
+        weights = 2 * sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    token = 4 * kv_heads * dim
+    for sparsity in sparsities:
+        full = layers - round(sparsity * layers)
+        kept = (layers - full) * (PATTERN.sink + PATTERN.window)
+        longest = (gpu_bytes - weights - kept * token) // (full * token) if full else None
+        for length in lengths:
+            held = token * (full * length + (layers - full) * min(length, PATTERN.sink + PATTERN.window))
+            yield dict(
+                shape=shape, seq_len=length, batch=1, sparsity=sparsity, phase="decode", engine="flux", kv_bytes=held,
+                baseline="own-dense", baseline_kv_bytes=token * layers * length, weight_bytes=weights,
+                gpu_bytes=gpu_bytes, longest_context=longest,
+            )  # fmt: skip
+
+
+#: What ``flux-attention bench`` and benchmarks/speed.py measure by default.
+LENGTHS = tuple(2**power for power in range(10, 19))
+SPARSITIES = (0.0, 0.25, 0.5, 0.75, 0.9)
