@@ -41,7 +41,7 @@ def _decode(
     slot = tl.where((kind == 2) & (position >= sink), sink + (position - sink) % window, position)
 
     blocks = tl.cdiv(seen, N)
-    share = tl.cdiv(blocks, P)
+    share = tl.maximum(tl.cdiv(blocks, P), 2)  # a part of one block costs more to combine than to compute
     active = tl.cdiv(blocks, share)
     if part < active:
         groups, columns = tl.arange(0, GROUP), tl.arange(0, D)

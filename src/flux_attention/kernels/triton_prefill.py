@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
+#: Arguments that change from prompt to prompt: compiled once for all values.
+SIZES = ["S", "T", "sink", "window"]
 
 
 @triton.jit
@@ -25,53 +27,34 @@ def _mask(i_M, j_N, sink, window, T):
 
 
 @triton.jit
-def _ranges(first, last, sink, window, N: tl.constexpr):
+def _blocks(first, last, sink, window, N: tl.constexpr):
     """
-    Where the keys of the queries at positions first … last − 1 lie: sink keys 0 … sink_end − 1, then blocks from
-    ``start``, of which those from ``inner`` on and before ``outer`` need no mask.
+    The key blocks of the queries at positions first … last − 1: ``sinks`` blocks from key 0 on, then others from key
+    ``start`` on, ``count`` in all.
     """
     start = tl.maximum(first - window + 1, 0)
     apart = start > sink
-    sink_end = tl.where(apart, sink, 0)
     start = tl.where(apart, start, 0)
-    inner = start + tl.cdiv(tl.maximum(last - window - start, 0), N) * N
-    outer = start + (first + 1 - start) // N * N
-    inner = tl.minimum(inner, outer)
-    return sink_end, start, inner, outer
+    sinks = tl.where(apart, tl.cdiv(sink, N), 0)
+    return sinks, start, sinks + tl.cdiv(last - start, N)
 
 
 @triton.jit
-def _load(pointer, start, stride, T, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows start … start + N − 1 of a (T, D) tensor whose rows are ``stride`` apart."""
+def _block(n, sinks, start, first, last, sink, window, N: tl.constexpr):
+    """First key and end of the n-th block, and whether some of its keys are hidden from some of the queries."""
+    is_sink = n < sinks
+    begin = tl.where(is_sink, n * N, start + (n - sinks) * N)
+    end = tl.where(is_sink, sink, last)
+    inside = (begin + N <= first + 1) & ((begin >= last - window) | (begin + N <= sink))
+    return begin, end, ~inside
+
+
+@triton.jit
+def _load(pointer, start, stride, T, N: tl.constexpr, D: tl.constexpr):
+    """Rows start … start + N − 1 of a (T, D) tensor whose rows are ``stride`` apart; zeros behind its end."""
     rows, columns = tl.arange(0, N), tl.arange(0, D)
     pointers = pointer + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
-    if MASKED:
-        return tl.load(pointers, mask=(start + rows < T)[:, None], other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def _attend(
-    acc, top, total, query, key_ptr, value_ptr, key_stride, value_stride, i_M, begin, end, sink, window, T, scale_log2,
-    N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the keys begin … end − 1."""
-    for start in tl.range(begin, end, N):
-        key = _load(key_ptr, start, key_stride, T, N, D, MASKED)
-        score = tl.dot(query, key.T)
-        if MASKED:
-            score = tl.where(
-                _mask(i_M, start + tl.arange(0, N), sink, window, tl.minimum(T, end)), score, float("-inf")
-            )
-        new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
-        weight = tl.exp2(score * scale_log2 - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weight, 1)
-        acc = acc * shrink[:, None]
-        value = _load(value_ptr, start, value_stride, T, N, D, MASKED)
-        acc = tl.dot(weight.to(value.dtype), value, acc)
-        top = new_top
-    return acc, top, total
+    return tl.load(pointers, mask=(start + rows < T)[:, None], other=0.0)
 
 
 @triton.jit
@@ -83,7 +66,7 @@ def _tile(pid, S, T, G: tl.constexpr, M: tl.constexpr, PACK: tl.constexpr):
     return rows % PACK, first + rows // PACK, first, last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_s,
@@ -105,23 +88,21 @@ def _forward(
     acc = tl.zeros([M, D], tl.float32)
     top = tl.full([M], -1e30, tl.float32)  # finite, so that a block without a visible key leaves no NaN
     total = tl.zeros([M], tl.float32)
-    sink_end, start, inner, outer = _ranges(first, last, sink, window, N)
-    acc, top, total = _attend(
-        acc, top, total, query, key_ptr, value_ptr, key_t, value_t, i_M, 0, sink_end, sink, window, T, scale_log2,
-        N, D, True,
-    )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, query, key_ptr, value_ptr, key_t, value_t, i_M, start, inner, sink, window, T, scale_log2,
-        N, D, True,
-    )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, query, key_ptr, value_ptr, key_t, value_t, i_M, inner, outer, sink, window, T, scale_log2,
-        N, D, False,
-    )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, query, key_ptr, value_ptr, key_t, value_t, i_M, outer, last, sink, window, T, scale_log2,
-        N, D, True,
-    )  # fmt: skip
+    sinks, start, count = _blocks(first, last, sink, window, N)
+    for n in tl.range(0, count):
+        begin, end, masked = _block(n, sinks, start, first, last, sink, window, N)
+        key = _load(key_ptr, begin, key_t, T, N, D)
+        score = tl.dot(query, key.T)
+        if masked:
+            j_N = begin + tl.arange(0, N)
+            score = tl.where(_mask(i_M, j_N, sink, window, end), score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
+        weight = tl.exp2(score * scale_log2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weight, 1)
+        value = _load(value_ptr, begin, value_t, T, N, D)
+        acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None])
+        top = new_top
 
     acc = acc / total[:, None]
     offsets = head_M.to(tl.int64) * output_h + row_M.to(tl.int64) * output_s
@@ -137,34 +118,7 @@ def _forward(
         )
 
 
-@triton.jit
-def _dot_gradient(
-    query, grad, lse_M, delta_M, key, value, i_M, j_N, sink, window, T, scale_log2, MASKED: tl.constexpr
-):  # fmt: skip
-    """Weights and gradient of the scores (without the scale) for a tile of queries and keys."""
-    weight = tl.exp2(tl.dot(query, key.T) * scale_log2 - lse_M[:, None])
-    if MASKED:
-        weight = tl.where(_mask(i_M, j_N, sink, window, T), weight, 0.0)
-    return weight, weight * (tl.dot(grad, value.T) - delta_M[:, None])
-
-
-@triton.jit
-def _query_gradient_part(
-    acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_stride, value_stride, i_M, begin, end, sink, window, T,
-    scale_log2, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    for start in tl.range(begin, end, N):
-        key = _load(key_ptr, start, key_stride, T, N, D, MASKED)
-        value = _load(value_ptr, start, value_stride, T, N, D, MASKED)
-        j_N = start + tl.arange(0, N)
-        _, score_grad = _dot_gradient(
-            query, grad, lse_M, delta_M, key, value, i_M, j_N, sink, window, tl.minimum(T, end), scale_log2, MASKED
-        )
-        acc = tl.dot(score_grad.to(key.dtype), key, acc)
-    return acc
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _query_gradient(
     query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dquery_ptr,
     query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, grad_b, grad_h, grad_s,
@@ -189,23 +143,17 @@ def _query_gradient(
     value_ptr += batch * value_b + kv_head.to(tl.int64) * value_h
 
     acc = tl.zeros([M, D], tl.float32)
-    sink_end, start, inner, outer = _ranges(first, last, sink, window, N)
-    acc = _query_gradient_part(
-        acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_t, value_t, i_M, 0, sink_end, sink, window, T,
-        scale_log2, N, D, True,
-    )  # fmt: skip
-    acc = _query_gradient_part(
-        acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_t, value_t, i_M, start, inner, sink, window, T,
-        scale_log2, N, D, True,
-    )  # fmt: skip
-    acc = _query_gradient_part(
-        acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_t, value_t, i_M, inner, outer, sink, window, T,
-        scale_log2, N, D, False,
-    )  # fmt: skip
-    acc = _query_gradient_part(
-        acc, query, grad, lse_M, delta_M, key_ptr, value_ptr, key_t, value_t, i_M, outer, last, sink, window, T,
-        scale_log2, N, D, True,
-    )  # fmt: skip
+    sinks, start, count = _blocks(first, last, sink, window, N)
+    for n in tl.range(0, count):
+        begin, end, masked = _block(n, sinks, start, first, last, sink, window, N)
+        key = _load(key_ptr, begin, key_t, T, N, D)
+        value = _load(value_ptr, begin, value_t, T, N, D)
+        weight = tl.exp2(tl.dot(query, key.T) * scale_log2 - lse_M[:, None])
+        if masked:
+            j_N = begin + tl.arange(0, N)
+            weight = tl.where(_mask(i_M, j_N, sink, window, end), weight, 0.0)
+        score_grad = weight * (tl.dot(grad, value.T) - delta_M[:, None])
+        acc = tl.dot(score_grad.to(key.dtype), key, acc)
     tl.store(
         dquery_ptr + batch * dquery_b + head_64 * dquery_h + row_64 * dquery_s + columns,
         (acc * scale).to(dquery_ptr.dtype.element_ty),
@@ -213,7 +161,7 @@ def _query_gradient(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "parts"])
 def _key_gradient(
     query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
     query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, grad_b, grad_h, grad_s,
@@ -230,8 +178,8 @@ def _key_gradient(
     start = tl.program_id(0) * N
     columns = tl.arange(0, D)
     j_N = start + tl.arange(0, N)
-    key = _load(key_ptr + batch * key_b + kv_head * key_h, start, key_t, T, N, D, True)
-    value = _load(value_ptr + batch * value_b + kv_head * value_h, start, value_t, T, N, D, True)
+    key = _load(key_ptr + batch * key_b + kv_head * key_h, start, key_t, T, N, D)
+    value = _load(value_ptr + batch * value_b + kv_head * value_h, start, value_t, T, N, D)
 
     begin, end = tl.maximum(start, T - S), tl.minimum(T, start + N - 1 + window)
     if FAR:
@@ -250,8 +198,8 @@ def _key_gradient(
             i_M = first + tl.arange(0, M)
             real_M = i_M < end
             row = first - (T - S)
-            query = _load(query_head, row, query_s, S, M, D, True)
-            grad = _load(grad_head, row, grad_s, S, M, D, True)
+            query = _load(query_head, row, query_s, S, M, D)
+            grad = _load(grad_head, row, grad_s, S, M, D)
             lse_M = tl.load(lse_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0) * 1.4426950408889634
             delta_M = tl.load(delta_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0)
             weight = tl.exp2(tl.dot(key, query.T) * scale_log2 - lse_M[None, :])
@@ -267,7 +215,7 @@ def _key_gradient(
     tl.store(dvalue_ptr + offset, dvalue.to(dvalue_ptr.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _delta(
     output_ptr, grad_ptr, delta_ptr, output_b, output_h, output_s, grad_b, grad_h, grad_s, S,
     D: tl.constexpr, M: tl.constexpr,
@@ -275,8 +223,8 @@ def _delta(
     """Sum over D of output × its gradient."""
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * M
-    output = _load(output_ptr + batch * output_b + head * output_h, start, output_s, S, M, D, True)
-    grad = _load(grad_ptr + batch * grad_b + head * grad_h, start, grad_s, S, M, D, True)
+    output = _load(output_ptr + batch * output_b + head * output_h, start, output_s, S, M, D)
+    grad = _load(grad_ptr + batch * grad_b + head * grad_h, start, grad_s, S, M, D)
     rows = start + tl.arange(0, M)
     delta_M = tl.sum(output.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta_ptr + (batch * tl.num_programs(1) + head) * S + rows, delta_M, mask=rows < S)
