@@ -11,6 +11,7 @@ Shape suffixes: B batch, R rows of one store, S new tokens, K KV heads, C capaci
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -250,7 +251,7 @@ class RoutedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, routes too: the next call is a new prompt."""
-        self.routes: list[bool] | None = None  # per row; None until the first prefill decides
+        self.routes: list[bool] | Callable | None = None  # per row; None until the first prefill decides
         self.decide_again = False
         self.lengths: list[int] = []  # real tokens of each row
         self.seen = 0  # columns, padding included
@@ -269,8 +270,8 @@ class RoutedLayer(CacheLayerMixin):
         """Whether the next call decides the routes."""
         return self.routes is None or self.decide_again
 
-    def decide(self, routes: list[bool]) -> None:
-        """Set the rows' routes, True for full attention."""
+    def decide(self, routes: list[bool] | Callable[[], list[bool]]) -> None:
+        """Set the rows' routes, True for full attention, or how to get them, once they are needed."""
         self.routes, self.decide_again = routes, False
 
     def expect(self, tokens: Tokens) -> None:
@@ -306,6 +307,8 @@ class RoutedLayer(CacheLayerMixin):
                 "this KV cache belongs to a model with flux-attention routers, but the model that reads it has none "
                 "attached; start from a new cache, or attach the routers again"
             )
+        if callable(self.routes):
+            self.routes = self.routes()
         key, value = tokens.pack(key_states), tokens.pack(value_states)
         past = self.lengths or [0] * len(key)
         self.lengths = [p + n for p, n in zip(past, tokens.lengths, strict=True)]

@@ -8,6 +8,7 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,37 @@ if TYPE_CHECKING:
 
 class UnsupportedModelError(ValueError):
     """A model or a call that routing cannot serve; the message says what was found and what is supported."""
+
+
+class _Decision:
+    """
+    A router's logits on their way to the host.
+
+    How a row is computed depends on its route, so the host must read it: the one synchronisation of a layer's prefill.
+    It does so when attention is reached; by then the device has projections and rotary embedding to work on.
+    """
+
+    def __init__(self, layer: int, logits_B2: torch.Tensor):
+        self.layer, self.event = layer, None
+        if logits_B2.is_cuda:
+            self.values = torch.empty(logits_B2.shape, dtype=logits_B2.dtype, pin_memory=True)
+            self.values.copy_(logits_B2, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(logits_B2.device))
+        else:
+            self.values = logits_B2.cpu()
+
+    def logits(self) -> torch.Tensor:
+        """float32 (B, 2) on the CPU."""
+        if self.event is not None:
+            self.event.synchronize()
+        if not math.isfinite(self.values.sum().item()):
+            bad = [row for row, values in enumerate(self.values) if not values.isfinite().all()]
+            raise ValueError(
+                f"the router of layer {self.layer} read NaN or infinite query states in sequences {bad} of the batch; "
+                "the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
+            )
+        return self.values
 
 
 class Call:
@@ -52,7 +84,7 @@ class Call:
         self.attended: set[int] = set()
         self.finished = False
         # What this call decides, by layer: routes, or soft gates in training.
-        self.routes: dict[int, list[bool]] = {}
+        self.routes: dict[int, list[bool] | _Decision] = {}
         self.logits: dict[int, torch.Tensor] = {}
         self.gates: dict[int, torch.Tensor] = {}
         self.forced: torch.Tensor | None = None
@@ -63,7 +95,7 @@ class Call:
         self.temperature = routing.temperature if self.decides and self.forced is None else None
         if self.decides and not self.is_prompt and min(tokens.lengths) == 0:
             raise ValueError("cannot re-route: a sequence of the batch has no new token to read")
-        self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._pooled: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def soft(self) -> bool:
@@ -83,32 +115,32 @@ class Call:
             router.to(device)
         columns, weights = self._pooled_columns(device)
         logits = router(pool_query(query_BSHD, columns, weights))
-        self.logits[layer] = logits.detach()
         if self.soft:
+            self.logits[layer] = logits.detach()
             self.gates[layer] = soft_route(logits, self.temperature)
             return
-        # The one host synchronisation of a layer's prefill: how a row is computed depends on its route.
-        values = logits.detach().cpu()
-        if not math.isfinite(values.sum().item()):
-            bad = [row for row in range(self.batch) if not values[row].isfinite().all()]
-            raise ValueError(
-                f"the router of layer {layer} read NaN or infinite query states in sequences {bad} of the batch; "
-                "the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
-            )
-        self._set(layer, hard_route(values).tolist())
+        self._set(layer, _Decision(layer, logits.detach()))
 
-    def _set(self, layer: int, routes: list[bool]) -> None:
+    def _set(self, layer: int, routes: list[bool] | _Decision) -> None:
         self.routes[layer] = routes
         if layer in self.layers:
-            self.layers[layer].decide(routes)
+            self.layers[layer].decide(partial(self.routes_of, layer))
+
+    def routes_of(self, layer: int) -> list[bool]:
+        """The rows' routes in one layer; waits for the router if need be."""
+        decision = self.routes[layer]
+        if isinstance(decision, _Decision):
+            self.logits[layer] = decision.logits()
+            self.routes[layer] = hard_route(self.logits[layer]).tolist()
+        return self.routes[layer]
 
     def _pooled_columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._pooled is None:
+        if device not in self._pooled:
             slots, weights = pooled_slots(torch.tensor(self.prompt_lengths), self.routing.config.pool_size)
             if self.tokens.columns_BS is not None:
                 slots = self.tokens.columns_BS.cpu().gather(1, slots)
-            self._pooled = slots, weights
-        return tuple(tensor.to(device) for tensor in self._pooled)
+            self._pooled[device] = slots.to(device), weights.to(device)
+        return self._pooled[device]
 
     def finish(self) -> None:
         """Check that every layer took part, and publish what was decided."""
@@ -132,7 +164,7 @@ class Call:
             routing.gates = torch.stack([self.gates[layer].cpu() for layer in routing.layers], dim=1)
             decided = routing.gates.detach() > 0.5
         else:
-            decided = torch.tensor([self.routes[layer] for layer in routing.layers]).T
+            decided = torch.tensor([self.routes_of(layer) for layer in routing.layers]).T
         logits = None
         if self.forced is None:
             logits = torch.stack([self.logits[layer].cpu() for layer in routing.layers], dim=1)
@@ -159,7 +191,7 @@ class Call:
                 views = self.layers[layer].take_views()
             else:
                 key, value = self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD)
-                views = prompt_views(self.routes[layer], self.tokens, key, value)
+                views = prompt_views(self.routes_of(layer), self.tokens, key, value)
             output = self._by_view(views, query, scale)
         return self.tokens.unpack(output).transpose(1, 2).contiguous()
 

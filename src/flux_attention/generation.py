@@ -8,6 +8,7 @@ Shape suffixes: B batch, S query length, H query heads, K KV heads, D head dim, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import time
@@ -83,7 +84,7 @@ class DecodeStep:
         self._forward = torch.compile(self._model, dynamic=False) if compiled else self._model
         self._compiled = compiled
         _steps[id(self)] = self
-        with torch.no_grad(), routing.direct(self):
+        with self._ready():
             self._prepare()
         self.seconds = time.perf_counter() - began
 
@@ -99,6 +100,13 @@ class DecodeStep:
         logits = self._forward(self.ids_B1, self.lengths_B[:, None].long())
         self.lengths_B += 1
         return logits
+
+    @contextlib.contextmanager
+    def _ready(self):
+        """The model as a step needs it: no hooks, and experts computed in a way that does not depend on their load."""
+        optimized = getattr(self.routing.model, "_optimize_model_for_decode", contextlib.nullcontext)
+        with torch.no_grad(), self.routing.direct(self), optimized():
+            yield
 
     def _prepare(self) -> None:
         """Run the step a few times, then capture it."""
@@ -153,7 +161,7 @@ class DecodeStep:
     def run(self) -> torch.Tensor:
         """Store the token ``ids_B1`` and return the next one's logits, in a buffer that the next ``run`` overwrites."""
         if self.graph is None:
-            with torch.no_grad(), self.routing.direct(self):
+            with self._ready():
                 self.logits_BV = self._step()
         else:
             self.graph.replay()
