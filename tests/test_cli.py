@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 COMMAND = [sys.executable, "-m", "flux_attention.cli"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
@@ -32,6 +33,31 @@ def test_info():
     assert facts["torch"] and facts["transformers"] and facts["device"]
     shown = flux("info")
     assert shown.returncode == 0 and facts["torch"] in shown.stdout
+
+
+def test_bench(tmp_path):
+    result = flux("bench", "memory", "--lengths", "1K,128K", "--sparsities", "0,0.75", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert [(row["seq_len"], row["sparsity"]) for row in rows] == [(1024, 0), (131072, 0), (1024, 0.75), (131072, 0.75)]
+    token = 2 * 8 * 128 * 2  # K and V, KV heads, head dim, bf16
+    assert rows[1]["kv_bytes"] == rows[1]["baseline_kv_bytes"] == 36 * 131072 * token
+    assert rows[3]["kv_bytes"] == (9 * 131072 + 27 * 1152) * token
+    assert rows[3]["longest_context"] > 3.9 * rows[1]["longest_context"]
+    for arguments, words in (
+        (["nothing"], "cannot measure"),
+        (["memory", "--shapes", "gpt-5"], "unknown shapes"),
+        (["memory", "--lengths", "long"], "not a list of numbers"),
+        (["decode", "--decode", "fast"], "expected graph or compile"),
+    ):
+        result = flux("bench", *arguments)
+        assert result.returncode == 1 and words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_needs_a_gpu():
+    result = flux("bench", "prefill")
+    assert result.returncode == 1 and "NVIDIA GPU" in result.stderr
 
 
 def test_inspect(prompt):

@@ -278,39 +278,43 @@ def _numbers(text: str, kind: type) -> list:
 @app.command()
 def bench(
     what: Annotated[str, typer.Argument(help="attention, prefill, decode or memory.", show_default=False)],
-    shape: Annotated[str, typer.Option(help="Sizes of the model: qwen3-8b or llama-3.1-8b.")] = "qwen3-8b",
+    shapes: Annotated[str, typer.Option(help="Sizes of the model: qwen3-8b, llama-3.1-8b.")] = "qwen3-8b",
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "1K,2K,4K,8K,16K,32K,64K,128K,256K",
     sparsities: Annotated[str, typer.Option(help="Forced Ω_MSR.")] = "0,0.25,0.5,0.75,0.9",
     batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
     decode: Annotated[str, typer.Option(help="Decode steps: graph or compile.")] = "compile",
     gpu_gb: Annotated[float, typer.Option(help="memory: 10⁹ bytes to fit into.")] = 141.0,
-    output: Annotated[Optional[Path], typer.Option(help="JSON file; rewritten after every row.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option(help="Folder for JSON, written after every row.")] = None,  # noqa: UP045
 ):
     """Measure speed and memory on this GPU, with random weights, against dense attention in the same run."""
     from flux_attention.evaluation import speed, speed_model
     from flux_attention.evaluation.results import write_results
 
-    if shape not in speed.SHAPES:
-        raise _UserError(f"shape is {shape!r}, expected one of {list(speed.SHAPES)}")
+    names = shapes.split(",")
+    if unknown := sorted(set(names) - set(speed.SHAPES)):
+        raise _UserError(f"unknown shapes {unknown}, expected some of {list(speed.SHAPES)}")
     if decode not in ("graph", "compile"):
         raise _UserError(f"decode is {decode!r}, expected graph or compile")
     tokens, ratios, sequences = _numbers(lengths, int), _numbers(sparsities, float), _numbers(batches, int)
-    runs = {
-        "attention": lambda: itertools.chain(
-            speed.attention_prefill(shape, tokens, ratios), speed.attention_decode(shape, tokens, sequences)
-        ),
-        "prefill": lambda: speed_model.prefill(shape, tokens, ratios),
-        "decode": lambda: speed_model.decode(shape, tokens, sequences, ratios, decode),
-        "memory": lambda: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9)),
+    measures = {
+        "attention": {
+            "attention_prefill": lambda shape: speed.attention_prefill(shape, tokens, ratios),
+            "attention_decode": lambda shape: speed.attention_decode(shape, tokens, sequences),
+        },
+        "prefill": {"e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, ratios)},
+        "decode": {"e2e_decode": lambda shape: speed_model.decode(shape, tokens, sequences, ratios, decode)},
+        "memory": {"memory": lambda shape: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9))},
     }
-    if what not in runs:
-        raise _UserError(f"cannot measure {what!r}; expected one of {list(runs)}")
-    rows = []
-    for row in runs[what]():
-        rows.append(row)
-        out.print("  ".join(f"{name} {value}" for name, value in row.items()), highlight=False, soft_wrap=True)
-        if output is not None:
-            write_results(output, rows, **(speed.ceilings() if what != "memory" else {}))
+    if what not in measures:
+        raise _UserError(f"cannot measure {what!r}; expected one of {list(measures)}")
+    for name, measure in measures[what].items():
+        rows = []
+        for row in itertools.chain.from_iterable(map(measure, names)):
+            rows.append(row)
+            out.print("  ".join(f"{key} {value}" for key, value in row.items()), highlight=False, soft_wrap=True)
+            if output is not None:
+                ceilings = {} if what == "memory" else speed.ceilings()
+                write_results(output / f"{name}.json", rows, **ceilings)
 
 
 @app.command()

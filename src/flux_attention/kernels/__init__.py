@@ -41,8 +41,7 @@ def _dense_backends(device: torch.device, dtype: torch.dtype, dim: int) -> list[
     """
     SDPA's backends for dense prefill, best first; None for PyTorch's own order.
 
-    On Hopper cuDNN is 1.6 to 1.7 times as fast as the flash backend at every length from 8 K to 128 K
-    (benchmarks/results/attention_prefill.json); PyTorch prefers flash.
+    On Hopper cuDNN's is the fastest (``flux-attention bench attention`` measures it), while PyTorch prefers flash.
     """
     if torch.cuda.get_device_capability(device) < (9, 0) or dtype not in (torch.bfloat16, torch.float16) or dim > 128:
         return None
