@@ -118,6 +118,7 @@ class Call:
         if self.soft:
             self.logits[layer] = logits.detach()
             self.gates[layer] = soft_route(logits, self.temperature)
+            self.routes[layer] = (self.gates[layer].detach() > 0.5).tolist()
             return
         self._set(layer, _Decision(layer, logits.detach()))
 
@@ -184,16 +185,17 @@ class Call:
                 "need the same"
             )
         query = self.tokens.pack(query_BHSD)
-        if self.soft:
-            output = self._mixed(layer, query, self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD), scale)
+        if layer in self.layers:
+            output = self._by_view(self.layers[layer].take_views(), query, scale)
         else:
-            if layer in self.layers:
-                views = self.layers[layer].take_views()
-            else:
-                key, value = self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD)
-                views = prompt_views(self.routes_of(layer), self.tokens, key, value)
-            output = self._by_view(views, query, scale)
+            key, value = self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD)
+            output = self._by_route(self.routes_of(layer), query, key, value, scale)
+            if self.soft:
+                output = self._mixed(layer, output, query, key, value, scale)
         return self.tokens.unpack(output).transpose(1, 2).contiguous()
+
+    def _by_route(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
+        return self._by_view(prompt_views(routes, self.tokens, key, value), query, scale)
 
     def _by_view(self, views: list[View], query: torch.Tensor, scale: float) -> torch.Tensor:
         if len(views) == 1 and views[0].queries == query.shape[2] and len(views[0].rows) == self.batch:
@@ -214,9 +216,17 @@ class Call:
         prompt_lengths = [self.prompt_lengths[row] for row in view.rows]
         return pattern.prefill(query_RHSD, view.key_RKTD, view.value_RKTD, scale, prompt_lengths)
 
-    def _mixed(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """O = z · FA + (1 − z) · SA, with the straight-through gate z of each sequence."""
+    def _mixed(self, layer: int, chosen, query, key, value, scale: float) -> torch.Tensor:
+        """
+        O = z · FA + (1 − z) · SA, with the straight-through gate z of each sequence and ``chosen`` where z is one.
+
+        As z is 0 or 1, the gradients of query, key and value flow through the chosen branch alone; the other one is
+        needed for the gate's gradient, ⟨∂L/∂O, FA − SA⟩, and so forward only.
+        """
+        routes = self.routes_of(layer)
         gate = self.gates[layer].to(query.dtype)[:, None, None, None]
-        full = Full().prefill(query, key, value, scale)
-        sparse = self.routing.pattern.prefill(query, key, value, scale, self.prompt_lengths)
-        return gate * full + (1 - gate) * sparse
+        with torch.no_grad():
+            other = self._by_route([not route for route in routes], query, key, value, scale)
+            sign = torch.tensor([1.0 if route else -1.0 for route in routes]).to(query)[:, None, None, None]
+            difference = (chosen - other) * sign
+        return chosen + (gate - gate.detach()) * difference
