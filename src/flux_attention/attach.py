@@ -14,7 +14,6 @@ import contextlib
 import functools
 import inspect
 import os
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from flux_attention import adapters
 from flux_attention.cache import RoutedLayer, Tokens
-from flux_attention.call import Call, UnsupportedModelError
+from flux_attention.call import Call, UnsupportedModelError, current
+from flux_attention.compiled import compiled_layer
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.patterns import sparse_pattern
 from flux_attention.router import LayerRouter
@@ -38,16 +38,14 @@ NAME = "flux"
 CALL = "flux_call"
 #: Tokens that a position-wise module takes at a time in prefill: enough to keep a GPU busy.
 PIECE = 16_384
-#: How ``generate`` may decode.
-DECODE_MODES = ("graph", "compile", "eager")
 #: Arguments with which models ask their attention function for more than softmax attention.
 EXTRAS = ("s_aux", "softcap", "position_bias", "sliding_window")
-
-_current: ContextVar[Call | None] = ContextVar("flux_call", default=None)
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The registered attention function: routed layers by route, all others by SDPA."""
+    if torch.compiler.is_compiling():  # only layers with routers are
+        return torch.ops.flux_attention.attend(query, key, value, _scale(query, scaling), module.layer_idx), None
     call: Call | None = kwargs.pop(CALL, None)
     extras = [name for name in EXTRAS if kwargs.get(name) is not None]
     if call is None or module.layer_idx not in call.routing.layers:
@@ -66,14 +64,16 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         )
     if dropout:
         raise UnsupportedModelError(f"attention dropout is {dropout}; routed layers support none: set it to 0")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return call.attend(module.layer_idx, query, key, value, scale), None
+    return call.attend(module.layer_idx, query, key, value, _scale(query, scaling)), None
+
+
+def _scale(query: torch.Tensor, scaling: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def _mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):
     """The registered mask function: none for routed layers, which know their tokens; SDPA's for all others."""
-    # torch.compile cannot read context variables; it sees only decode steps of models with routers everywhere.
-    if not torch.compiler.is_compiling() and (_current.get() is None or local_size is not None):
+    if current.get() is None or local_size is not None:
         return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
     if mask_function is not causal_mask_function:
         raise UnsupportedModelError(
@@ -111,18 +111,24 @@ class Routing:
         Routes in force.
     temperature : float, torch.Tensor or None
         Of soft decisions, within ``soft``.
-    decode : {"graph", "compile", "eager"}
-        How ``generate`` decodes on an NVIDIA GPU; may be set at any time.
+    cuda_graphs : bool
+        Whether ``generate`` may decode by captured steps; may be set at any time.
     gates : torch.Tensor or None
         In training (``soft``): float32 (B, L) on the CPU, the last forward's straight-through decisions, through
         which gradients flow to the routers.
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: FluxConfig, routers: nn.ModuleDict, keep_full_kv: bool, decode: str
+        self,
+        model: PreTrainedModel,
+        config: FluxConfig,
+        routers: nn.ModuleDict,
+        keep_full_kv: bool,
+        cuda_graphs: bool,
+        compile: bool,
     ):
         self.model, self.config, self.routers, self.keep_full_kv = model, config, routers, keep_full_kv
-        self.decode = decode
+        self.cuda_graphs, self.compile = cuda_graphs, compile
         self.layers = config.base_model.routed_layers
         self.pattern = sparse_pattern(config)
         self.routes: Routes | None = None
@@ -199,12 +205,14 @@ class Routing:
         self.steps.clear()
         if self._decoder is not None:
             self.model.__class__ = self._stock_class
-            for module, forward in self._stock_forwards:
+            for module, forward in reversed(self._stock_forwards):
                 if forward is None:
                     del module.forward
                 else:  # accelerate puts one there
                     module.forward = forward
             self._stock_forwards.clear()
+            for attention in self._attentions.values():
+                del _query_module(attention).flux_layer
             self._decoder.config._attn_implementation = self._stock_attention
             del self._decoder.flux_routing
             self._decoder = None
@@ -223,12 +231,19 @@ class Routing:
         decoder.config._attn_implementation = NAME
         decoder.flux_routing = self
         for module in _position_wise(decoder):
-            self._stock_forwards.append((module, vars(module).get("forward")))
-            module.forward = _in_pieces(module.forward)
+            self._replace_forward(module, _in_pieces)
+        for layer, attention in attentions.items():
+            _query_module(attention).flux_layer = layer
+            if self.compile:
+                self._replace_forward(decoder.layers[layer], compiled_layer)
         self._stock_class = type(self.model)
         if isinstance(self.model, GenerationMixin):
             self.model.__class__ = _with_decode_loop(self._stock_class)
         self._add_hooks()
+
+    def _replace_forward(self, module: nn.Module, make) -> None:
+        self._stock_forwards.append((module, vars(module).get("forward")))
+        module.forward = make(module.forward)
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -239,14 +254,14 @@ class Routing:
     def direct(self, call):
         """
         Let the model run without hooks within a ``with`` block, with ``call`` as what its attention asks: for decode
-        steps, which are compiled or captured. The model's forward must get the argument ``CALL``.
+        steps, which are captured. The model's forward must get the argument ``CALL``.
         """
         self._remove_hooks()
-        token = _current.set(call)
+        token = current.set(call)
         try:
             yield
         finally:
-            _current.reset(token)
+            current.reset(token)
             self._add_hooks()
 
     def _add_hooks(self) -> None:
@@ -256,35 +271,44 @@ class Routing:
         def before_forward(module, args, kwargs):
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
             kwargs[CALL] = self._begin(kwargs)
-            _current.set(kwargs[CALL])
+            current.set(kwargs[CALL])
             return (), kwargs
 
         def after_forward(module, args, output):
-            call = _current.get()
-            _current.set(None)
+            call = current.get()
+            current.set(None)
             if output is not None:  # None: the forward raised
                 call.finish()
 
         self._handles.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
         self._handles.append(decoder.register_forward_hook(after_forward, always_call=True))
-        for layer, attention in self._attentions.items():
-            self._hook_layer(layer, attention)
+        for attention in self._attentions.values():
+            self._hook_layer(attention)
 
-    def _hook_layer(self, layer: int, attention: nn.Module) -> None:
-        heads, dim = _query_shape(self._decoder.config, attention)
+    def observe(self, call: Call, layer: int, output: torch.Tensor, source: torch.Tensor) -> None:
+        """Let the router of ``layer`` decide from the output and the input of its query module."""
+        heads, dim = _query_shape(self._decoder.config, self._attentions[layer])
+        call.decide(layer, _query_states(output, call.tokens.width, heads, dim, source))
 
+    def _hook_layer(self, attention: nn.Module) -> None:
         def before_attention(module, args, kwargs):
+            if torch.compiler.is_compiling():
+                return
             if CALL not in kwargs:
                 raise UnsupportedModelError(
                     f"{type(self._decoder).__name__} does not pass keyword arguments on to its attention layers, so "
                     "they cannot be routed; call detach() to use the model as it was"
                 )
-            _current.set(kwargs[CALL])
+            current.set(kwargs[CALL])
 
         def after_query(module, args, output):
-            call = _current.get()
+            # The layer's index comes from the module: compiled layers share one graph, and so this hook.
+            if torch.compiler.is_compiling():
+                torch.ops.flux_attention.decide(output, args[0], module.flux_layer)
+                return
+            call = current.get()
             if call is not None and call.decides:
-                call.decide(layer, _query_states(output, call.tokens.width, heads, dim, args[0]))
+                self.observe(call, module.flux_layer, output, args[0])
 
         self._handles.append(attention.register_forward_pre_hook(before_attention, with_kwargs=True))
         self._handles.append(_query_module(attention).register_forward_hook(after_query))
@@ -583,7 +607,8 @@ def attach(
     *,
     revision: str | None = None,
     keep_full_kv: bool = False,
-    decode: str = "graph",
+    cuda_graphs: bool = True,
+    compile: bool = False,
 ) -> Routing:
     """
     Attach layer routers to a frozen causal language model.
@@ -604,10 +629,11 @@ def attach(
         Branch, tag or commit of a Hub repository.
     keep_full_kv : bool
         Keep the whole KV cache of sparse layers too, for ``Routing.reroute``, cropping and assisted decoding.
-    decode : {"graph", "compile", "eager"}
-        How ``generate`` decodes (greedy or sampling) on an NVIDIA GPU: by a CUDA graph of the whole step; by one of the
-        step that ``torch.compile`` has fused, which is faster and takes tens of seconds before the first generation of
-        a batch size; or as the stock model does.
+    cuda_graphs : bool
+        Let ``generate`` decode (greedy or sampling) on an NVIDIA GPU by a CUDA graph of the whole step.
+    compile : bool
+        Fuse the small operations of each routed layer by ``torch.compile``, for inference. Takes a while at the first
+        prompt and the first decode step.
 
     Returns
     -------
@@ -623,8 +649,6 @@ def attach(
     adapters.AdapterError
         If the adapter is missing, damaged, or made for another model.
     """
-    if decode not in DECODE_MODES:
-        raise ValueError(f"decode is {decode!r}, expected one of {list(DECODE_MODES)}")
     decoder = _find_decoder(model)
     if hasattr(decoder, "flux_routing"):
         raise RuntimeError("routers are attached to this model already; call detach() on their handle first")
@@ -651,6 +675,6 @@ def attach(
         device = next(attention.parameters()).device
         if device.type != "meta":
             modules[str(index)].to(device)
-    routing = Routing(model, config, modules, keep_full_kv, decode)
+    routing = Routing(model, config, modules, keep_full_kv, cuda_graphs, compile)
     routing._hook(decoder, attentions)
     return routing

@@ -520,7 +520,7 @@ class RoutedLayer(CacheLayerMixin):
         return sum(store.nbytes for store in self.stores.values())
 
 
-class _StepLayer(CacheLayerMixin):
+class _PassThroughLayer(CacheLayerMixin):
     """Passes states through: the decode kernel stores them."""
 
     is_sliding = False
@@ -546,12 +546,12 @@ class _StepLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-class StepCache(DynamicCache):
-    """What the layers of a model take for the KV cache while the decode kernel keeps the real one."""
+class PassThroughCache(DynamicCache):
+    """What a model takes for the KV cache while the decode kernel keeps the real one."""
 
     def __init__(self, layers: int):
         super().__init__()
-        self.layers = [_StepLayer() for _ in range(layers)]
+        self.layers = [_PassThroughLayer() for _ in range(layers)]
 
 
 def kv_bytes(cache: Cache) -> int:

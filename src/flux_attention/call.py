@@ -8,8 +8,9 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 class UnsupportedModelError(ValueError):
     """A model or a call that routing cannot serve; the message says what was found and what is supported."""
+
+
+#: The forward call that this thread is in: a ``Call``, or a ``generation.DecodeStep``.
+current: ContextVar[Any] = ContextVar("flux_call", default=None)
 
 
 class _Decision:
@@ -73,6 +78,8 @@ class Call:
     layers : dict of int to RoutedLayer
         The routed layers of the KV cache; empty without a cache.
     """
+
+    is_step = False  # unlike a ``generation.DecodeStep``
 
     def __init__(self, routing: Routing, tokens: Tokens, prompt_lengths: list[int], layers: dict[int, RoutedLayer]):
         self.routing, self.tokens, self.prompt_lengths, self.layers = routing, tokens, prompt_lengths, layers
@@ -186,6 +193,8 @@ class Call:
             )
         query = self.tokens.pack(query_BHSD)
         if layer in self.layers:
+            if self.layers[layer].pending is not None:  # compiled layers leave the cache to us
+                self.layers[layer].update(key_BKSD, value_BKSD)
             output = self._by_view(self.layers[layer].take_views(), query, scale)
         else:
             key, value = self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD)

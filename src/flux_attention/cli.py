@@ -282,7 +282,7 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "1K,2K,4K,8K,16K,32K,64K,128K,256K",
     sparsities: Annotated[str, typer.Option(help="Forced Ω_MSR.")] = "0,0.25,0.5,0.75,0.9",
     batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
-    decode: Annotated[str, typer.Option(help="Decode steps: graph or compile.")] = "compile",
+    compile: Annotated[bool, typer.Option(help="prefill, decode: layers fused by torch.compile.")] = False,
     gpu_gb: Annotated[float, typer.Option(help="memory: 10⁹ bytes to fit into.")] = 141.0,
     output: Annotated[Optional[Path], typer.Option(help="Folder for JSON, written after every row.")] = None,  # noqa: UP045
 ):
@@ -293,16 +293,14 @@ def bench(
     names = shapes.split(",")
     if unknown := sorted(set(names) - set(speed.SHAPES)):
         raise _UserError(f"unknown shapes {unknown}, expected some of {list(speed.SHAPES)}")
-    if decode not in ("graph", "compile"):
-        raise _UserError(f"decode is {decode!r}, expected graph or compile")
     tokens, ratios, sequences = _numbers(lengths, int), _numbers(sparsities, float), _numbers(batches, int)
     measures = {
         "attention": {
             "attention_prefill": lambda shape: speed.attention_prefill(shape, tokens, ratios),
             "attention_decode": lambda shape: speed.attention_decode(shape, tokens, sequences),
         },
-        "prefill": {"e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, ratios)},
-        "decode": {"e2e_decode": lambda shape: speed_model.decode(shape, tokens, sequences, ratios, decode)},
+        "prefill": {"e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, ratios, compile)},
+        "decode": {"e2e_decode": lambda shape: speed_model.decode(shape, tokens, sequences, ratios, compile)},
         "memory": {"memory": lambda shape: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9))},
     }
     if what not in measures:

@@ -14,7 +14,6 @@ import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -22,7 +21,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from flux_attention import kernels
-from flux_attention.cache import StepCache
+from flux_attention.attach import CALL
+from flux_attention.cache import PassThroughCache
 
 if TYPE_CHECKING:
     from flux_attention.attach import Routing
@@ -33,9 +33,6 @@ logger = logging.get_logger(__name__)
 ROOM = 4096
 #: Rotary embeddings whose frequencies depend on the sequence's length, which a graph would freeze.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-#: By identity: how an operator that ``torch.compile`` cannot see into finds its step.
-_steps: WeakValueDictionary[int, DecodeStep] = WeakValueDictionary()
 
 
 class DecodeStep:
@@ -48,8 +45,6 @@ class DecodeStep:
         Of a model that ``unsupported`` has nothing against.
     batch : int
         B.
-    compiled : bool
-        Fuse the model's small operations with ``torch.compile`` first: fewer launches, tens of seconds once.
 
     Attributes
     ----------
@@ -63,7 +58,9 @@ class DecodeStep:
         What warm-up, compilation and capture took.
     """
 
-    def __init__(self, routing: Routing, batch: int, compiled: bool = False):
+    is_step = True  # unlike a ``call.Call``
+
+    def __init__(self, routing: Routing, batch: int):
         from flux_attention.kernels.triton_decode import DecodeSpace
 
         began = time.perf_counter()
@@ -75,31 +72,26 @@ class DecodeStep:
         spare = torch.zeros(2, base.num_kv_heads, 1, base.head_dim, dtype=routing.model.dtype, device=device)
         row = [spare[0].data_ptr(), spare[1].data_ptr(), spare.stride(1), kernels.FULL]
         self.table_LB4 = torch.tensor([[row] * batch] * len(routing.layers), device=device)
-        self._spare, self._cache = spare, StepCache(base.num_layers)
+        self._spare, self._cache = spare, PassThroughCache(base.num_layers)
         self._space = DecodeSpace(batch, base.num_heads, base.num_kv_heads, base.head_dim, device)
         self._places = {layer: place for place, layer in enumerate(routing.layers)}
         self.attended: set[int] = set()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_BV = torch.empty(0)
-        self._forward = torch.compile(self._model, dynamic=False) if compiled else self._model
-        self._compiled = compiled
-        _steps[id(self)] = self
         with self._ready():
             self._prepare()
         self.seconds = time.perf_counter() - began
 
-    def _model(self, ids_B1: torch.Tensor, positions_B1: torch.Tensor) -> torch.Tensor:
-        from flux_attention.attach import CALL
-
-        output = self.routing.model(
-            input_ids=ids_B1, position_ids=positions_B1, past_key_values=self._cache, use_cache=True, **{CALL: self}
-        )
-        return output.logits[:, -1]
-
     def _step(self) -> torch.Tensor:
-        logits = self._forward(self.ids_B1, self.lengths_B[:, None].long())
+        output = self.routing.model(
+            input_ids=self.ids_B1,
+            position_ids=self.lengths_B[:, None].long(),
+            past_key_values=self._cache,
+            use_cache=True,
+            **{CALL: self},
+        )
         self.lengths_B += 1
-        return logits
+        return output.logits[:, -1]
 
     @contextlib.contextmanager
     def _ready(self):
@@ -124,16 +116,11 @@ class DecodeStep:
             with torch.cuda.graph(self.graph, stream=stream):
                 self.logits_BV = self._step()
         missing = sorted(set(self.routing.layers) - self.attended)
-        if missing and not self._compiled:
+        if missing:
             raise ValueError(f"layers {missing} did not call the registered attention function")
 
     def attend(self, layer: int, query_BH1D, key_BK1D, value_BK1D, scale: float) -> torch.Tensor:
         """Attention output (B, 1, H, D) of one layer; called by the registered attention function."""
-        if torch.compiler.is_compiling():
-            return torch.ops.flux_attention.decode_step(query_BH1D, key_BK1D, value_BK1D, scale, id(self), layer)
-        return self.attend_now(layer, query_BH1D, key_BK1D, value_BK1D, scale)
-
-    def attend_now(self, layer: int, query_BH1D, key_BK1D, value_BK1D, scale: float) -> torch.Tensor:
         from flux_attention.kernels.triton_decode import attend
 
         self.attended.add(layer)
@@ -166,19 +153,6 @@ class DecodeStep:
         else:
             self.graph.replay()
         return self.logits_BV
-
-
-@torch.library.custom_op("flux_attention::decode_step", mutates_args=())
-def _decode_step(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, step: int, layer: int
-) -> torch.Tensor:
-    return _steps[step].attend_now(layer, query, key, value, scale)
-
-
-@_decode_step.register_fake
-def _(query, key, value, scale, step, layer):
-    batch, heads, length, dim = query.shape
-    return query.new_empty(batch, length, heads, dim)
 
 
 def unsupported(routing: Routing) -> str | None:
@@ -214,12 +188,11 @@ def decode_step(routing: Routing, batch: int) -> DecodeStep:
     if reason:
         raise ValueError(f"{routing.config.base_model.name} cannot decode by CUDA graph: {reason}")
     weights = tuple(parameter.data_ptr() for parameter in routing.model.parameters())
-    key = batch, routing.decode
-    made_for, step = routing.steps.get(key, (None, None))
+    made_for, step = routing.steps.get(batch, (None, None))
     if made_for != weights:
-        routing.steps.pop(key, None)
-        step = DecodeStep(routing, batch, compiled=routing.decode == "compile")
-        routing.steps[key] = weights, step
+        routing.steps.pop(batch, None)
+        step = DecodeStep(routing, batch)
+        routing.steps[batch] = weights, step
     return step
 
 
@@ -255,7 +228,7 @@ def sample(
     stock = functools.partial(stock, logits_processor=logits_processor, **model_kwargs)
     step = None
     if not (
-        routing.decode == "eager"
+        not routing.cuda_graphs
         or synced_gpus
         or type(model_kwargs.get("past_key_values")) is not DynamicCache
         or generation_config.output_attentions

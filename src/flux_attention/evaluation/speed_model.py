@@ -22,15 +22,18 @@ from flux_attention.generation import decode_step
 from flux_attention.patterns import Full
 from flux_attention.routes import parse_routes
 
+#: By whether layers are compiled.
+ENGINES = {False: "flux", True: "flux-compile"}
 
-def random_model(shape: str, **changes: Any) -> Routing:
+
+def random_model(shape: str, compile: bool = False, **changes: Any) -> Routing:
     """A model of a named shape with random bf16 weights on the GPU, and fresh routers attached."""
     sizes = {**SHAPES[shape], **changes}
     config = AutoConfig.for_model(**sizes, max_position_embeddings=2**20, tie_word_embeddings=False)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
     model.requires_grad_(False)
-    return attach(model, FluxConfig(sink=PATTERN.sink, window=PATTERN.window))
+    return attach(model, FluxConfig(sink=PATTERN.sink, window=PATTERN.window), compile=compile)
 
 
 def random_cache(routing: Routing, batch: int, length: int, sparsity: float) -> DynamicCache:
@@ -65,7 +68,12 @@ def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
 
 
 def prefill(
-    shape: str, lengths: Sequence[int], sparsities: Sequence[float], longest: float = 60.0, **changes: Any
+    shape: str,
+    lengths: Sequence[int],
+    sparsities: Sequence[float],
+    compile: bool,
+    longest: float = 60.0,
+    **changes: Any,
 ) -> Iterator[dict[str, Any]]:
     """
     Prefill of one prompt: all layers, the last token's logits.
@@ -76,6 +84,8 @@ def prefill(
         A key of ``SHAPES``; ``changes`` go to its configuration.
     lengths, sparsities : sequence
         Tokens; forced Ω_MSR.
+    compile : bool
+        See ``attach``.
     longest : float
         Seconds: repeat a prefill only while it stays under a tenth of this.
 
@@ -87,7 +97,7 @@ def prefill(
         that was allocated, ``floor_ms`` the FLOPs over the measured rate of matrix products.
     """
     require_gpu()
-    routing = random_model(shape, **changes)
+    routing = random_model(shape, compile, **changes)
     model = routing.model
 
     @torch.no_grad()
@@ -103,7 +113,7 @@ def prefill(
             times = measure(lambda: run(ids), seconds=longest / 60, most=20, warm=1 if ids.shape[1] <= 2**16 else 0)
             return times, torch.cuda.max_memory_allocated(), kv_bytes(run(ids)) if ids.shape[1] <= 2**16 else None
 
-        facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine="flux")
+        facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
         dense = None
         for sparsity in sorted({0.0, *sparsities}):
             with routing.force(float(sparsity)):
@@ -122,30 +132,34 @@ def prefill(
 
 
 def decode(
-    shape: str, lengths: Sequence[int], batches: Sequence[int], sparsities: Sequence[float], mode: str, **changes: Any
+    shape: str,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    sparsities: Sequence[float],
+    compile: bool,
+    **changes: Any,
 ) -> Iterator[dict[str, Any]]:
     """
     One decode step of the whole model, captured.
 
     Parameters
     ----------
-    mode : {"graph", "compile"}
+    compile : bool
         See ``attach``.
 
     Yields
     ------
     dict
-        ``engine`` is ``flux-graph`` or ``flux-compile``, ``own-dense`` the baseline; ``floor_ms`` is the bytes of
+        ``own-dense`` is the baseline; ``floor_ms`` is the bytes of
         weights and KV over the copy bandwidth; ``capture_s`` what capture took.
     """
     require_gpu()
-    routing = random_model(shape, **changes)
-    routing.decode = mode
+    routing = random_model(shape, compile, **changes)
     for batch in batches:
         step = decode_step(routing, batch)
         for length in lengths:
             dense = None
-            facts = dict(shape=shape, seq_len=length, batch=batch, phase="decode", engine=f"flux-{mode}")
+            facts = dict(shape=shape, seq_len=length, batch=batch, phase="decode", engine=ENGINES[compile])
             for sparsity in sorted({0.0, *sparsities}):
                 try:
                     cache = random_cache(routing, batch, length, sparsity)

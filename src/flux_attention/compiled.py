@@ -1,0 +1,75 @@
+"""Decoder layers fused by ``torch.compile``, with routing and attention left outside of the compiled graphs.
+
+All layers share one graph for prompts of any length and one for decode steps: a layer's index is a symbol in them, not
+a constant. Routers, KV cache and attention are operators that the compiler does not look into; they find the forward
+call that is running in ``call.current``.
+
+Shape suffixes: B batch, S query length, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from flux_attention.call import UnsupportedModelError, current
+
+#: Tokens up to which a prompt's layers are compiled: fused activations are not cut into pieces.
+MOST_TOKENS = 2**18
+
+
+@torch.library.custom_op("flux_attention::decide", mutates_args=("output",))
+def decide(output: torch.Tensor, source: torch.Tensor, layer: int) -> None:
+    """Show a query module's output and input to the router. Said to be changed, so that it comes before attention."""
+    call = current.get()
+    if call.decides:
+        call.routing.observe(call, layer, output, source)
+
+
+@torch.library.custom_op("flux_attention::attend", mutates_args=())
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
+    """Attention output (B, S, H, D) of one layer, by route."""
+    return current.get().attend(layer, query, key, value, scale)
+
+
+@decide.register_fake
+def _(output, source, layer) -> None: ...
+
+
+@attend.register_fake
+def _(query, key, value, scale, layer):
+    batch, heads, length, dim = query.shape
+    return query.new_empty(batch, length, heads, dim)
+
+
+def compiled_layer(stock):
+    """
+    The forward of a routed decoder layer, compiled for inference.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When first called, if the layer cannot be compiled as a whole.
+    """
+    prefill, step = (torch.compile(stock, dynamic=dynamic, fullgraph=True) for dynamic in (True, False))
+
+    @functools.wraps(stock)
+    def forward(hidden_states, *args, **kwargs):
+        call = current.get()
+        batch, length = hidden_states.shape[:2]
+        if call is None or torch.is_grad_enabled() or batch * length > MOST_TOKENS:
+            return stock(hidden_states, *args, **kwargs)
+        if length == 1 and not call.is_step:  # would need a graph of its own for what steps do better
+            return stock(hidden_states, *args, **kwargs)
+        kwargs["past_key_values"] = None  # attention sees to the cache
+        try:
+            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # layer indices as symbols
+                return (step if call.is_step else prefill)(hidden_states, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UnsupportedModelError(
+                f"a layer of this model cannot be compiled ({reason}); attach without compile=True"
+            ) from error
+
+    return forward

@@ -1,0 +1,104 @@
+"""Layers fused by torch.compile against the same layers as they are."""
+
+import functools
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from test_attach import CONFIG, ids, randomize
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from flux_attention import UnsupportedModelError, attach
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """What the compiler captures, run without code generation; counts graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    yield counter
+    torch._dynamo.reset()
+
+
+def again(routing, model):
+    """The same routers, with compiled layers."""
+    compiled = attach(model, CONFIG, compile=True)
+    compiled.routers.load_state_dict(routing.routers.state_dict())
+    return compiled
+
+
+@torch.no_grad()
+def run(model, routing=None):
+    """Logits of prompts of many lengths, padded batches, further turns and single tokens; and what was decided."""
+    outputs, routes = [], []
+    for batch, length in ((1, 20), (1, 33), (3, 24), (1, 1)):
+        prompt = ids(batch, length, length)
+        mask = torch.ones_like(prompt)
+        if batch > 1:
+            mask[-1, : length // 2] = 0
+        first = model(prompt, attention_mask=mask, use_cache=True)
+        outputs.append(first.logits[mask.bool()])
+        routes.append(None if routing is None else routing.routes.routes_BL)
+        cache = first.past_key_values
+        for new in (5, 1, 1):
+            mask = torch.cat([mask, mask.new_ones(batch, new)], dim=1)
+            outputs.append(model(ids(batch, new), attention_mask=mask, past_key_values=cache).logits)
+        outputs.append(model(prompt, use_cache=False).logits)
+    return outputs, routes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_layers_compute_the_same(family, backend):
+    model = tiny_model(family, **({} if family == "gemma3" else {"num_hidden_layers": 4}))
+    routing = randomize(attach(model, CONFIG))
+    expected, expected_routes = run(model, routing)
+    routing.detach()
+    stock_layer = vars(model.get_decoder().layers[0]).get("forward")
+    routing = again(routing, model)
+    actual, routes = run(model, routing)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=2e-5, rtol=1e-4)
+    for a, e in zip(routes, expected_routes, strict=True):
+        assert torch.equal(a, e)
+    assert 0 < sum(route.float().mean() for route in routes) < len(routes)  # layers of both kinds ran
+    assert 1 <= backend.frame_count <= 4, "layers and lengths do not share a graph"
+    routing.detach()
+    assert vars(model.get_decoder().layers[0]).get("forward") is stock_layer
+    assert not any(hasattr(module, "flux_layer") for module in model.modules())
+
+
+def test_training_is_not_compiled(backend):
+    model = tiny_model("qwen3").requires_grad_(False)
+    routing = attach(model, CONFIG, compile=True)
+    with routing.soft(1.0):
+        model(ids(2, 20), labels=ids(2, 20)).loss.backward()
+    assert backend.frame_count == 0
+    assert all(parameter.grad is not None for parameter in routing.routers.parameters())
+
+
+class DataDependent(torch.nn.Module):
+    def forward(self, states):
+        return states if states.sum().item() > 0 else -states
+
+
+def test_what_cannot_be_compiled_is_named(backend):
+    model = tiny_model("qwen3")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = DataDependent()
+    attach(model, CONFIG, compile=True)
+    with pytest.raises(UnsupportedModelError, match="attach without compile=True"), torch.no_grad():
+        model(ids(1, 20))
+
+
+@torch.no_grad()
+def test_generated_code():
+    """The real compiler, once: for the CPU here, for the GPU in `make gpu-test`."""
+    torch._dynamo.reset()
+    model = tiny_model("qwen3")
+    prompt = ids(2, 50)
+    routing = randomize(attach(model, CONFIG))
+    expected = model(prompt).logits
+    routing.detach()
+    again(routing, model)
+    torch.testing.assert_close(model(prompt).logits, expected, atol=2e-5, rtol=1e-4)
