@@ -123,11 +123,13 @@ class DecodeSpace:
     batch, heads, kv_heads, dim : int
         B, H, K, D.
     device : torch.device
+    parts : int, optional
+        Programs that share the keys of a row's head; default ``decode_parts``.
     """
 
-    def __init__(self, batch: int, heads: int, kv_heads: int, dim: int, device: torch.device):
+    def __init__(self, batch: int, heads: int, kv_heads: int, dim: int, device: torch.device, parts: int | None = None):
         self.group = max(16, triton.next_power_of_2(heads // kv_heads))
-        self.parts = decode_parts(batch * kv_heads, device)
+        self.parts = parts or decode_parts(batch * kv_heads, device)
         shape = batch, kv_heads, self.parts, self.group
         self.part = torch.empty(*shape, dim, dtype=torch.float32, device=device)
         self.top, self.total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
