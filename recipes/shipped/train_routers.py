@@ -21,22 +21,26 @@ from flux_attention.evaluation.tasks import FAMILIES, Haystack, make_sample
 from flux_attention.evaluation.text import local_texts
 from flux_attention.training import SparsityObjective, temperature
 
-#: Task class and target Ω_MSR: one look-up, several look-ups or an aggregate, and plain text.
+#: Task class of each family: one look-up, a long copy, several look-ups or an aggregate, and plain text.
 CLASSES = {
     "single_needle": "look-up",
     "multi_key": "look-up",
-    "copy": "look-up",
+    "copy": "copy",
     "multi_value": "multi-step",
     "two_hop": "multi-step",
     "count": "multi-step",
     "plain": "holistic",
 }
-TARGETS = {"look-up": 0.75, "multi-step": 0.4, "holistic": 0.95}
+#: Target Ω_MSR of each class.
+TARGETS = {"look-up": 0.8, "copy": 0.7, "multi-step": 0.38, "holistic": 0.95}
+#: Samples of each family in a round. Those of several steps need layers that all others want off, so they come often: a
+#: layer's router hears all classes, and what it has switched off for everyone does not come back.
+SHARES = {"look-up": 1, "copy": 1, "multi-step": 2, "holistic": 2}
 LENGTHS = (4096, 4096, 2048, 2048, 1024)
 
 
 class Batches(IterableDataset):
-    """Endless lists of samples of one length, families in equal shares and plain text twice."""
+    """Endless lists of samples of one length, families as often as ``SHARES`` says."""
 
     def __init__(self, haystack, tokenizer, batch_tokens, seed):
         self.haystack, self.tokenizer, self.batch_tokens, self.seed = haystack, tokenizer, batch_tokens, seed
@@ -44,7 +48,7 @@ class Batches(IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        families = [*FAMILIES, "plain"]
+        families = [family for family in FAMILIES for _ in range(SHARES[CLASSES[family]])]
         while True:
             rng = random.Random(f"routers-{self.seed}-{index}")
             length = rng.choice(LENGTHS)
