@@ -48,6 +48,9 @@ def test_bench(tmp_path):
         (["nothing"], "cannot measure"),
         (["memory", "--shapes", "gpt-5"], "unknown shapes"),
         (["memory", "--lengths", "long"], "not a list of numbers"),
+        (["memory", "--lengths", ""], "not a list of numbers"),
+        (["memory", "--sparsities", "2"], "not between 0 and 1"),
+        (["memory", "--output", __file__], "exists"),
     ):
         result = flux("bench", *arguments)
         assert result.returncode == 1 and words in result.stderr and len(result.stderr.splitlines()) == 1

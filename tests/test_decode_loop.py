@@ -1,12 +1,13 @@
 """The loop of captured decode steps against the stock one: by Triton's interpreter on a CPU, by CUDA graph on a GPU."""
 
 import functools
+import threading
 
 import pytest
 import torch
 from conftest import FAMILIES, VOCAB, tiny_model
 from test_attach import CONFIG, ids
-from transformers import AutoTokenizer, StoppingCriteria, TextStreamer
+from transformers import AutoTokenizer, DynamicCache, StoppingCriteria, TextStreamer
 
 from flux_attention import attach, generation, kernels
 from flux_attention.shipped import BACKBONE
@@ -234,3 +235,172 @@ def test_compiled_layers_decode_the_same(family, device, monkeypatch):
         stock, ours, _ = both(model, routing, input_ids=ids(3, length).to(device), max_new_tokens=5, **FULL_OUTPUT)
         assert_agree(stock, ours)
     assert len(routing.steps) == 1
+
+
+def test_a_generation_within_a_generation(device):
+    """A streamer that generates with the same model: the steps' places in memory are taken, so it decodes as stock."""
+    model, routing = routed("qwen3", device)
+    prompt, other = ids(3, 20).to(device), ids(3, 9, 5).to(device)
+    inner = []
+
+    class Nested(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.got) == 4:
+                inner.append(model.generate(other, max_new_tokens=4, do_sample=False))
+
+    arguments = dict(inputs=prompt[:1], max_new_tokens=9, do_sample=False)
+    model.config.pad_token_id = 0
+    outputs = []
+    for graphs in (False, True):
+        routing.cuda_graphs = graphs
+        with routing.force(ROUTES[0]):
+            outputs.append(model.generate(**arguments, streamer=Nested(AutoTokenizer.from_pretrained(BACKBONE))))
+    assert torch.equal(*outputs) and torch.equal(*inner)
+
+
+def test_an_interrupted_generation_leaves_the_cache_right(device):
+    model, routing = routed("qwen3", device)
+    prompt = ids(1, 20).to(device)
+
+    class Interrupting(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.got) == 8:
+                raise KeyboardInterrupt
+
+    caches = []
+    for graphs in (False, True):
+        routing.cuda_graphs = graphs
+        cache = DynamicCache(config=model.config)
+        with routing.force(ROUTES[0]), pytest.raises(KeyboardInterrupt):
+            model.generate(
+                prompt, past_key_values=cache, max_new_tokens=20, do_sample=False,
+                streamer=Interrupting(AutoTokenizer.from_pretrained(BACKBONE)),
+            )  # fmt: skip
+        caches.append(cache)
+    kept = [cache.get_seq_length() for cache in caches]
+    assert kept[1] in (kept[0], kept[0] - 1)  # the step on the way is not counted
+    with torch.no_grad():
+        if kept[1] < kept[0]:
+            token = model.generate(prompt, max_new_tokens=8, do_sample=False)[:, kept[1] : kept[0]]
+            model(token, past_key_values=caches[1])
+        a, b = (model(ids(1, 4, 3).to(device), past_key_values=cache).logits for cache in caches)
+    torch.testing.assert_close(a, b, atol=2e-2, rtol=0)
+
+
+def test_cropping_after_a_step_too_many(device):
+    """A step that was on its way when the sequence ended has overwritten the oldest token of the window."""
+    model, routing = routed("qwen3", device)
+    prompt = ids(1, 10).to(device)
+    kept = CONFIG.sink + CONFIG.window
+    with routing.force("sparse"):
+        free = model.generate(prompt, max_new_tokens=5, do_sample=False)
+        cache = DynamicCache(config=model.config)
+        model.generate(
+            prompt, past_key_values=cache, max_new_tokens=20, do_sample=False, eos_token_id=int(free[0, kept]),
+            pad_token_id=0,
+        )  # fmt: skip
+    assert cache.get_seq_length() == kept
+    with pytest.raises(ValueError, match="cannot crop"):
+        cache.crop(-3)
+
+
+def test_inference_mode_and_out_of_it(device):
+    model, routing = routed("qwen3", device)
+    prompt = ids(3, 12).to(device)
+    with torch.inference_mode(), routing.force(ROUTES):
+        inside = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    _, outside, _ = both(model, routing, input_ids=prompt, max_new_tokens=5, do_sample=False)
+    assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(max_new_tokens=1),
+        dict(max_new_tokens=4, num_return_sequences=2, do_sample=True),
+        dict(max_new_tokens=4, prefill_chunk_size=7),
+        dict(max_new_tokens=4, guidance_scale=1.5),
+    ],
+    ids=lambda arguments: list(arguments)[-1],
+)
+def test_ways_of_calling(device, arguments):
+    model, routing = routed("qwen3", device)
+    outputs = []
+    for graphs in (False, True):
+        routing.cuda_graphs = graphs
+        torch.manual_seed(0)
+        with routing.force(0.67):
+            outputs.append(model.generate(ids(2, 20).to(device), **{"do_sample": False, **arguments}))
+    assert torch.equal(*outputs)
+
+
+def test_embeddings_as_input(device):
+    model, routing = routed("qwen3", device)
+    embeds = model.get_input_embeddings()(ids(3, 20).to(device)).detach()
+    stock, ours, _ = both(model, routing, inputs_embeds=embeds, max_new_tokens=5, do_sample=False)
+    assert torch.equal(stock, ours)
+
+
+def test_what_a_step_would_leave_out_decodes_as_stock(device):
+    """Positions of the caller's own, hooks of the caller's own, training mode."""
+    model, routing = routed("qwen3", device)
+    prompt = ids(1, 20).to(device)
+    outputs = []
+    for graphs in (False, True):
+        routing.cuda_graphs = graphs
+        positions = torch.arange(100, 120, device=device)[None]
+        outputs.append(model.generate(prompt, position_ids=positions, max_new_tokens=5, do_sample=False))
+    assert torch.equal(*outputs)
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: -output)
+    assert "hooks" in generation.unsupported(routing)
+    handle.remove()
+    assert generation.unsupported(routing) is None
+    assert "training" in generation.unsupported(attach(tiny_model("llama").train()))
+    assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 23)
+    assert [type(step) for _, step in routing.steps.values()] == [generation.DecodeStep]
+
+
+def test_a_step_that_cannot_be_captured_is_tried_once(device, monkeypatch):
+    model, routing = routed("qwen3", device)
+    tries = []
+
+    def fail(step):
+        tries.append(step)
+        raise RuntimeError("no room for it")
+
+    monkeypatch.setattr(generation.DecodeStep, "_prepare", fail)
+    for _ in range(2):
+        assert model.generate(ids(1, 5).to(device), max_new_tokens=3, do_sample=False).shape == (1, 8)
+    assert len(tries) == 1
+    with pytest.raises(ValueError, match="no room for it"):
+        generation.decode_step(routing, 1)
+
+
+def test_threads_route_while_a_step_is_captured(device, monkeypatch):
+    model, routing = routed("qwen3", device)
+    prompt = ids(1, 30).to(device)
+    with torch.no_grad(), routing.force("sparse"):
+        expected = model(prompt).logits
+    found = []
+
+    def forward():
+        with torch.no_grad():
+            found.append(model(prompt).logits)
+
+    run = generation.DecodeStep._step
+
+    def slow(step):
+        if not found and device == "cpu":
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+        return run(step)
+
+    monkeypatch.setattr(generation.DecodeStep, "_step", slow)
+    with routing.force("sparse"):
+        generation.decode_step(routing, 1)
+        if not found:
+            forward()
+    assert torch.equal(found[0], expected)

@@ -1,7 +1,9 @@
 """Attach layer routers to a stock Hugging Face model, and detach them: the only file that knows transformers' insides.
 
-Nothing is copied or patched: hooks on modules, an attention function and a mask function registered under the
-name ``flux``, and cache layers of our own in the cache that the caller or ``generate`` made. One forward call of
+No model code is copied and no library is patched: hooks on modules, an attention function and a mask function
+registered under the name ``flux``, and cache layers of our own in the cache that the caller or ``generate`` made. On
+the model object itself, and until ``detach``, the forward of MLPs (and of compiled layers) is wrapped, and its class is
+a subclass with our decode loop. One forward call of
 the decoder is a ``Call``. It travels to the layers as a keyword argument, so that gradient checkpointing, which
 runs layers again, finds it; within a layer a context variable holds it, so that threads do not mix.
 
@@ -27,7 +29,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from flux_attention import adapters
 from flux_attention.cache import RoutedLayer, Tokens
 from flux_attention.call import Call, UnsupportedModelError, current
-from flux_attention.compiled import compiled_layer
+from flux_attention.compiled import COMPILED, compiled_layer
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.patterns import sparse_pattern
 from flux_attention.router import LayerRouter
@@ -44,11 +46,10 @@ EXTRAS = ("s_aux", "softcap", "position_bias", "sliding_window")
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The registered attention function: routed layers by route, all others by SDPA."""
-    if torch.compiler.is_compiling():  # only layers with routers are
-        return torch.ops.flux_attention.attend(query, key, value, _scale(query, scaling), module.layer_idx), None
     call: Call | None = kwargs.pop(CALL, None)
+    compiled = kwargs.pop(COMPILED, False)
     extras = [name for name in EXTRAS if kwargs.get(name) is not None]
-    if call is None or module.layer_idx not in call.routing.layers:
+    if not compiled and (call is None or module.layer_idx not in call.routing.layers):
         if "s_aux" in extras:
             raise UnsupportedModelError(
                 f"{type(module).__name__} has learned attention sinks in sliding layers, which SDPA does not compute"
@@ -64,11 +65,10 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         )
     if dropout:
         raise UnsupportedModelError(f"attention dropout is {dropout}; routed layers support none: set it to 0")
-    return call.attend(module.layer_idx, query, key, value, _scale(query, scaling)), None
-
-
-def _scale(query: torch.Tensor, scaling: float | None) -> float:
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if compiled:
+        return torch.ops.flux_attention.attend(query, key, value, scale, module.layer_idx), None
+    return call.attend(module.layer_idx, query, key, value, scale), None
 
 
 def _mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):
@@ -135,7 +135,7 @@ class Routing:
         self.gates: torch.Tensor | None = None
         self.forced: RouteSpec | None = None
         self.temperature: float | torch.Tensor | None = None
-        self.steps: dict[Any, Any] = {}  # captured decode steps; see ``generation.decode_step``
+        self.steps: dict[int, Any] = {}  # captured decode steps; see ``generation.decode_step``
         self._handles: list[Any] = []
         self._stock_forwards: list[tuple[nn.Module, Any]] = []
         self._decoder: nn.Module | None = None
@@ -201,7 +201,9 @@ class Routing:
 
     def detach(self) -> None:
         """Restore the stock model exactly. Caches filled while attached cannot be read afterwards."""
-        self._remove_hooks()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         self.steps.clear()
         if self._decoder is not None:
             self.model.__class__ = self._stock_class
@@ -216,6 +218,11 @@ class Routing:
             self._decoder.config._attn_implementation = self._stock_attention
             del self._decoder.flux_routing
             self._decoder = None
+
+    @property
+    def hooks(self) -> int:
+        """Hooks that are ours."""
+        return len(self._handles)
 
     def __deepcopy__(self, memo):
         raise RuntimeError("a model with routers attached cannot be copied: detach, copy, attach to both")
@@ -238,31 +245,12 @@ class Routing:
                 self._replace_forward(decoder.layers[layer], compiled_layer)
         self._stock_class = type(self.model)
         if isinstance(self.model, GenerationMixin):
-            self.model.__class__ = _with_decode_loop(self._stock_class)
+            self.model.__class__ = _with_decode_loop(self._stock_class, self)
         self._add_hooks()
 
     def _replace_forward(self, module: nn.Module, make) -> None:
         self._stock_forwards.append((module, vars(module).get("forward")))
         module.forward = make(module.forward)
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    @contextlib.contextmanager
-    def direct(self, call):
-        """
-        Let the model run without hooks within a ``with`` block, with ``call`` as what its attention asks: for decode
-        steps, which are captured. The model's forward must get the argument ``CALL``.
-        """
-        self._remove_hooks()
-        token = current.set(call)
-        try:
-            yield
-        finally:
-            current.reset(token)
-            self._add_hooks()
 
     def _add_hooks(self) -> None:
         decoder = self._decoder
@@ -270,7 +258,8 @@ class Routing:
 
         def before_forward(module, args, kwargs):
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-            kwargs[CALL] = self._begin(kwargs)
+            if CALL not in kwargs:  # a decode step brings its own
+                kwargs[CALL] = self._begin(kwargs)
             current.set(kwargs[CALL])
             return (), kwargs
 
@@ -292,7 +281,7 @@ class Routing:
 
     def _hook_layer(self, attention: nn.Module) -> None:
         def before_attention(module, args, kwargs):
-            if torch.compiler.is_compiling():
+            if kwargs.get(COMPILED):
                 return
             if CALL not in kwargs:
                 raise UnsupportedModelError(
@@ -486,7 +475,7 @@ def _in_pieces(stock):
     return forward
 
 
-def _with_decode_loop(stock: type) -> type:
+def _with_decode_loop(stock: type, routing: Routing) -> type:
     """
     A subclass, of the same name, whose greedy and sampled decoding is ours.
 
@@ -498,11 +487,17 @@ def _with_decode_loop(stock: type) -> type:
     def _sample(self, *args, **kwargs):
         from flux_attention import generation  # which builds on this module
 
-        return generation.sample(
-            self.get_decoder().flux_routing, functools.partial(stock._sample, self), *args, **kwargs
-        )
+        own = stock._sample is not GenerationMixin._sample  # a loop that this model needs
+        loop = functools.partial(stock._sample, self)
+        return loop(*args, **kwargs) if own else generation.sample(routing, loop, *args, **kwargs)
 
-    names = {"_sample": _sample, "__module__": stock.__module__, "__doc__": stock.__doc__}
+    names = {
+        "_sample": _sample,
+        "__deepcopy__": lambda self, memo: routing.__deepcopy__(memo),
+        "__reduce_ex__": lambda self, protocol: routing.__reduce__(),
+        "__module__": stock.__module__,
+        "__doc__": stock.__doc__,
+    }
     return type(stock.__name__, (stock,), names)
 
 

@@ -224,9 +224,14 @@ class _Store:
             where = torch.tensor(index, device=self.key_RKCD.device)
             self.key_RKCD, self.value_RKCD = self.key_RKCD[where], self.value_RKCD[where]
 
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.key_RKCD is None else 2 * self.key_RKCD.numel() * self.key_RKCD.element_size()
+    def nbytes(self, lengths: list[int]) -> int:
+        """Bytes of the keys and values that are kept of sequences of these lengths; room for more is not counted."""
+        if self.key_RKCD is None:
+            return 0
+        _, heads, _, dim = self.key_RKCD.shape
+        most = self.sink + self.window if self.ring else max(lengths)
+        kept = sum(min(length, most) for length in lengths)
+        return 2 * kept * heads * dim * self.key_RKCD.element_size()
 
 
 class RoutedLayer(CacheLayerMixin):
@@ -258,6 +263,7 @@ class RoutedLayer(CacheLayerMixin):
         self.tail = 0  # columns at the end that are real in every row
         self.stores: dict[bool, _Store] = {}  # by whether the rows keep everything
         self.pending: Tokens | None = None  # the forward call in progress
+        self.overran = False  # whether a decode step that is not counted has written one token more
         self.views: list[View] = []  # of that call, until attention takes them
         self.is_initialized = False
 
@@ -344,8 +350,9 @@ class RoutedLayer(CacheLayerMixin):
                 rows[row] = [key[place].data_ptr(), value[place].data_ptr(), key.stride(1), kind]
         return rows
 
-    def advance(self, count: int) -> None:
-        """Note ``count`` tokens a row that the decode kernel has stored."""
+    def advance(self, count: int, overran: bool = False) -> None:
+        """Note ``count`` tokens a row that the decode kernel has stored, and one more if it ``overran``."""
+        self.overran |= overran
         self.lengths = [length + count for length in self.lengths]
         self.seen += count
         self.tail += count
@@ -489,7 +496,7 @@ class RoutedLayer(CacheLayerMixin):
         if count > self.tail:
             raise ValueError(f"cannot crop {count} tokens: only the last {self.tail} are real in every sequence")
         ring = self.stores.get(False)
-        if ring and max(self.lengths[row] for row in ring.rows) > self.sink + self.window:
+        if ring and max(self.lengths[row] for row in ring.rows) + self.overran > self.sink + self.window:
             raise ValueError(
                 f"cannot crop {count} tokens: sparse layers keep sink + window = {self.sink + self.window} tokens and "
                 "have dropped what would be needed; attach with keep_full_kv=True to be able to crop"
@@ -516,8 +523,8 @@ class RoutedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values that are held."""
-        return sum(store.nbytes for store in self.stores.values())
+        """Bytes of the keys and values that are kept; buffers are a little larger."""
+        return sum(store.nbytes([self.lengths[row] for row in store.rows]) for store in self.stores.values())
 
 
 class _PassThroughLayer(CacheLayerMixin):
@@ -556,7 +563,7 @@ class PassThroughCache(DynamicCache):
 
 def kv_bytes(cache: Cache) -> int:
     """
-    Bytes of keys and values that a cache holds, routed layers or stock ones.
+    Bytes of keys and values that a cache keeps, routed layers or stock ones.
 
     Parameters
     ----------

@@ -267,12 +267,15 @@ def info(as_json: Json = False):
     out.print(table)
 
 
-def _numbers(text: str, kind: type) -> list:
+def _numbers(text: str, kind: type, least: float, most: float) -> list:
     """Numbers separated by commas; lengths may end in K."""
     try:
-        return [kind(float(part[:-1]) * 1024) if part[-1:] in "kK" else kind(part) for part in text.split(",") if part]
-    except ValueError:
+        numbers = [kind(float(part[:-1]) * 1024) if part[-1] in "kK" else kind(part) for part in text.split(",")]
+    except (ValueError, IndexError):
         raise _UserError(f"{text!r} is not a list of numbers such as 1K,32K or 0.5,0.75") from None
+    if not all(least <= number <= most for number in numbers):
+        raise _UserError(f"{text!r} has a number that is not between {least} and {most}")
+    return numbers
 
 
 @app.command()
@@ -293,7 +296,10 @@ def bench(
     names = shapes.split(",")
     if unknown := sorted(set(names) - set(speed.SHAPES)):
         raise _UserError(f"unknown shapes {unknown}, expected some of {list(speed.SHAPES)}")
-    tokens, ratios, sequences = _numbers(lengths, int), _numbers(sparsities, float), _numbers(batches, int)
+    tokens, sequences = _numbers(lengths, int, 1, 2**24), _numbers(batches, int, 1, 1024)
+    ratios = _numbers(sparsities, float, 0, 1)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)  # fails now, not after the first measurement
     measures = {
         "attention": {
             "attention_prefill": lambda shape: speed.attention_prefill(shape, tokens, ratios),

@@ -15,6 +15,8 @@ import torch
 
 from flux_attention.call import UnsupportedModelError, current
 
+#: The keyword by which attention is told that it is traced into a compiled layer.
+COMPILED = "flux_compiled"
 #: Tokens up to which a prompt's layers are compiled: fused activations are not cut into pieces.
 MOST_TOKENS = 2**18
 
@@ -62,7 +64,7 @@ def compiled_layer(stock):
             return stock(hidden_states, *args, **kwargs)
         if length == 1 and not call.is_step:  # would need a graph of its own for what steps do better
             return stock(hidden_states, *args, **kwargs)
-        kwargs["past_key_values"] = None  # attention sees to the cache
+        kwargs |= {"past_key_values": None, COMPILED: True}  # attention sees to the cache
         try:
             with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # layer indices as symbols
                 return (step if call.is_step else prefill)(hidden_states, *args, **kwargs)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+#: Sizes beyond this are mistakes, and kernels count in 32 bits.
+MOST_TOKENS = 2**28
 #: Names of the sparse-attention patterns (METHOD: "Patterns").
 PATTERNS = ("streaming", "triangle")
 
@@ -130,6 +132,8 @@ class FluxConfig:
             raise FluxConfigError(f"pattern is {self.pattern!r}, expected one of {list(PATTERNS)}")
         for name, least in (("sink", 0), ("window", 1), ("last_n", 1), ("pool_size", 1)):
             _check_int(name, getattr(self, name), least)
+            if getattr(self, name) > MOST_TOKENS:
+                raise FluxConfigError(f"{name} is {getattr(self, name)}, expected at most {MOST_TOKENS} tokens")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; ``from_dict`` of it is equal to this configuration."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from transformers.utils import logging
 from flux_attention import kernels
 from flux_attention.attach import CALL
 from flux_attention.cache import PassThroughCache
+from flux_attention.kernels import on_device
 
 if TYPE_CHECKING:
     from flux_attention.attach import Routing
@@ -30,7 +32,16 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 #: Tokens for which room is made in the KV cache at a time.
-ROOM = 4096
+ROOM = 1024
+#: Batch sizes whose steps are kept.
+MOST_STEPS = 8
+#: Arguments of a generation that do not change what a step computes.
+ARGUMENTS = frozenset(
+    {
+        *("attention_mask", "position_ids", "past_key_values", "use_cache", "inputs_embeds", "logits_to_keep"),
+        *("cache_position", "tokenizer"),
+    }
+)
 #: Rotary embeddings whose frequencies depend on the sequence's length, which a graph would freeze.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -59,26 +70,32 @@ class DecodeStep:
     """
 
     is_step = True  # unlike a ``call.Call``
+    decides = False
+
+    def finish(self) -> None:
+        """Nothing is left to do after a forward; see ``call.Call.finish``."""
 
     def __init__(self, routing: Routing, batch: int):
         from flux_attention.kernels.triton_decode import DecodeSpace
 
         began = time.perf_counter()
         self.routing, self.batch = routing, batch
+        self.lock = threading.Lock()  # one generation at a time: they share the places in memory
         base, device = routing.config.base_model, routing.model.device
-        self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.lengths_B = torch.zeros(batch, dtype=torch.int32, device=device)
-        # Until a cache is loaded, each row is a full one whose only token lies in a buffer of one.
-        spare = torch.zeros(2, base.num_kv_heads, 1, base.head_dim, dtype=routing.model.dtype, device=device)
-        row = [spare[0].data_ptr(), spare[1].data_ptr(), spare.stride(1), kernels.FULL]
-        self.table_LB4 = torch.tensor([[row] * batch] * len(routing.layers), device=device)
-        self._spare, self._cache = spare, PassThroughCache(base.num_layers)
-        self._space = DecodeSpace(batch, base.num_heads, base.num_kv_heads, base.head_dim, device)
-        self._places = {layer: place for place, layer in enumerate(routing.layers)}
+        with torch.inference_mode(False):  # what is made here is written to in any mode later
+            self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self.lengths_B = torch.zeros(batch, dtype=torch.int32, device=device)
+            # Until a cache is loaded, each row is a full one whose only token lies in a buffer of one.
+            spare = torch.zeros(2, base.num_kv_heads, 1, base.head_dim, dtype=routing.model.dtype, device=device)
+            row = [spare[0].data_ptr(), spare[1].data_ptr(), spare.stride(1), kernels.FULL]
+            self.table_LB4 = torch.tensor([[row] * batch] * len(routing.layers), device=device)
+            self._spare, self._cache = spare, PassThroughCache(base.num_layers)
+            self._space = DecodeSpace(batch, base.num_heads, base.num_kv_heads, base.head_dim, device)
+            self._places = {layer: place for place, layer in enumerate(routing.layers)}
         self.attended: set[int] = set()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_BV = torch.empty(0)
-        with self._ready():
+        with self._ready(), torch.inference_mode(False):
             self._prepare()
         self.seconds = time.perf_counter() - began
 
@@ -95,9 +112,9 @@ class DecodeStep:
 
     @contextlib.contextmanager
     def _ready(self):
-        """The model as a step needs it: no hooks, and experts computed in a way that does not depend on their load."""
+        """The model as a step needs it: on its device, and experts computed without asking how many tokens each has."""
         optimized = getattr(self.routing.model, "_optimize_model_for_decode", contextlib.nullcontext)
-        with torch.no_grad(), self.routing.direct(self), optimized():
+        with torch.no_grad(), optimized(), on_device(self.ids_B1):
             yield
 
     def _prepare(self) -> None:
@@ -113,7 +130,8 @@ class DecodeStep:
                     self._step()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.logits_BV = self._step()
         missing = sorted(set(self.routing.layers) - self.attended)
         if missing:
@@ -123,6 +141,10 @@ class DecodeStep:
         """Attention output (B, 1, H, D) of one layer; called by the registered attention function."""
         from flux_attention.kernels.triton_decode import attend
 
+        shape, dtype = (self.batch, self._spare.shape[1], 1, self._spare.shape[3]), self._spare.dtype
+        if key_BK1D.shape != shape or value_BK1D.shape != shape or {key_BK1D.dtype, query_BH1D.dtype} != {dtype}:
+            found = f"{tuple(key_BK1D.shape)}, {key_BK1D.dtype}"
+            raise ValueError(f"layer {layer} has keys of {found}, expected {shape}, {dtype}")
         self.attended.add(layer)
         pattern = self.routing.pattern
         states = [states[:, :, 0] for states in (query_BH1D, key_BK1D, value_BK1D)]
@@ -151,13 +173,19 @@ class DecodeStep:
             with self._ready():
                 self.logits_BV = self._step()
         else:
-            self.graph.replay()
+            with on_device(self.ids_B1):
+                self.graph.replay()
         return self.logits_BV
 
 
 def unsupported(routing: Routing) -> str | None:
     """Why the routed model cannot decode by graph; None if it can."""
     model, base = routing.model, routing.config.base_model
+    if model.training:
+        return "it is in training mode"
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    if hooks > routing.hooks:
+        return "its modules have forward hooks of others, which a graph would leave out"
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if len(routing.layers) < base.num_layers:
@@ -187,13 +215,31 @@ def decode_step(routing: Routing, batch: int) -> DecodeStep:
     reason = unsupported(routing)
     if reason:
         raise ValueError(f"{routing.config.base_model.name} cannot decode by CUDA graph: {reason}")
-    weights = tuple(parameter.data_ptr() for parameter in routing.model.parameters())
-    made_for, step = routing.steps.get(batch, (None, None))
-    if made_for != weights:
-        routing.steps.pop(batch, None)
-        step = DecodeStep(routing, batch)
-        routing.steps[batch] = weights, step
+    state = _state(routing.model)
+    if any(made_for != state for made_for, _ in routing.steps.values()):
+        routing.steps.clear()
+    if batch not in routing.steps:
+        while len(routing.steps) >= MOST_STEPS:
+            del routing.steps[next(iter(routing.steps))]
+        try:
+            routing.steps[batch] = state, DecodeStep(routing, batch)
+        except Exception as error:  # of whatever kind: it will not be otherwise next time
+            routing.steps[batch] = state, str(error).strip().split("\n")[0] or type(error).__name__
+    step = routing.steps[batch][1]
+    if isinstance(step, str):
+        raise ValueError(f"a decode step of {routing.config.base_model.name} could not be captured: {step}")
     return step
+
+
+def _state(model) -> tuple:
+    """What a captured step depends on besides its inputs: where weights lie, autocast, which adapters are active."""
+    adapters = [
+        (module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters))
+        for module in model.modules()
+        if hasattr(module, "merged_adapters")  # layers of PEFT
+    ]
+    tensors = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    return tensors, torch.is_autocast_enabled(model.device.type), tuple(adapters)
 
 
 class _OneToken(StoppingCriteria):
@@ -233,14 +279,15 @@ def sample(
         or type(model_kwargs.get("past_key_values")) is not DynamicCache
         or generation_config.output_attentions
         or generation_config.output_hidden_states
+        or not set(model_kwargs) <= ARGUMENTS
+        or not _positions_count_tokens(**model_kwargs)
         or unsupported(routing)
     ):
         try:
             step = decode_step(routing, len(input_ids))
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            logger.warning_once(f"decoding without a CUDA graph, as a step could not be captured: {reason}")
-    if step is None:
+        except ValueError as error:
+            logger.warning_once(f"decoding without a CUDA graph: {error}")
+    if step is None or not step.lock.acquire(blocking=False):  # another generation runs it
         return stock(
             input_ids,
             stopping_criteria=stopping_criteria,
@@ -248,11 +295,35 @@ def sample(
             synced_gpus=synced_gpus,
             streamer=streamer,
         )
+    try:
+        with on_device(input_ids):
+            return _loop(step, stock, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    finally:
+        step.lock.release()
 
+
+def _positions_count_tokens(past_key_values, attention_mask=None, position_ids=None, **kwargs) -> bool:
+    """Whether each row's last position is the number of its tokens before: what a step goes on from."""
+    if position_ids is None:
+        return True
+    if position_ids.ndim != 2:
+        return False
+    last = position_ids[:, -1]
+    if attention_mask is not None:
+        return torch.equal(last, attention_mask.sum(1).to(last) - 1)
+    count = position_ids.shape[1]  # of all tokens, or of those behind the cached ones
+    past = past_key_values.get_seq_length()
+    return bool(((last == count - 1) | (last == past + count - 1)).all())
+
+
+def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generation_config, streamer):
     first = copy.copy(generation_config)
     first.return_dict_in_generate = True
+    if not generation_config.return_dict_in_generate:
+        first.output_scores = first.output_logits = False
     start = stock(input_ids, stopping_criteria=StoppingCriteriaList([_OneToken()]), generation_config=first)
     cache, scores, raw_logits = start.past_key_values, start.scores, start.logits
+    layers = [cache.layers[layer] for layer in step.routing.layers]
     length, limit = start.sequences.shape[1], stopping_criteria.max_length
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = generation_config._pad_token_tensor
@@ -262,37 +333,41 @@ def sample(
     check = _LateCheck(tokens, streamer)
     check.begin(tokens, unfinished)
     stored = room = 0
-    while limit is None or length < limit:
-        if stored == room:
-            for layer in routing.layers:
-                cache.layers[layer].advance(stored)
-            room = ROOM if limit is None else min(ROOM, limit - length)
-            step.load(cache, room)
-            ids, stored = torch.cat([ids[:, :length], ids.new_empty(len(ids), room)], dim=1), 0
-        step.ids_B1.copy_(tokens[:, None])
-        logits = step.run().to(torch.float32, copy=True)
-        if check.end():  # the device is busy with this step meanwhile; it is not counted if it came too late
-            break
-        stored += 1
-        token_scores = logits_processor(ids[:, :length], logits)
-        if scores is not None:
-            scores += (token_scores,)
-        if raw_logits is not None:
-            raw_logits += (logits,)
-        if generation_config.do_sample:
-            tokens = torch.multinomial(token_scores.softmax(-1), num_samples=1)[:, 0]
+    overran = False
+    try:
+        while limit is None or length < limit:
+            if stored == room:
+                for layer in layers:
+                    layer.advance(stored)
+                stored, room = 0, ROOM if limit is None else min(ROOM, limit - length)
+                step.load(cache, room)
+                ids = torch.cat([ids[:, :length], ids.new_empty(len(ids), room)], dim=1)
+            step.ids_B1.copy_(tokens[:, None])
+            overran = True  # until this step is counted
+            logits = step.run().to(torch.float32, copy=True)
+            if check.end():  # the device is busy with this step meanwhile
+                break
+            stored, overran = stored + 1, False
+            token_scores = logits_processor(ids[:, :length], logits)
+            if scores is not None:
+                scores += (token_scores,)
+            if raw_logits is not None:
+                raw_logits += (logits,)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(token_scores.softmax(-1), num_samples=1)[:, 0]
+            else:
+                tokens = token_scores.argmax(-1)
+            if has_eos:
+                tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
+            ids[:, length] = tokens
+            length += 1
+            unfinished = unfinished & ~stopping_criteria(ids[:, :length], scores)
+            check.begin(tokens, unfinished)
         else:
-            tokens = token_scores.argmax(-1)
-        if has_eos:
-            tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
-        ids[:, length] = tokens
-        length += 1
-        unfinished = unfinished & ~stopping_criteria(ids[:, :length], scores)
-        check.begin(tokens, unfinished)
-    else:
-        check.end()
-    for layer in routing.layers:
-        cache.layers[layer].advance(stored)
+            check.end()
+    finally:  # also if a streamer, a processor or Ctrl-C ends the loop: the caller may go on with the cache
+        for layer in layers:
+            layer.advance(stored, overran)
     if streamer is not None:
         streamer.end()
     ids = ids[:, :length]

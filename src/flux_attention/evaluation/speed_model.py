@@ -72,7 +72,6 @@ def prefill(
     lengths: Sequence[int],
     sparsities: Sequence[float],
     compile: bool,
-    longest: float = 60.0,
     **changes: Any,
 ) -> Iterator[dict[str, Any]]:
     """
@@ -86,8 +85,6 @@ def prefill(
         Tokens; forced Ω_MSR.
     compile : bool
         See ``attach``.
-    longest : float
-        Seconds: repeat a prefill only while it stays under a tenth of this.
 
     Yields
     ------
@@ -110,8 +107,8 @@ def prefill(
         def timed(ids=ids):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            times = measure(lambda: run(ids), seconds=longest / 60, most=20, warm=1 if ids.shape[1] <= 2**16 else 0)
-            return times, torch.cuda.max_memory_allocated(), kv_bytes(run(ids)) if ids.shape[1] <= 2**16 else None
+            held = kv_bytes(run(ids))
+            return measure(lambda: run(ids), most=20, warm=0), torch.cuda.max_memory_allocated(), held
 
         facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
         dense = None
@@ -192,7 +189,7 @@ def memory(shape: str, lengths: Sequence[int], sparsities: Sequence[float], gpu_
     for sparsity in sparsities:
         full = layers - round(sparsity * layers)
         kept = (layers - full) * (PATTERN.sink + PATTERN.window)
-        longest = (gpu_bytes - weights - kept * token) // (full * token) if full else None
+        longest = max(0, gpu_bytes - weights - kept * token) // (full * token) if full else None
         for length in lengths:
             held = token * (full * length + (layers - full) * min(length, PATTERN.sink + PATTERN.window))
             yield dict(
@@ -200,8 +197,3 @@ def memory(shape: str, lengths: Sequence[int], sparsities: Sequence[float], gpu_
                 baseline="own-dense", baseline_kv_bytes=token * layers * length, weight_bytes=weights,
                 gpu_bytes=gpu_bytes, longest_context=longest,
             )  # fmt: skip
-
-
-#: What ``flux-attention bench`` and benchmarks/speed.py measure by default.
-LENGTHS = tuple(2**power for power in range(10, 19))
-SPARSITIES = (0.0, 0.25, 0.5, 0.75, 0.9)

@@ -20,6 +20,11 @@ from flux_attention.kernels import reference
 FULL, KEPT, RING = 0, 1, 2
 
 
+def on_device(states: torch.Tensor):
+    """A context in which Triton launches, streams and graphs are those of the GPU that holds ``states``."""
+    return torch.cuda.device(states.device) if states.is_cuda else nullcontext()
+
+
 def has_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on ``device``: an NVIDIA GPU of compute capability 8.0 or newer."""
     if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:

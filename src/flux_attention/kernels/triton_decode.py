@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flux_attention.kernels.triton_prefill import LOG2E
+from flux_attention.kernels import on_device
+from flux_attention.kernels.triton_prefill import LOG2E, shared_memory
 
 
 @triton.jit
@@ -180,11 +181,18 @@ def attend(
     batch, heads, dim = query_BHD.shape
     kv_heads = key_BKD.shape[1]
     output = torch.empty(batch, heads, dim, dtype=query_BHD.dtype, device=query_BHD.device)
-    _decode[(kv_heads, space.parts, batch)](
-        query_BHD, key_BKD, value_BKD, output, table_B4, lengths_B, space.part, space.top, space.total, space.count,
-        *query_BHD.stride()[:2], *key_BKD.stride()[:2], *value_BKD.stride()[:2], *output.stride()[:2],
-        sink, window, scale * LOG2E,
-        G=heads // kv_heads, GROUP=space.group, D=dim, P=space.parts, MOST=triton.next_power_of_2(space.parts),
-        N=64, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with on_device(query_BHD):
+        _decode[(kv_heads, space.parts, batch)](
+            query_BHD, key_BKD, value_BKD, output, table_B4, lengths_B, space.part, space.top, space.total, space.count,
+            *query_BHD.stride()[:2], *key_BKD.stride()[:2], *value_BKD.stride()[:2], *output.stride()[:2],
+            sink, window, scale * LOG2E.value,
+            G=heads // kv_heads, GROUP=space.group, D=dim, P=space.parts, MOST=triton.next_power_of_2(space.parts),
+            **decode_tile(dim, shared_memory(query_BHD.device)),
+        )  # fmt: skip
     return output
+
+
+def decode_tile(dim: int, shared: int) -> dict[str, int]:
+    """Tile size of the kernel, for programs that may use ``shared`` bytes of shared memory."""
+    # Three stages of 64 keys and values of 256 dimensions take 170 KiB.
+    return dict(N=64 if dim <= 128 or shared >= 180_000 else 32, num_warps=4, num_stages=3)

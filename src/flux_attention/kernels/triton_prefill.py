@@ -10,11 +10,15 @@ a tile, N keys of a tile.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+from flux_attention.kernels import on_device
+
+LOG2E = tl.constexpr(1.4426950408889634)
 #: Arguments that change from prompt to prompt: compiled once for all values.
 SIZES = ["S", "T", "sink", "window"]
 
@@ -113,9 +117,7 @@ def _forward(
     )
     if lse_ptr is not None:
         heads = tl.num_programs(1) * PACK
-        tl.store(
-            lse_ptr + (batch * heads + head_M) * S + row_M, (top + tl.log2(total)) / 1.4426950408889634, mask=real_M
-        )
+        tl.store(lse_ptr + (batch * heads + head_M) * S + row_M, (top + tl.log2(total)) / LOG2E, mask=real_M)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -137,7 +139,7 @@ def _query_gradient(
     query = tl.load(query_ptr + batch * query_b + head_64 * query_h + row_64 * query_s + columns, mask=mask, other=0.0)
     grad = tl.load(grad_ptr + batch * grad_b + head_64 * grad_h + row_64 * grad_s + columns, mask=mask, other=0.0)
     statistics = (batch * tl.num_programs(1) * PACK + head_M) * S + row_M
-    lse_M = tl.load(lse_ptr + statistics, mask=real_M, other=0.0) * 1.4426950408889634
+    lse_M = tl.load(lse_ptr + statistics, mask=real_M, other=0.0) * LOG2E
     delta_M = tl.load(delta_ptr + statistics, mask=real_M, other=0.0)
     key_ptr += batch * key_b + kv_head.to(tl.int64) * key_h
     value_ptr += batch * value_b + kv_head.to(tl.int64) * value_h
@@ -200,7 +202,7 @@ def _key_gradient(
             row = first - (T - S)
             query = _load(query_head, row, query_s, S, M, D)
             grad = _load(grad_head, row, grad_s, S, M, D)
-            lse_M = tl.load(lse_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0) * 1.4426950408889634
+            lse_M = tl.load(lse_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0) * LOG2E
             delta_M = tl.load(delta_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0)
             weight = tl.exp2(tl.dot(key, query.T) * scale_log2 - lse_M[None, :])
             mask = tl.trans(_mask(i_M, j_N, sink, window, T)) & real_M[None, :]
@@ -253,28 +255,45 @@ def _like(states_BHSD: torch.Tensor) -> torch.Tensor:
     return states_BHSD.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use."""
+    if device.type != "cuda":  # the interpreter
+        return 2**20
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _run_forward(query, key, value, sink, window, scale, with_lse):
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
-    tile = forward_tile(dim)
+    tile = forward_tile(dim, shared_memory(query.device))
     pack = _pack(groups, tile.pop("most_packed"))
     output = _like(query)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
     grid = (triton.cdiv(length, tile["M"] // pack), heads // pack, batch)
-    _forward[grid](
-        query, key, value, output, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        length, key.shape[2], sink, window, scale * LOG2E,
-        G=groups, D=dim, PACK=pack, **tile,
-    )  # fmt: skip
+    with on_device(query):
+        _forward[grid](
+            query, key, value, output, lse,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+            length, key.shape[2], sink, window, scale * LOG2E.value,
+            G=groups, D=dim, PACK=pack, **tile,
+        )  # fmt: skip
     return output, lse
 
 
-def forward_tile(dim: int) -> dict[str, int]:
-    """Tile sizes of the forward kernel."""
-    if dim <= 128:
-        return dict(M=128, N=64, num_warps=8 if dim == 128 else 4, num_stages=3, most_packed=4)
-    return dict(M=64, N=32, num_warps=4, num_stages=2, most_packed=4)
+def forward_tile(dim: int, shared: int) -> dict[str, int]:
+    """Tile sizes of the forward kernel, for programs that may use ``shared`` bytes of shared memory."""
+    if dim > 128:
+        return dict(M=64, N=32, num_warps=4, num_stages=2, most_packed=4)
+    # Three stages take up to 128 KiB, two 96 KiB: consumer GPUs have 99.
+    stages = 3 if shared >= 140_000 or dim <= 64 else 2
+    return dict(M=128, N=64, num_warps=8 if dim == 128 else 4, num_stages=stages, most_packed=4)
+
+
+def backward_tile(dim: int) -> dict[str, int]:
+    """Tile sizes of the backward kernels."""
+    side = 64 if dim <= 128 else 32
+    return dict(M=side, N=side, num_warps=4, num_stages=2)
 
 
 def _run_backward(query, key, value, output, lse, grad, sink, window, scale):
@@ -282,25 +301,23 @@ def _run_backward(query, key, value, output, lse, grad, sink, window, scale):
     kv_heads, keys = key.shape[1:3]
     groups = heads // kv_heads
     pack = _pack(groups, 4)
-    M, N, warps = (64, 64, 4) if dim <= 128 else (32, 32, 4)
+    tile = backward_tile(dim)
+    M, N = tile["M"], tile["N"]
     grad = _rows_contiguous(grad)
     delta = torch.empty_like(lse)
     _delta[(triton.cdiv(length, 64), heads, batch)](
         output, grad, delta, *output.stride()[:3], *grad.stride()[:3], length, D=dim, M=64
     )
     strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3]
-    dquery, dkey, dvalue = _like(query), torch.empty_like(key), torch.empty_like(value)
-    dkey, dvalue = (states if states.stride() == key.stride() else _like(key) for states in (dkey, dvalue))
-    if dkey.stride() != dvalue.stride() or dkey.stride(-1) != 1:
-        dkey, dvalue = _like(key), _like(value)
-    constants = dict(G=groups, D=dim, num_warps=warps, num_stages=2)
+    dquery, dkey, dvalue = _like(query), _like(key), _like(key)
+    constants = dict(G=groups, D=dim, **tile)
     _query_gradient[(triton.cdiv(length, M // pack), heads // pack, batch)](
         query, key, value, grad, lse, delta, dquery, *strides, *dquery.stride()[:3],
-        length, keys, sink, window, scale, scale * LOG2E, M=M, N=N, PACK=pack, **constants,
+        length, keys, sink, window, scale, scale * LOG2E.value, PACK=pack, **constants,
     )  # fmt: skip
     _key_gradient[(triton.cdiv(keys, N), kv_heads, batch)](
         query, key, value, grad, lse, delta, dkey, dvalue, *strides, 0, *dkey.stride()[:3],
-        length, keys, sink, window, scale, scale * LOG2E, 1, M=M, N=N, FAR=False, **constants,
+        length, keys, sink, window, scale, scale * LOG2E.value, 1, FAR=False, **constants,
     )  # fmt: skip
     sinks = min(sink, keys)
     if sinks and keys > window:  # queries behind the window see the sink keys: many queries, few keys
@@ -309,7 +326,7 @@ def _run_backward(query, key, value, output, lse, grad, sink, window, scale):
         far = query.new_zeros(2, parts, batch, kv_heads, blocks * N, dim, dtype=torch.float32)
         _key_gradient[(blocks, kv_heads, batch * parts)](
             query, key, value, grad, lse, delta, far[0], far[1], *strides, *far.stride()[1:5],
-            length, keys, sink, window, scale, scale * LOG2E, parts, M=M, N=N, FAR=True, **constants,
+            length, keys, sink, window, scale, scale * LOG2E.value, parts, FAR=True, **constants,
         )  # fmt: skip
         for states, extra in zip((dkey, dvalue), far.sum(1), strict=True):
             states[:, :, :sinks] += extra[:, :, :sinks].to(states.dtype)
@@ -327,7 +344,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        return *_run_backward(*ctx.saved_tensors, grad, *ctx.settings), None, None, None
+        with on_device(grad):
+            return *_run_backward(*ctx.saved_tensors, grad, *ctx.settings), None, None, None
 
 
 def attention(

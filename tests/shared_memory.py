@@ -1,0 +1,65 @@
+"""Print the shared memory that each kernel takes on a GPU of the given compute capability, as JSON; needs no GPU."""
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flux_attention.kernels import triton_decode, triton_prefill
+
+TYPES = {
+    "lse_ptr": "*fp32", "delta_ptr": "*fp32", "table_ptr": "*i64", "lengths_ptr": "*i32", "part_ptr": "*fp32",
+    "top_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32", "scale": "fp32", "scale_log2": "fp32",
+}  # fmt: skip
+LIMITS = {80: 166_912, 86: 101_376, 90: 232_448}
+
+
+def shared(kernel, capability, constants, num_warps, num_stages):
+    names = kernel.arg_names  # addresses and strides are multiples of 16
+    signature, attributes = {}, {}
+    for place, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        if name.endswith("_ptr") or name.rsplit("_", 1)[-1] in (
+            "b",
+            "h",
+            "s",
+            "t",
+        ):
+            attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+
+def main(capability):
+    used, limit = {}, LIMITS[capability]
+    for dim in (64, 128, 256):
+        shape = dict(G=4, D=dim)
+        tile = triton_prefill.forward_tile(dim, limit)
+        pack = tile.pop("most_packed")
+        sizes, options = {name: tile.pop(name) for name in "MN"}, tile
+        used[f"forward {dim}"] = shared(
+            triton_prefill._forward, capability, dict(shape, PACK=pack, lse_ptr=None, **sizes), **options
+        )
+        tile = triton_prefill.backward_tile(dim)
+        sizes, options = {name: tile.pop(name) for name in "MN"}, tile
+        used[f"query gradient {dim}"] = shared(
+            triton_prefill._query_gradient, capability, dict(shape, PACK=4, **sizes), **options
+        )
+        used[f"key gradient {dim}"] = shared(
+            triton_prefill._key_gradient, capability, dict(shape, FAR=False, **sizes), **options
+        )
+        tile = triton_decode.decode_tile(dim, limit)
+        constants = dict(shape, GROUP=16, P=33, MOST=64, N=tile.pop("N"))
+        used[f"decode {dim}"] = shared(triton_decode._decode, capability, constants, **tile)
+    print(json.dumps(used))
+
+
+main(int(sys.argv[1]))
