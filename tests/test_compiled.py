@@ -102,3 +102,14 @@ def test_generated_code():
     routing.detach()
     again(routing, model)
     torch.testing.assert_close(model(prompt).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@torch.no_grad()
+def test_a_users_own_compile_still_works(family):
+    torch._dynamo.reset()
+    model = tiny_model(family)
+    with attach(model, CONFIG).force("sparse"):
+        expected = model(ids(2, 30)).logits
+        actual = torch.compile(model, backend="eager")(ids(2, 30)).logits
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_model
+from conftest import FAMILIES, VOCAB, tiny_model
 from test_attach import CONFIG, ids, randomize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer, pipeline
@@ -60,6 +60,17 @@ def test_left_padded_batch_equals_each_alone(routed):
     for row, prompt in enumerate(prompts):
         alone = model.generate(prompt, max_new_tokens=8, do_sample=False)
         assert torch.equal(together[row, 30:], alone[0, prompt.shape[1] :])
+
+
+def test_a_model_whose_decoder_is_deeper_down(monkeypatch):
+    """Llama 4's ``get_decoder`` gives a causal LM, whose ``model`` is the decoder."""
+    sizes = dict(num_local_experts=2, intermediate_size_mlp=48, interleave_moe_layer_step=1, head_dim=16)
+    layout = dict(layer_types=["full_attention"] * 3, no_rope_layers=[0, 0, 0])
+    monkeypatch.setitem(FAMILIES, "llama4_text", ("llama4_text", {**sizes, **layout}))
+    model = tiny_model("llama4_text", hidden_size=64)
+    stock = model.generate(ids(2, 30), max_new_tokens=5, do_sample=False)
+    attach(model, CONFIG)
+    assert torch.equal(model.generate(ids(2, 30), max_new_tokens=5, do_sample=False), stock)
 
 
 @pytest.mark.parametrize("keep_full", [False, True])
