@@ -286,6 +286,7 @@ def bench(
     sparsities: Annotated[str, typer.Option(help="Forced Ω_MSR.")] = "0,0.25,0.5,0.75,0.9",
     batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
     compile: Annotated[bool, typer.Option(help="prefill, decode: layers fused by torch.compile.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="prefill: times at least.")] = 3,
     gpu_gb: Annotated[float, typer.Option(help="memory: 10⁹ bytes to fit into.")] = 141.0,
     output: Annotated[Optional[Path], typer.Option(help="Folder for JSON, written after every row.")] = None,  # noqa: UP045
 ):
@@ -305,7 +306,7 @@ def bench(
             "attention_prefill": lambda shape: speed.attention_prefill(shape, tokens, ratios),
             "attention_decode": lambda shape: speed.attention_decode(shape, tokens, sequences),
         },
-        "prefill": {"e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, ratios, compile)},
+        "prefill": {"e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, ratios, compile, repeats)},
         "decode": {"e2e_decode": lambda shape: speed_model.decode(shape, tokens, sequences, ratios, compile)},
         "memory": {"memory": lambda shape: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9))},
     }

@@ -54,7 +54,8 @@ def compiled_layer(stock):
     UnsupportedModelError
         When first called, if the layer cannot be compiled as a whole.
     """
-    prefill, step = (torch.compile(stock, dynamic=dynamic, fullgraph=True) for dynamic in (True, False))
+    prefill = torch.compile(stock, dynamic=True, fullgraph=True)
+    step = torch.compile(stock, fullgraph=True)  # fixed for the first batch size, any size from the second on
 
     @functools.wraps(stock)
     def forward(hidden_states, *args, **kwargs):

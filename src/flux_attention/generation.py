@@ -223,6 +223,8 @@ def decode_step(routing: Routing, batch: int) -> DecodeStep:
             del routing.steps[next(iter(routing.steps))]
         try:
             routing.steps[batch] = state, DecodeStep(routing, batch)
+        except torch.OutOfMemoryError:
+            raise ValueError("not enough memory to capture a decode step") from None
         except Exception as error:  # of whatever kind: it will not be otherwise next time
             routing.steps[batch] = state, str(error).strip().split("\n")[0] or type(error).__name__
     step = routing.steps[batch][1]

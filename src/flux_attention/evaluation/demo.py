@@ -78,10 +78,9 @@ def _panel(console: Console, tokenizer, sample: Sample, results: list[dict[str, 
             line.append("✓ " if result["right"] else "✗ ", style="green" if result["right"] else "red")
             line.append(_short(result["answer"], 44))
         line.append(f"  KV {result['kv_bytes'] / 2**20:.1f} MiB", style="dim")
-        if result["method"] == "routed":
-            line.append("  ")
-            line.append(routes.__rich__())
         console.print(line)
+        if result["method"] == "routed":
+            console.print(Text("          ").append(routes.__rich__()))
 
 
 def run_demo(count: int, length: int, seed: int | None, console: Console) -> list[dict[str, Any]]:

@@ -60,13 +60,15 @@ def require_gpu() -> torch.device:
     return torch.device("cuda")
 
 
-def measure(run: Callable[[], Any], seconds: float = 0.4, most: int = 50, warm: int = 2) -> dict[str, float]:
-    """Median, least and most milliseconds of ``run``, by device events: three times, or for about ``seconds``."""
+def measure(
+    run: Callable[[], Any], seconds: float = 0.4, least: int = 3, most: int = 50, warm: int = 2
+) -> dict[str, float]:
+    """Median, least and most milliseconds of ``run``, by device events: ``least`` times, or for about ``seconds``."""
     for _ in range(warm):
         run()
     torch.cuda.synchronize()
     times: list[float] = []
-    while len(times) < most and (len(times) < 3 or sum(times) < 1000 * seconds):
+    while len(times) < most and (len(times) < least or sum(times) < 1000 * seconds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()

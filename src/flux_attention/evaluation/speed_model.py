@@ -72,6 +72,7 @@ def prefill(
     lengths: Sequence[int],
     sparsities: Sequence[float],
     compile: bool,
+    repeats: int = 3,
     **changes: Any,
 ) -> Iterator[dict[str, Any]]:
     """
@@ -85,6 +86,8 @@ def prefill(
         Tokens; forced Ω_MSR.
     compile : bool
         See ``attach``.
+    repeats : int
+        Prefills that are timed at least, after one that is not.
 
     Yields
     ------
@@ -108,7 +111,7 @@ def prefill(
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             held = kv_bytes(run(ids))
-            return measure(lambda: run(ids), most=20, warm=0), torch.cuda.max_memory_allocated(), held
+            return measure(lambda: run(ids), least=repeats, warm=0), torch.cuda.max_memory_allocated(), held
 
         facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
         dense = None
