@@ -58,6 +58,17 @@ def oracle_logits(model, input_ids, masks):
         config._attn_implementation = before
 
 
+def test_force_none_lets_the_routers_decide():
+    model = tiny_model("qwen3")
+    routing = randomize(attach(model, CONFIG))
+    with torch.no_grad():
+        model(ids(3, 30))
+        decided = routing.routes.routes_BL
+        with routing.force("sparse"), routing.force(None):
+            model(ids(3, 30))
+    assert decided.any() and torch.equal(routing.routes.routes_BL, decided)
+
+
 def test_fresh_routers_change_nothing(model):
     prompt = ids(2, 40)
     with torch.no_grad():

@@ -145,16 +145,17 @@ class Routing:
         return f"Routing({len(self.layers)} layers of {self.config.base_model.name}, {self.pattern})"
 
     @contextlib.contextmanager
-    def force(self, routes: RouteSpec):
+    def force(self, routes: RouteSpec | None):
         """
         Force the routes of prefills within a ``with`` block; the routers are not run.
 
         Parameters
         ----------
-        routes : str, float, sequence of int, or torch.Tensor
-            ``"full"``, ``"sparse"``, a ratio Ω_MSR, the indices of the full layers, or (L,) or (B, L) bits.
+        routes : str, float, sequence of int, torch.Tensor, or None
+            ``"full"``, ``"sparse"``, a ratio Ω_MSR, the indices of the full layers, or (L,) or (B, L) bits; None lets
+            the routers decide, also within another ``force``.
         """
-        if not isinstance(routes, torch.Tensor):
+        if routes is not None and not isinstance(routes, torch.Tensor):
             parse_routes(routes, 1, self.layers)  # a wrong request fails here, not in the next forward
         before, self.forced = self.forced, routes
         try:

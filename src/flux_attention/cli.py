@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -175,7 +174,7 @@ def inspect(
     with (
         torch.no_grad(),
         err.status(f"prefilling {ids.shape[1]} tokens"),
-        routing.force(routes) if routes is not None else nullcontext(),
+        routing.force(routes),
     ):
         cache = loaded.get_decoder()(ids, use_cache=True).past_key_values
     held, dense = kv_bytes(cache), dense_kv_bytes(cache)
@@ -214,7 +213,7 @@ def generate(
             super().on_finalized_text(text, stream_end)
 
     streamer = None if as_json else Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with status, torch.no_grad(), routing.force(routes) if routes is not None else nullcontext():
+    with status, torch.no_grad(), routing.force(routes):
         result = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from contextlib import nullcontext
 from statistics import fmean
 from typing import Any
 
@@ -121,7 +120,7 @@ def run_demo(count: int, length: int, seed: int | None, console: Console) -> lis
             for index in range(count):
                 sample = make_sample(family, haystack, tokenizer, length, seed + index)
                 for method, spec in METHODS.items():
-                    with routing.force(spec) if spec else nullcontext():
+                    with routing.force(spec):
                         table[family][method].append(_answer(model, tokenizer, sample, method))
                     if spec is None:
                         routes = routing.routes
