@@ -11,6 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 if not torch.cuda.is_available():  # before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+#: Triton's interpreter is on for the whole process or off.
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, as there is a GPU")
+DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
+
 # One test process a core: more threads than cores slow each other down many times over.
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""Print the shared memory that each kernel takes on a GPU of the given compute capability, as JSON; needs no GPU."""
+"""Print, as JSON, the shared memory that kernels take on a GPU of some compute capability and limit; needs no GPU."""
 
 import json
 import sys
@@ -13,7 +13,6 @@ TYPES = {
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "table_ptr": "*i64", "lengths_ptr": "*i32", "part_ptr": "*fp32",
     "top_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32", "scale": "fp32", "scale_log2": "fp32",
 }  # fmt: skip
-LIMITS = {80: 166_912, 86: 101_376, 90: 232_448}
 
 
 def shared(kernel, capability, constants, num_warps, num_stages):
@@ -38,8 +37,8 @@ def shared(kernel, capability, constants, num_warps, num_stages):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
-def main(capability):
-    used, limit = {}, LIMITS[capability]
+def main(capability, limit):
+    used = {}
     for dim in (64, 128, 256):
         shape = dict(G=4, D=dim)
         tile = triton_prefill.forward_tile(dim, limit)
@@ -62,4 +61,4 @@ def main(capability):
     print(json.dumps(used))
 
 
-main(int(sys.argv[1]))
+main(*map(int, sys.argv[1:]))

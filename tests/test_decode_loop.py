@@ -5,19 +5,15 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, tiny_model
+from conftest import DEVICES, FAMILIES, VOCAB, tiny_model
 from test_attach import CONFIG, ids
 from transformers import AutoTokenizer, DynamicCache, StoppingCriteria, TextStreamer
 
 from flux_attention import attach, generation, kernels
 from flux_attention.shipped import BACKBONE
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no package for this platform")
 ROUTES = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 #: Of the families of conftest, those whose layers are all routed and whose rotary embedding needs positions only. The
 #: interpreter is slow, so on a CPU only two of them run.
 GRAPHED = [

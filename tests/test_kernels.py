@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICES, INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_patterns import error, oracle
@@ -16,13 +17,9 @@ from test_patterns import error, oracle
 from flux_attention import kernels
 from flux_attention.patterns import Streaming
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no package for this platform")
 from flux_attention.kernels import triton_decode, triton_prefill
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -84,7 +81,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")
+@INTERPRETED
 @settings(max_examples=25, deadline=None)
 @given(problems())
 def test_prefill_by_the_interpreter(problem):
@@ -138,7 +135,8 @@ SHARED = {80: 166_912, 86: 101_376, 90: 232_448}
 def test_tiles_fit_every_supported_gpu(capability):
     """Compiled for GPUs that are not here, in a process of its own, as the interpreter is on in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "shared_memory.py"), str(capability)]
+    script = str(Path(__file__).parent / "shared_memory.py")
+    command = [sys.executable, script, str(capability), str(SHARED[capability])]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert result.returncode == 0, result.stderr[-2000:]
     used = json.loads(result.stdout.strip().split("\n")[-1])
@@ -192,7 +190,7 @@ def slot_of(position, kind, sink, window):
     return position if kind != kernels.RING or position < sink else sink + (position - sink) % window
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")
+@INTERPRETED
 @settings(max_examples=25, deadline=None)
 @given(
     rows(),

@@ -3,9 +3,11 @@
 No model code is copied and no library is patched: hooks on modules, an attention function and a mask function
 registered under the name ``flux``, and cache layers of our own in the cache that the caller or ``generate`` made. On
 the model object itself, and until ``detach``, the forward of MLPs (and of compiled layers) is wrapped, and its class is
-a subclass with our decode loop. One forward call of
-the decoder is a ``Call``. It travels to the layers as a keyword argument, so that gradient checkpointing, which
-runs layers again, finds it; within a layer a context variable holds it, so that threads do not mix.
+a subclass with our decode loop.
+
+One forward call of the decoder is a ``Call``. It travels to the layers as a keyword argument, so that gradient
+checkpointing, which runs layers again, finds it; within a layer a context variable holds it, so that threads do not
+mix.
 
 Shape suffixes: B batch, S query length, H query heads, D head dim, L routed layers.
 """
@@ -245,7 +247,8 @@ class Routing:
             if self.compile:
                 self._replace_forward(decoder.layers[layer], compiled_layer)
         self._stock_class = type(self.model)
-        if isinstance(self.model, GenerationMixin):
+        # A model with a decode loop of its own keeps it.
+        if getattr(self._stock_class, "_sample", None) is GenerationMixin._sample:
             self.model.__class__ = _with_decode_loop(self._stock_class, self)
         self._add_hooks()
 
@@ -488,9 +491,7 @@ def _with_decode_loop(stock: type, routing: Routing) -> type:
     def _sample(self, *args, **kwargs):
         from flux_attention import generation  # which builds on this module
 
-        own = stock._sample is not GenerationMixin._sample  # a loop that this model needs
-        loop = functools.partial(stock._sample, self)
-        return loop(*args, **kwargs) if own else generation.sample(routing, loop, *args, **kwargs)
+        return generation.sample(routing, functools.partial(stock._sample, self), *args, **kwargs)
 
     names = {
         "_sample": _sample,

@@ -531,10 +531,6 @@ class _PassThroughLayer(CacheLayerMixin):
     """Passes states through: the decode kernel stores them."""
 
     is_sliding = False
-    is_initialized = True
-
-    def __init__(self):
-        super().__init__()
 
     def update(self, key_states, value_states, *args, **kwargs):
         return key_states, value_states

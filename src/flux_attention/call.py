@@ -232,10 +232,8 @@ class Call:
         As z is 0 or 1, the gradients of query, key and value flow through the chosen branch alone; the other one is
         needed for the gate's gradient, ⟨∂L/∂O, FA − SA⟩, and so forward only.
         """
-        routes = self.routes_of(layer)
         gate = self.gates[layer].to(query.dtype)[:, None, None, None]
         with torch.no_grad():
-            other = self._by_route([not route for route in routes], query, key, value, scale)
-            sign = torch.tensor([1.0 if route else -1.0 for route in routes]).to(query)[:, None, None, None]
-            difference = (chosen - other) * sign
+            other = self._by_route([not route for route in self.routes_of(layer)], query, key, value, scale)
+            difference = torch.where(gate > 0.5, chosen - other, other - chosen)
         return chosen + (gate - gate.detach()) * difference

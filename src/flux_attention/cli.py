@@ -254,8 +254,7 @@ def info(as_json: Json = False):
         "python": platform.python_version(),
         **{name: env[name] for name in ("torch", "transformers", "triton", "device")},
         "cuda": torch.version.cuda,
-        "kernels": ["reference (PyTorch, any device)"]
-        + ["triton"] * has_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "kernels": ["reference (PyTorch, any device)"] + ["triton"] * has_triton(torch.device("cuda")),
     }
     if as_json:
         print(json.dumps(facts))

@@ -24,7 +24,6 @@ from transformers.utils import logging
 from flux_attention import kernels
 from flux_attention.attach import CALL
 from flux_attention.cache import PassThroughCache
-from flux_attention.kernels import on_device
 
 if TYPE_CHECKING:
     from flux_attention.attach import Routing
@@ -36,12 +35,16 @@ ROOM = 1024
 #: Batch sizes whose steps are kept.
 MOST_STEPS = 8
 #: Arguments of a generation that do not change what a step computes.
-ARGUMENTS = frozenset(
-    {
-        *("attention_mask", "position_ids", "past_key_values", "use_cache", "inputs_embeds", "logits_to_keep"),
-        *("cache_position", "tokenizer"),
-    }
-)
+ARGUMENTS = {
+    "attention_mask",
+    "cache_position",
+    "inputs_embeds",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "tokenizer",
+    "use_cache",
+}
 #: Rotary embeddings whose frequencies depend on the sequence's length, which a graph would freeze.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -72,9 +75,7 @@ class DecodeStep:
     is_step = True  # unlike a ``call.Call``
     decides = False
 
-    def finish(self) -> None:
-        """Nothing is left to do after a forward; see ``call.Call.finish``."""
-
+    @torch.inference_mode(False)  # what is made here is written to in any mode later
     def __init__(self, routing: Routing, batch: int):
         from flux_attention.kernels.triton_decode import DecodeSpace
 
@@ -82,22 +83,24 @@ class DecodeStep:
         self.routing, self.batch = routing, batch
         self.lock = threading.Lock()  # one generation at a time: they share the places in memory
         base, device = routing.config.base_model, routing.model.device
-        with torch.inference_mode(False):  # what is made here is written to in any mode later
-            self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self.lengths_B = torch.zeros(batch, dtype=torch.int32, device=device)
-            # Until a cache is loaded, each row is a full one whose only token lies in a buffer of one.
-            spare = torch.zeros(2, base.num_kv_heads, 1, base.head_dim, dtype=routing.model.dtype, device=device)
-            row = [spare[0].data_ptr(), spare[1].data_ptr(), spare.stride(1), kernels.FULL]
-            self.table_LB4 = torch.tensor([[row] * batch] * len(routing.layers), device=device)
-            self._spare, self._cache = spare, PassThroughCache(base.num_layers)
-            self._space = DecodeSpace(batch, base.num_heads, base.num_kv_heads, base.head_dim, device)
-            self._places = {layer: place for place, layer in enumerate(routing.layers)}
+        self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.lengths_B = torch.zeros(batch, dtype=torch.int32, device=device)
+        # Until a cache is loaded, each row is a full one whose only token lies in a buffer of one.
+        spare = torch.zeros(2, base.num_kv_heads, 1, base.head_dim, dtype=routing.model.dtype, device=device)
+        row = [spare[0].data_ptr(), spare[1].data_ptr(), spare.stride(1), kernels.FULL]
+        self.table_LB4 = torch.tensor([[row] * batch] * len(routing.layers), device=device)
+        self._spare, self._cache = spare, PassThroughCache(base.num_layers)
+        self._space = DecodeSpace(batch, base.num_heads, base.num_kv_heads, base.head_dim, device)
+        self._places = {layer: place for place, layer in enumerate(routing.layers)}
         self.attended: set[int] = set()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_BV = torch.empty(0)
-        with self._ready(), torch.inference_mode(False):
+        with self._ready():
             self._prepare()
         self.seconds = time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Nothing is left to do after a forward; see ``call.Call.finish``."""
 
     def _step(self) -> torch.Tensor:
         output = self.routing.model(
@@ -114,7 +117,7 @@ class DecodeStep:
     def _ready(self):
         """The model as a step needs it: on its device, and experts computed without asking how many tokens each has."""
         optimized = getattr(self.routing.model, "_optimize_model_for_decode", contextlib.nullcontext)
-        with torch.no_grad(), optimized(), on_device(self.ids_B1):
+        with torch.no_grad(), optimized(), kernels.on_device(self.ids_B1):
             yield
 
     def _prepare(self) -> None:
@@ -173,7 +176,7 @@ class DecodeStep:
             with self._ready():
                 self.logits_BV = self._step()
         else:
-            with on_device(self.ids_B1):
+            with kernels.on_device(self.ids_B1):
                 self.graph.replay()
         return self.logits_BV
 
@@ -190,9 +193,9 @@ def unsupported(routing: Routing) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if len(routing.layers) < base.num_layers:
         return "some layers have no router"
-    if model.dtype not in (torch.bfloat16, torch.float16):
+    if model.dtype not in kernels.DTYPES:
         return f"its dtype is {model.dtype}"
-    if base.head_dim not in (16, 32, 64, 128, 256):
+    if base.head_dim not in kernels.HEAD_DIMS:
         return f"its head dim is {base.head_dim}"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "it is spread over several devices"
@@ -215,6 +218,10 @@ def decode_step(routing: Routing, batch: int) -> DecodeStep:
     reason = unsupported(routing)
     if reason:
         raise ValueError(f"{routing.config.base_model.name} cannot decode by CUDA graph: {reason}")
+    return _captured(routing, batch)
+
+
+def _captured(routing: Routing, batch: int) -> DecodeStep:
     state = _state(routing.model)
     if any(made_for != state for made_for, _ in routing.steps.values()):
         routing.steps.clear()
@@ -286,7 +293,7 @@ def sample(
         or unsupported(routing)
     ):
         try:
-            step = decode_step(routing, len(input_ids))
+            step = _captured(routing, len(input_ids))
         except ValueError as error:
             logger.warning_once(f"decoding without a CUDA graph: {error}")
     if step is None or not step.lock.acquire(blocking=False):  # another generation runs it
@@ -298,7 +305,7 @@ def sample(
             streamer=streamer,
         )
     try:
-        with on_device(input_ids):
+        with kernels.on_device(input_ids):
             return _loop(step, stock, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     finally:
         step.lock.release()

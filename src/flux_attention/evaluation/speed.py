@@ -51,13 +51,12 @@ PATTERN = Streaming(128, 1024)
 DTYPE = torch.bfloat16
 
 
-def require_gpu() -> torch.device:
-    """The GPU to measure on."""
-    if not kernels.has_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+def require_gpu() -> None:
+    """Raise RuntimeError unless there is a GPU to measure on."""
+    if not kernels.has_triton(torch.device("cuda")):
         raise RuntimeError(
             "speed is measured on an NVIDIA GPU of compute capability 8.0 or newer, with Triton, and there is none here"
         )
-    return torch.device("cuda")
 
 
 def measure(

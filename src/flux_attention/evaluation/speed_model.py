@@ -26,10 +26,9 @@ from flux_attention.routes import parse_routes
 ENGINES = {False: "flux", True: "flux-compile"}
 
 
-def random_model(shape: str, compile: bool = False, **changes: Any) -> Routing:
+def random_model(shape: str, compile: bool) -> Routing:
     """A model of a named shape with random bf16 weights on the GPU, and fresh routers attached."""
-    sizes = {**SHAPES[shape], **changes}
-    config = AutoConfig.for_model(**sizes, max_position_embeddings=2**20, tie_word_embeddings=False)
+    config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=2**20, tie_word_embeddings=False)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
     model.requires_grad_(False)
@@ -51,19 +50,27 @@ def random_cache(routing: Routing, batch: int, length: int, sparsity: float) -> 
     return cache
 
 
+def _full_layers(layers: int, sparsity: float) -> int:
+    return layers - round(sparsity * layers)
+
+
+def _kept(layers: int, full: int, length: int) -> int:
+    """Tokens in the KV cache of one sequence, summed over the layers."""
+    return full * length + (layers - full) * min(length, PATTERN.sink + PATTERN.window)
+
+
 def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
     """FLOPs of a prefill and bytes of a decode step of one sequence: attention, and everything else."""
     base = routing.config.base_model
     layers = len(routing.layers)
-    full = layers - round(sparsity * layers)
+    full = _full_layers(layers, sparsity)
     pairs = full * Full().pairs(length) + (layers - full) * PATTERN.pairs(length)
     embedding = routing.model.get_input_embeddings().weight.numel()
     weights = sum(parameter.numel() for parameter in routing.model.parameters()) - embedding
-    kept = full * length + (layers - full) * min(length, PATTERN.sink + PATTERN.window)
     return {
         "flops": 4 * pairs * base.num_heads * base.head_dim + 2 * (weights - embedding) * length,
         "weight_bytes": 2 * weights,
-        "kv_bytes": 4 * kept * base.num_kv_heads * base.head_dim,
+        "kv_bytes": 4 * _kept(layers, full, length) * base.num_kv_heads * base.head_dim,
     }
 
 
@@ -73,7 +80,6 @@ def prefill(
     sparsities: Sequence[float],
     compile: bool,
     repeats: int = 3,
-    **changes: Any,
 ) -> Iterator[dict[str, Any]]:
     """
     Prefill of one prompt: all layers, the last token's logits.
@@ -81,7 +87,7 @@ def prefill(
     Parameters
     ----------
     shape : str
-        A key of ``SHAPES``; ``changes`` go to its configuration.
+        A key of ``SHAPES``.
     lengths, sparsities : sequence
         Tokens; forced Ω_MSR.
     compile : bool
@@ -97,7 +103,7 @@ def prefill(
         that was allocated, ``floor_ms`` the FLOPs over the measured rate of matrix products.
     """
     require_gpu()
-    routing = random_model(shape, compile, **changes)
+    routing = random_model(shape, compile)
     model = routing.model
 
     @torch.no_grad()
@@ -137,7 +143,6 @@ def decode(
     batches: Sequence[int],
     sparsities: Sequence[float],
     compile: bool,
-    **changes: Any,
 ) -> Iterator[dict[str, Any]]:
     """
     One decode step of the whole model, captured.
@@ -150,11 +155,11 @@ def decode(
     Yields
     ------
     dict
-        ``own-dense`` is the baseline; ``floor_ms`` is the bytes of
-        weights and KV over the copy bandwidth; ``capture_s`` what capture took.
+        ``own-dense`` is the baseline; ``floor_ms`` is the bytes of weights and KV over the copy bandwidth;
+        ``capture_s`` what capture took.
     """
     require_gpu()
-    routing = random_model(shape, compile, **changes)
+    routing = random_model(shape, compile)
     for batch in batches:
         step = decode_step(routing, batch)
         for length in lengths:
@@ -190,13 +195,13 @@ def memory(shape: str, lengths: Sequence[int], sparsities: Sequence[float], gpu_
         weights = 2 * sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     token = 4 * kv_heads * dim
     for sparsity in sparsities:
-        full = layers - round(sparsity * layers)
+        full = _full_layers(layers, sparsity)
         kept = (layers - full) * (PATTERN.sink + PATTERN.window)
         longest = max(0, gpu_bytes - weights - kept * token) // (full * token) if full else None
         for length in lengths:
-            held = token * (full * length + (layers - full) * min(length, PATTERN.sink + PATTERN.window))
             yield dict(
-                shape=shape, seq_len=length, batch=1, sparsity=sparsity, phase="decode", engine="flux", kv_bytes=held,
+                shape=shape, seq_len=length, batch=1, sparsity=sparsity, phase="decode", engine="flux",
+                kv_bytes=token * _kept(layers, full, length),
                 baseline="own-dense", baseline_kv_bytes=token * layers * length, weight_bytes=weights,
                 gpu_bytes=gpu_bytes, longest_context=longest,
             )  # fmt: skip

@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux_attention.kernels import reference
 
+#: What the Triton kernels take.
+DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (16, 32, 64, 128, 256)
 #: What the decode kernel reads of a row: every token, sink + window out of all that is kept, or a ring of those.
 FULL, KEPT, RING = 0, 1, 2
 
@@ -29,16 +31,18 @@ def has_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on ``device``: an NVIDIA GPU of compute capability 8.0 or newer."""
     if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
         return False
+    if not torch.cuda.is_available():
+        return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _triton(query_BHSD: torch.Tensor):
     """The Triton prefill kernels, where they can take these states."""
-    if not query_BHSD.is_cuda or not has_triton(query_BHSD.device):
+    if query_BHSD.dtype not in DTYPES or query_BHSD.shape[-1] not in HEAD_DIMS or not has_triton(query_BHSD.device):
         return None
     from flux_attention.kernels import triton_prefill
 
-    return triton_prefill if triton_prefill.supports(query_BHSD) else None
+    return triton_prefill
 
 
 @lru_cache
@@ -48,7 +52,7 @@ def _dense_backends(device: torch.device, dtype: torch.dtype, dim: int) -> list[
 
     On Hopper cuDNN's is the fastest (``flux-attention bench attention`` measures it), while PyTorch prefers flash.
     """
-    if torch.cuda.get_device_capability(device) < (9, 0) or dtype not in (torch.bfloat16, torch.float16) or dim > 128:
+    if torch.cuda.get_device_capability(device) < (9, 0) or dtype not in DTYPES or dim > 128:
         return None
     return [
         SDPBackend.CUDNN_ATTENTION,

@@ -62,12 +62,20 @@ def _load(pointer, start, stride, T, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _tile(pid, S, T, G: tl.constexpr, M: tl.constexpr, PACK: tl.constexpr):
-    """Head within the group, position of each row; the first position and the one behind the last."""
-    rows = tl.arange(0, M)
-    first = T - S + pid * (M // PACK)
+def _tile(S, T, G: tl.constexpr, M: tl.constexpr, PACK: tl.constexpr):
+    """A program's batch and KV head; head and position of each row; the first position and the one behind the last."""
+    rows, pack = tl.arange(0, M), tl.program_id(1)
+    first = T - S + tl.program_id(0) * (M // PACK)
     last = tl.minimum(first + M // PACK, T)
-    return rows % PACK, first + rows // PACK, first, last
+    batch, kv_head = tl.program_id(2).to(tl.int64), (pack // (G // PACK)).to(tl.int64)
+    return batch, kv_head, pack * PACK + rows % PACK, first + rows // PACK, first, last
+
+
+@triton.jit
+def _rows(pointer, batch, head_M, row_M, stride_b, stride_h, stride_s, D: tl.constexpr):
+    """Addresses of a tile's rows in a (B, H, S, D) tensor."""
+    offsets = head_M.to(tl.int64) * stride_h + row_M.to(tl.int64) * stride_s
+    return pointer + batch * stride_b + offsets[:, None] + tl.arange(0, D)[None, :]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -77,17 +85,13 @@ def _forward(
     S, T, sink, window, scale_log2,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    batch, kv_head = tl.program_id(2).to(tl.int64), tl.program_id(1) // (G // PACK)
-    pack, i_M, first, last = _tile(tl.program_id(0), S, T, G, M, PACK)
-    head_M = tl.program_id(1) * PACK + pack
+    batch, kv_head, head_M, i_M, first, last = _tile(S, T, G, M, PACK)
     row_M = i_M - (T - S)
     real_M = i_M < T
-    columns = tl.arange(0, D)
-
-    offsets = head_M.to(tl.int64) * query_h + row_M.to(tl.int64) * query_s
-    query = tl.load(query_ptr + batch * query_b + offsets[:, None] + columns[None, :], mask=real_M[:, None], other=0.0)
-    key_ptr += batch * key_b + kv_head.to(tl.int64) * key_h
-    value_ptr += batch * value_b + kv_head.to(tl.int64) * value_h
+    mask = real_M[:, None]
+    query = tl.load(_rows(query_ptr, batch, head_M, row_M, query_b, query_h, query_s, D), mask=mask, other=0.0)
+    key_ptr += batch * key_b + kv_head * key_h
+    value_ptr += batch * value_b + kv_head * value_h
 
     acc = tl.zeros([M, D], tl.float32)
     top = tl.full([M], -1e30, tl.float32)  # finite, so that a block without a visible key leaves no NaN
@@ -108,13 +112,8 @@ def _forward(
         acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None])
         top = new_top
 
-    acc = acc / total[:, None]
-    offsets = head_M.to(tl.int64) * output_h + row_M.to(tl.int64) * output_s
-    tl.store(
-        output_ptr + batch * output_b + offsets[:, None] + columns[None, :],
-        acc.to(output_ptr.dtype.element_ty),
-        mask=real_M[:, None],
-    )
+    output = (acc / total[:, None]).to(output_ptr.dtype.element_ty)
+    tl.store(_rows(output_ptr, batch, head_M, row_M, output_b, output_h, output_s, D), output, mask=mask)
     if lse_ptr is not None:
         heads = tl.num_programs(1) * PACK
         tl.store(lse_ptr + (batch * heads + head_M) * S + row_M, (top + tl.log2(total)) / LOG2E, mask=real_M)
@@ -128,21 +127,17 @@ def _query_gradient(
     S, T, sink, window, scale, scale_log2,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    batch, kv_head = tl.program_id(2).to(tl.int64), tl.program_id(1) // (G // PACK)
-    pack, i_M, first, last = _tile(tl.program_id(0), S, T, G, M, PACK)
-    head_M = tl.program_id(1) * PACK + pack
+    batch, kv_head, head_M, i_M, first, last = _tile(S, T, G, M, PACK)
     row_M = i_M - (T - S)
     real_M = i_M < T
-    columns = tl.arange(0, D)[None, :]
-    head_64, row_64 = head_M.to(tl.int64)[:, None], row_M.to(tl.int64)[:, None]
     mask = real_M[:, None]
-    query = tl.load(query_ptr + batch * query_b + head_64 * query_h + row_64 * query_s + columns, mask=mask, other=0.0)
-    grad = tl.load(grad_ptr + batch * grad_b + head_64 * grad_h + row_64 * grad_s + columns, mask=mask, other=0.0)
+    query = tl.load(_rows(query_ptr, batch, head_M, row_M, query_b, query_h, query_s, D), mask=mask, other=0.0)
+    grad = tl.load(_rows(grad_ptr, batch, head_M, row_M, grad_b, grad_h, grad_s, D), mask=mask, other=0.0)
     statistics = (batch * tl.num_programs(1) * PACK + head_M) * S + row_M
     lse_M = tl.load(lse_ptr + statistics, mask=real_M, other=0.0) * LOG2E
     delta_M = tl.load(delta_ptr + statistics, mask=real_M, other=0.0)
-    key_ptr += batch * key_b + kv_head.to(tl.int64) * key_h
-    value_ptr += batch * value_b + kv_head.to(tl.int64) * value_h
+    key_ptr += batch * key_b + kv_head * key_h
+    value_ptr += batch * value_b + kv_head * value_h
 
     acc = tl.zeros([M, D], tl.float32)
     sinks, start, count = _blocks(first, last, sink, window, N)
@@ -156,11 +151,8 @@ def _query_gradient(
             weight = tl.where(_mask(i_M, j_N, sink, window, end), weight, 0.0)
         score_grad = weight * (tl.dot(grad, value.T) - delta_M[:, None])
         acc = tl.dot(score_grad.to(key.dtype), key, acc)
-    tl.store(
-        dquery_ptr + batch * dquery_b + head_64 * dquery_h + row_64 * dquery_s + columns,
-        (acc * scale).to(dquery_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    dquery = (acc * scale).to(dquery_ptr.dtype.element_ty)
+    tl.store(_rows(dquery_ptr, batch, head_M, row_M, dquery_b, dquery_h, dquery_s, D), dquery, mask=mask)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "parts"])
@@ -233,11 +225,6 @@ def _delta(
 
 
 # --- Launching --------------------------------------------------------------------------------------------------
-
-
-def supports(query: torch.Tensor) -> bool:
-    """Whether the kernels take this dtype and head dim."""
-    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (16, 32, 64, 128, 256)
 
 
 def _pack(groups: int, most: int) -> int:
@@ -365,7 +352,7 @@ def attention(
     Parameters
     ----------
     query_BHSD, key_BKTD, value_BKTD : torch.Tensor
-        bf16 or fp16 on an NVIDIA GPU, any strides; D a power of two from 16 to 256.
+        On an NVIDIA GPU, any strides; of ``kernels.DTYPES`` and ``kernels.HEAD_DIMS``.
     sink, window : int
         Tokens; ``window`` = T is causal attention.
     scale : float
