@@ -27,6 +27,7 @@ gpu-test:
 
 # Done again only when the dependencies change.
 $(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) with the packages of constraints.txt: a minute or two, without output."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
