@@ -18,12 +18,12 @@ from flux_attention.generation import decode_step
 
 #: Kinds of kernels, by the first pattern that their name contains.
 KINDS = {
+    "fused by torch.compile": "^triton_",
     "dense attention": "cudnn_generated|fmha|flash_fwd|sdpa",
     "sparse attention": "^_forward",
     "decode attention": "^_decode",
     "matrix products": "gemm|nvjet|cutlass|gemv|splitK|matmul|cublas",
-    "copies": "memcpy|memset|copy_|CatArray|index|Memcpy|Memset",
-    "fused by torch.compile": "^triton_",
+    "copies": "memcpy|memset|copy_|CatArray",
 }
 
 

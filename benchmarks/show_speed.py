@@ -46,68 +46,106 @@ def draw(name, title, y_label, series, log_y=False, reference=None):
     plt.close(figure)
 
 
+def of_shape(name, shape="qwen3-8b"):
+    """A result file's rows of one shape, and their baselines: {facts of a row: {baseline: speed-up}}."""
+    results = load(name)
+    rows, speedups = {}, {}
+    for row in results["rows"]:
+        if row["shape"] == shape and "ms" in row:
+            key = (row["seq_len"], row["batch"], row["sparsity"], row["method"])
+            rows.setdefault(key, row)
+            speedups.setdefault(key, {})[row.get("baseline")] = row.get("speedup")
+    return results["meta"], rows, speedups
+
+
+def times(value):
+    return "" if value is None else f"{value:.2f}"
+
+
 def prefill():
-    results = load("e2e_prefill")
-    rows = [row for row in results["rows"] if row["shape"] == "qwen3-8b" and "ms" in row]
-    forced = [row for row in rows if row["method"] != "routed"]
+    meta, rows, speedups = of_shape("e2e_prefill")
     if not rows:
         return
-    print(f"\nPrefill, {results['meta']['device']}\n\n| tokens | Ω_MSR | ms | speed-up | floor, ms | peak memory, GB |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for row in forced:
+    print(f"\nPrefill, {meta['device']}\n\n| tokens | Ω_MSR | ms | × own dense | × vLLM dense | floor, ms | peak, GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    series = {}
+    for key, row in rows.items():
+        if row["method"] == "routed":
+            continue
+        own, vllm = speedups[key].get("own-dense"), speedups[key].get("vllm-dense")
         print(
-            f"| {label(row['seq_len'])} | {row['sparsity']} | {row['ms']:.0f} | {row['speedup']:.2f} | "
+            f"| {label(row['seq_len'])} | {row['sparsity']} | {row['ms']:.0f} | {times(own)} | {times(vllm)} | "
             f"{row['floor_ms']:.0f} | {row['peak_bytes'] / 1e9:.1f} |"
         )
-    print("\n| tokens | routers run, ms | routes forced, ms |\n| --- | --- | --- |")
-    for row in rows:
+        colour = COLOURS[row["sparsity"]]
+        for name, style, value in (("own dense", "-", own), ("vLLM dense", ":", vllm)):
+            if value is not None and row["sparsity"]:
+                points = series.setdefault(f"Ω {row['sparsity']} against {name}", (colour, style, {}))[2]
+                points[row["seq_len"]] = value
+    print("\n| tokens | routers run, ms | routes forced, ms | routers cost |\n| --- | --- | --- | --- |")
+    for row in rows.values():
         if row["method"] == "routed":
-            print(f"| {label(row['seq_len'])} | {row['ms']:.0f} | {row['baseline_ms']:.0f} |")
-    ratios = sorted({row["sparsity"] for row in forced} - {0.0})
-    series = {
-        f"Ω {ratio}": (
-            COLOURS[ratio],
-            "-",
-            {row["seq_len"]: row["speedup"] for row in forced if row["sparsity"] == ratio},
-        )
-        for ratio in ratios
-    }
-    title = f"Prefill against every layer full, Qwen3-8B's shape, {results['meta']['device']}"
-    draw("prefill_speedup", title, "speed-up", series, reference=1.0)
+            cost = row["ms"] / row["baseline_ms"] - 1
+            print(f"| {label(row['seq_len'])} | {row['ms']:.1f} | {row['baseline_ms']:.1f} | {100 * cost:.1f} % |")
+    draw("prefill_speedup", f"Prefill, Qwen3-8B's shape, {meta['device']}", "speed-up", series, reference=1.0)
+
+
+def bandwidth(meta):
+    """TB/s that anything reached in these runs: the copy, or the decode kernel, which only reads."""
+    attention = load("attention_decode")
+    read = [row["tbps"] for row in attention["rows"] if "tbps" in row]
+    same = attention["meta"].get("device") == meta["device"]
+    return max([meta["copy_tbps"], *(read if same else [])])
 
 
 def decode():
-    results = load("e2e_decode")
-    rows = [row for row in results["rows"] if row["shape"] == "qwen3-8b" and row["batch"] == 1 and "ms" in row]
+    meta, rows, speedups = of_shape("e2e_decode")
     if not rows:
         return
-    print(f"\nDecode, {results['meta']['device']}\n\n| tokens | Ω_MSR | ms | floor, ms | over floor | speed-up |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    fastest = bandwidth(meta)
+    print(f"\nDecode, {meta['device']}; floors at {fastest:.2f} TB/s")
+    print("\n| tokens | batch | Ω_MSR | ms | floor, ms | ms / floor | × own dense | × vLLM dense |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     series = {}
-    for row in rows:
+    for key, row in rows.items():
+        floor = row["floor_ms"] * meta["copy_tbps"] / fastest
+        own, vllm = speedups[key].get("own-dense"), speedups[key].get("vllm-dense")
         print(
-            f"| {label(row['seq_len'])} | {row['sparsity']} | {row['ms']:.2f} | {row['floor_ms']:.2f} | "
-            f"{row['over_floor']:.2f} | {row['speedup']:.2f} |"
+            f"| {label(row['seq_len'])} | {row['batch']} | {row['sparsity']} | {row['ms']:.2f} | {floor:.2f} | "
+            f"{row['ms'] / floor:.2f} | {times(own)} | {times(vllm)} |"
         )
-        for name, style, value in (("", "-", row["ms"]), (", floor", ":", row["floor_ms"])):
-            colour = COLOURS[row["sparsity"]]
-            series.setdefault(f"Ω {row['sparsity']}{name}", (colour, style, {}))[2][row["seq_len"]] = value
-    title = f"One decode step, Qwen3-8B's shape, {results['meta']['device']}"
-    draw("decode_floor", title, "ms", series)
+        if row["batch"] == 1:
+            for name, style, value in (("", "-", row["ms"]), (", floor", ":", floor)):
+                colour = COLOURS[row["sparsity"]]
+                series.setdefault(f"Ω {row['sparsity']}{name}", (colour, style, {}))[2][row["seq_len"]] = value
+    vllm = {row["seq_len"]: row["ms"] for row in load("vllm_dense")["rows"] if row["phase"] == "decode"}
+    if vllm:
+        series["vLLM, dense"] = ("#009e73", "--", vllm)
+    draw("decode_floor", f"One decode step, batch 1, Qwen3-8B's shape, {meta['device']}", "ms", series)
 
 
-def attention_decode():
-    results = load("attention_decode")
+def attention(name, heading, rate):
+    results = load(name)
     if not results["rows"]:
         return
-    print(f"\nAttention of a decode step, {results['meta']['device']}")
-    print("\n| tokens | batch | method | µs | TB/s | baseline | its µs | ratio |")
+    print(f"\n{heading}, {results['meta']['device']}")
+    print(f"\n| tokens | batch | engine, method | ms | {rate[1]} | baseline | its ms | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in results["rows"]:
+        base = "" if "baseline" not in row else f"{row['baseline_ms']:.4f}"
         print(
-            f"| {label(row['seq_len'])} | {row['batch']} | {row['method']} | {1000 * row['ms']:.1f} | "
-            f"{row.get('tbps', '')} | {row['baseline']} | {1000 * row['baseline_ms']:.1f} | {row['speedup']:.2f} |"
+            f"| {label(row['seq_len'])} | {row['batch']} | {row['engine']}, {row['method']} | {row['ms']:.4f} | "
+            f"{row.get(rate[0], '')} | {row.get('baseline', '')} | {base} | {times(row.get('speedup'))} |"
         )
+
+
+def profile():
+    results = load("profile")
+    for row in results["rows"]:
+        print(f"\nA {row['phase']} at {label(row['seq_len'])}, Ω {row['sparsity']}: {row['ms']:.2f} ms")
+        print("\n| kind | ms | share |\n| --- | --- | --- |")
+        for kind, ms in {**row["kinds"], "idle": row["idle_ms"]}.items():
+            print(f"| {kind} | {ms:.2f} | {100 * ms / row['ms']:.1f} % |")
 
 
 def memory():
@@ -127,7 +165,9 @@ def main():
     (HERE.parent / "docs/images").mkdir(parents=True, exist_ok=True)
     prefill()
     decode()
-    attention_decode()
+    attention("attention_prefill", "One layer's prefill", ("tflops", "TFLOP/s"))
+    attention("attention_decode", "One layer's decode step", ("tbps", "TB/s"))
+    profile()
     memory()
 
 
