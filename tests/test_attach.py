@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_model
+from conftest import FAMILIES, VOCAB, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import flux_attention.call
 from flux_attention import FluxConfig, UnsupportedModelError, attach, kv_bytes
 from flux_attention.patterns import Full
+from flux_attention.router import gumbel_noise
 
 CONFIG = FluxConfig(sink=4, window=9, last_n=5, pool_size=6)
 TRIANGLE = FluxConfig(pattern="triangle", sink=4, window=9, last_n=5, pool_size=6)
@@ -383,7 +384,7 @@ def test_gradients_of_mixed_attention_equal_those_of_the_plain_formula(config, m
     weight = torch.randn(3, 30, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     routing = attach(model, config)
     pattern, remaining = routing.pattern, list(gates)
-    monkeypatch.setattr(flux_attention.call, "soft_route", lambda logits, temperature: remaining.pop(0))
+    monkeypatch.setattr(flux_attention.call, "soft_route", lambda logits, temperature, noise: remaining.pop(0))
     with routing.soft(1.0):
         logits = model(inputs_embeds=embeds, prompt_lengths=lengths).logits
     actual = torch.autograd.grad((logits * weight).sum(), [embeds, *gates])
@@ -459,3 +460,67 @@ def test_a_mask_that_changes_the_past_is_refused():
         cache = model(ids(1, 8), attention_mask=torch.ones(1, 8)).past_key_values
         with pytest.raises(ValueError, match="already in the KV cache"):
             model(ids(1, 1), attention_mask=torch.tensor([[0] + [1] * 8]), past_key_values=cache)
+
+
+def packed(rows):
+    """What a forward of these sequences packed into one row takes."""
+    lengths = [len(row) for row in rows]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return dict(input_ids=torch.cat(rows)[None], position_ids=positions[None], sequence_lengths=lengths)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_packed_sequences_are_as_if_alone(family):
+    if family == "qwen2_vl":
+        pytest.skip("its positions have three dimensions")
+    model = tiny_model(family)
+    routing = randomize(attach(model, CONFIG))
+    rows, prompts = [ids(1, length, length)[0] for length in (30, 1, 44, 17)], [30, 1, 20, 9]
+    with torch.no_grad():
+        together = model(**packed(rows), prompt_lengths=prompts).logits[0].split([len(row) for row in rows])
+        routes = routing.routes
+        assert routes.lengths == tuple(prompts)
+        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            alone = model(row[None], prompt_lengths=[prompt], use_cache=False).logits[0]
+            assert routing.routes.routes_BL[0].tolist() == routes.routes_BL[index].tolist()
+            torch.testing.assert_close(together[index], alone, atol=2e-5, rtol=1e-4)
+    assert 0 < routes.routes_BL.float().mean() < 1
+
+
+@pytest.mark.parametrize("config", [CONFIG, TRIANGLE], ids=lambda c: c.pattern)
+def test_gradients_of_packed_sequences_are_those_of_each_alone(config):
+    model = tiny_model("qwen3")
+    routing = randomize(attach(model, config))
+    rows, prompts = [ids(1, length, length)[0] for length in (30, 12, 44)], [30, 5, 20]
+    noise = gumbel_noise((3, 3, 2), torch.Generator().manual_seed(0))
+    gates, grads = [], []
+    for groups in ([[0, 1, 2]], [[0], [1], [2]]):
+        routing.routers.zero_grad()
+        for group in groups:
+            with routing.soft(2.0, noise[group]):
+                logits = model(**packed([rows[i] for i in group]), prompt_lengths=[prompts[i] for i in group]).logits
+            (logits.square().sum() + routing.gates.sum()).backward()
+            gates.append(routing.gates.detach())
+        grads.append([parameter.grad.clone() for parameter in routing.routers.parameters()])
+    assert torch.equal(gates[0], torch.cat(gates[1:])) and 0 < gates[0].mean() < 1
+    for together, alone in zip(*grads, strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+
+
+def test_wrong_packing_is_refused():
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+    good = packed([ids(1, 5)[0], ids(1, 7)[0]])
+    for wrong, message in (
+        (dict(sequence_lengths=[5, 6]), "expected one row"),
+        (dict(sequence_lengths=[12, 0]), "expected one row"),
+        (dict(sequence_lengths=[]), "expected one row"),
+        (dict(position_ids=None), "position_ids"),
+        (dict(attention_mask=torch.ones(1, 12)), "no attention_mask"),
+        (dict(past_key_values=DynamicCache()), "no past_key_values"),
+        (dict(prompt_lengths=[5]), "prompt_lengths"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**{**good, **wrong})
+    with routing.soft(1.0, torch.zeros(1, 3, 2)), pytest.raises(ValueError, match=r"noise has shape \(1, 3, 2\)"):
+        model(**good)

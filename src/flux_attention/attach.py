@@ -77,7 +77,7 @@ def _mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):
     """The registered mask function: none for routed layers, which know their tokens; SDPA's for all others."""
     if current.get() is None or local_size is not None:
         return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
-    if mask_function is not causal_mask_function:
+    if mask_function is not causal_mask_function and current.get().tokens.starts is None:
         raise UnsupportedModelError(
             "the model asks for an attention mask that is not plainly causal (packed sequences told by position_ids, "
             "or bidirectional image tokens); routed layers support causal masks with padding only"
@@ -113,6 +113,8 @@ class Routing:
         Routes in force.
     temperature : float, torch.Tensor or None
         Of soft decisions, within ``soft``.
+    noise : torch.Tensor or None
+        Their Gumbel noise, within ``soft``; None draws it.
     cuda_graphs : bool
         Whether ``generate`` may decode by captured steps; may be set at any time.
     gates : torch.Tensor or None
@@ -137,6 +139,7 @@ class Routing:
         self.gates: torch.Tensor | None = None
         self.forced: RouteSpec | None = None
         self.temperature: float | torch.Tensor | None = None
+        self.noise: torch.Tensor | None = None
         self.steps: dict[int, Any] = {}  # captured decode steps; see ``generation.decode_step``
         self._handles: list[Any] = []
         self._stock_forwards: list[tuple[nn.Module, Any]] = []
@@ -166,18 +169,25 @@ class Routing:
             self.forced = before
 
     @contextlib.contextmanager
-    def soft(self, temperature: float | torch.Tensor):
+    def soft(self, temperature: float | torch.Tensor, noise: torch.Tensor | None = None):
         """
         Decide by straight-through Gumbel-Softmax within a ``with`` block: for training, without a KV cache.
 
         Both branches run and gradients flow to the routers. Pass ``prompt_lengths`` (B real tokens each) to the
         model's forward where the sequences hold answers, which routers must not read.
+
+        Parameters
+        ----------
+        temperature : float or torch.Tensor
+            τ of the Gumbel-Softmax.
+        noise : torch.Tensor, optional
+            float32 (B, L, 2), the Gumbel noise, for decisions that can be repeated; drawn where it is not given.
         """
-        before, self.temperature = self.temperature, temperature
+        before, (self.temperature, self.noise) = (self.temperature, self.noise), (temperature, noise)
         try:
             yield self
         finally:
-            self.temperature = before
+            self.temperature, self.noise = before
 
     def reroute(self, cache: DynamicCache) -> None:
         """
@@ -324,9 +334,14 @@ class Routing:
         batch, width = inputs.shape[:2]
         if batch == 0 or width == 0:
             raise ValueError(f"the input is empty: {batch} sequences of {width} tokens; expected at least one token")
-        cache = self._cache(kwargs)
-        seen = 0 if cache is None else cache.layers[self.layers[0]].seen
-        tokens = self._tokens(kwargs.get("attention_mask"), batch, width, seen, cache)
+        packed = kwargs.pop("sequence_lengths", None)
+        if packed is not None:
+            tokens, cache = self._packed_tokens(packed, kwargs, batch, width), None
+        else:
+            cache = self._cache(kwargs)
+            seen = 0 if cache is None else cache.layers[self.layers[0]].seen
+            tokens = self._tokens(kwargs.get("attention_mask"), batch, width, seen, cache)
+        batch = len(tokens.lengths)
         prompt_lengths = kwargs.pop("prompt_lengths", None)
         if prompt_lengths is None:
             prompt_lengths = tokens.lengths
@@ -391,6 +406,21 @@ class Routing:
 
     def _checkpoints(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
+
+    def _packed_tokens(self, lengths: Any, kwargs: dict[str, Any], batch: int, width: int) -> Tokens:
+        """Of a call with ``sequence_lengths``: one row of sequences, none of which sees another."""
+        lengths = [int(length) for length in lengths]
+        if batch != 1 or min(lengths, default=0) < 1 or sum(lengths) != width:
+            raise ValueError(
+                f"sequence_lengths is {lengths} for an input of {batch} rows of {width} tokens, expected one row that "
+                "holds the sequences behind one another"
+            )
+        if kwargs.get("position_ids") is None:
+            raise ValueError("packed sequences need position_ids that start at 0 in each")
+        if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+            raise UnsupportedModelError("packed sequences take no attention_mask and no past_key_values")
+        kwargs["use_cache"] = False
+        return Tokens.packed(lengths)
 
     def _tokens(self, mask: Any, batch: int, width: int, seen: int, cache: DynamicCache | None) -> Tokens:
         lengths = cache.layers[self.layers[0]].lengths if seen else [0] * batch

@@ -11,6 +11,7 @@ Shape suffixes: B batch, R rows of one store, S new tokens, K KV heads, C capaci
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,16 +38,26 @@ class Tokens:
         (no padding, or padding on the right).
     tail : int
         Columns at the end that are real in every row.
+    starts : list of int or None
+        Of sequences packed behind one another into a single row: the column at which each begins. ``lengths`` are
+        then the sequences', and B counts them.
     """
 
     width: int
     lengths: list[int]
     columns_BS: torch.Tensor | None
     tail: int
+    starts: list[int] | None = None
 
     @classmethod
     def all_real(cls, batch: int, width: int) -> Tokens:
         return cls(width, [width] * batch, None, width)
+
+    @classmethod
+    def packed(cls, lengths: list[int]) -> Tokens:
+        """Sequences of these lengths behind one another in one row."""
+        ends = list(itertools.accumulate(lengths))
+        return cls(ends[-1], lengths, None, 0, [0, *ends[:-1]])
 
     @classmethod
     def from_mask(cls, real_BS: torch.Tensor) -> Tokens:
@@ -116,7 +127,7 @@ def take_rows(states: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def prompt_views(routes: list[bool], tokens: Tokens, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor) -> list[View]:
-    """A prompt's views: one for the rows of each route, over the prompt's own (packed) keys and values."""
+    """A prompt's views: one for the rows of each route, over the prompt's own (left-aligned) keys and values."""
     views = []
     for route in (True, False):
         rows = [row for row, other in enumerate(routes) if other == route]

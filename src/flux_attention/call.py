@@ -100,6 +100,12 @@ class Call:
         # Whether both branches run and the gates carry gradients; kept here as recomputation may come after the
         # `soft` block has ended.
         self.temperature = routing.temperature if self.decides and self.forced is None else None
+        self.noise = routing.noise
+        if self.soft and self.noise is not None and self.noise.shape != (self.batch, len(routing.layers), 2):
+            raise ValueError(
+                f"the noise has shape {tuple(self.noise.shape)}, expected {(self.batch, len(routing.layers), 2)}: "
+                "sequences, routed layers, 2"
+            )
         if self.decides and not self.is_prompt and min(tokens.lengths) == 0:
             raise ValueError("cannot re-route: a sequence of the batch has no new token to read")
         self._pooled: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -124,7 +130,8 @@ class Call:
         logits = router(pool_query(query_BSHD, columns, weights))
         if self.soft:
             self.logits[layer] = logits.detach()
-            self.gates[layer] = soft_route(logits, self.temperature)
+            noise = None if self.noise is None else self.noise[:, self.routing.layers.index(layer)]
+            self.gates[layer] = soft_route(logits, self.temperature, noise)
             self.routes[layer] = (self.gates[layer].detach() > 0.5).tolist()
             return
         self._set(layer, _Decision(layer, logits.detach()))
@@ -145,7 +152,9 @@ class Call:
     def _pooled_columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._pooled:
             slots, weights = pooled_slots(torch.tensor(self.prompt_lengths), self.routing.config.pool_size)
-            if self.tokens.columns_BS is not None:
+            if self.tokens.starts is not None:
+                slots = slots + torch.tensor(self.tokens.starts)[:, None]
+            elif self.tokens.columns_BS is not None:
                 slots = self.tokens.columns_BS.cpu().gather(1, slots)
             self._pooled[device] = slots.to(device), weights.to(device)
         return self._pooled[device]
@@ -204,6 +213,8 @@ class Call:
         return self.tokens.unpack(output).transpose(1, 2).contiguous()
 
     def _by_route(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
+        if self.tokens.starts is not None:
+            return self._by_sequence(routes, query, key, value, scale)
         return self._by_view(prompt_views(routes, self.tokens, key, value), query, scale)
 
     def _by_view(self, views: list[View], query: torch.Tensor, scale: float) -> torch.Tensor:
@@ -214,6 +225,14 @@ class Call:
             part = self._one(view, take_rows(query, view.rows)[:, :, : view.queries], scale)
             output[view.rows, :, : view.queries] = part
         return output
+
+    def _by_sequence(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
+        """Of sequences packed into one row, each alone."""
+        outputs = []
+        for row, (start, length) in enumerate(zip(self.tokens.starts, self.tokens.lengths, strict=True)):
+            states = [states[:, :, start : start + length] for states in (query, key, value)]
+            outputs.append(self._one(View([row], routes[row], length, *states[1:], None), states[0], scale))
+        return torch.cat(outputs, dim=2)
 
     def _one(self, view: View, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
         if view.is_decode:
@@ -233,6 +252,9 @@ class Call:
         needed for the gate's gradient, ⟨∂L/∂O, FA − SA⟩, and so forward only.
         """
         gate = self.gates[layer].to(query.dtype)[:, None, None, None]
+        if self.tokens.starts is not None:  # (1, 1, S, 1): each token has its sequence's gate
+            lengths = torch.tensor(self.tokens.lengths, device=gate.device)
+            gate = gate.repeat_interleave(lengths, output_size=self.tokens.width).view(1, 1, -1, 1)
         with torch.no_grad():
             other = self._by_route([not route for route in self.routes_of(layer)], query, key, value, scale)
             difference = torch.where(gate > 0.5, chosen - other, other - chosen)

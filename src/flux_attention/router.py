@@ -98,15 +98,30 @@ def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:
     return logits_B2[:, 1] > logits_B2[:, 0]
 
 
-def soft_route(logits_B2: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Standard Gumbel noise, float32 on the CPU."""
+    return -torch.empty(shape).exponential_(generator=generator).log()
+
+
+def soft_route(
+    logits_B2: torch.Tensor, temperature: float | torch.Tensor, noise_B2: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The straight-through Gumbel-Softmax decision in training.
 
     The value is 0 or 1, the gradient that of ``softmax((logits + Gumbel noise) / temperature)[1]``.
+
+    Parameters
+    ----------
+    noise_B2 : torch.Tensor, optional
+        The Gumbel noise; drawn where it is not given.
 
     Returns
     -------
     torch.Tensor
         float32 ``gate_B``.
     """
-    return F.gumbel_softmax(logits_B2.float(), tau=temperature, hard=True)[:, 1]
+    if noise_B2 is None:
+        return F.gumbel_softmax(logits_B2.float(), tau=temperature, hard=True)[:, 1]
+    soft_B = torch.softmax((logits_B2.float() + noise_B2.to(logits_B2.device)) / temperature, dim=-1)[:, 1]
+    return (soft_B > 0.5).float() - soft_B.detach() + soft_B
