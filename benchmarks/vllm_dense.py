@@ -36,7 +36,7 @@ def measured(shape, lengths, repeats):
     from flux_attention.evaluation.speed import SHAPES
 
     longest = max(lengths) + 2 * MORE
-    config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=longest, tie_word_embeddings=False)
+    config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=longest)
     config.architectures, config.dtype = [ARCHITECTURES[shape]], "bfloat16"
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)

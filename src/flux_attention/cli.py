@@ -321,6 +321,46 @@ def bench(
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file; see docs/training.md.", show_default=False)],
+    output: Annotated[Optional[str], typer.Option(help="Folder of the run, instead of the recipe's.")] = None,  # noqa: UP045
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; else go on from the last checkpoint.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count parameters, memory and steps only.")] = False,
+    as_json: Json = False,
+):
+    """Train routers for a frozen model; `torchrun --nproc-per-node N -m flux_attention.cli train …` for N GPUs."""
+    from dataclasses import replace
+
+    from flux_attention.training.recipe import Recipe
+
+    if not Path(recipe).is_file():
+        raise _UserError(f"{recipe} is not a file; name a recipe, such as recipes/shipped/routers.yaml")
+    loaded = Recipe.from_yaml(recipe)
+    if output is not None:
+        loaded = replace(loaded, output=output)
+    try:
+        from flux_attention.training import run
+    except ImportError as error:
+        raise _UserError(f"training needs more packages ({error}): pip install 'flux-attention[train]'") from None
+    if not dry_run:
+        run.train(loaded, restart, lambda text: out.print(escape(text), highlight=False, soft_wrap=True))
+        return
+    counted = run.dry_run(loaded)
+    if as_json:
+        print(json.dumps(counted))
+        return
+    table = Table("", "", show_header=False)
+    for name, value in counted.items():
+        if name in ("weights", "optimizer", "activations", "total"):
+            table.add_row(f"memory of each GPU, {name}", f"{value / 1e9:.2f} GB")
+        else:
+            table.add_row(name.replace("_", " "), f"{value:,}")
+    out.print(table)
+
+
+@app.command()
 def demo(
     samples: Annotated[int, typer.Option(min=1, help="Samples of each kind of input.")] = 2,
     length: Annotated[int, typer.Option(min=1024, max=8192, help="Tokens of each sample.")] = 3072,

@@ -33,6 +33,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=8,
         head_dim=128,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=False,
+    ),
+    "qwen3-4b": dict(
+        model_type="qwen3",
+        vocab_size=151_936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
     ),
     "llama-3.1-8b": dict(
         model_type="llama",
@@ -44,6 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=8,
         head_dim=128,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        tie_word_embeddings=False,
     ),
 }
 BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}

@@ -28,7 +28,7 @@ ENGINES = {False: "flux", True: "flux-compile"}
 
 def random_model(shape: str, compile: bool) -> Routing:
     """A model of a named shape with random bf16 weights on the GPU, and fresh routers attached."""
-    config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=2**20, tie_word_embeddings=False)
+    config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=2**20)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
     model.requires_grad_(False)
@@ -65,11 +65,12 @@ def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
     layers = len(routing.layers)
     full = _full_layers(layers, sparsity)
     pairs = full * Full().pairs(length) + (layers - full) * PATTERN.pairs(length)
-    embedding = routing.model.get_input_embeddings().weight.numel()
-    weights = sum(parameter.numel() for parameter in routing.model.parameters()) - embedding
+    embedding, head = routing.model.get_input_embeddings().weight, routing.model.get_output_embeddings().weight
+    outside = embedding.numel() + (0 if head is embedding else head.numel())
+    body = sum(parameter.numel() for parameter in routing.model.parameters()) - outside
     return {
-        "flops": 4 * pairs * base.num_heads * base.head_dim + 2 * (weights - embedding) * length,
-        "weight_bytes": 2 * weights,
+        "flops": 4 * pairs * base.num_heads * base.head_dim + 2 * body * length,
+        "weight_bytes": 2 * (body + head.numel()),
         "kv_bytes": 4 * _kept(layers, full, length) * base.num_kv_heads * base.head_dim,
     }
 

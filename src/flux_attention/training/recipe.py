@@ -1,0 +1,218 @@
+"""A training run as a YAML file: the model, the data, the task classes' targets, and every knob of the method.
+
+The defaults are the paper's ("Training: soft to hard"; 300 steps of 48 sequences of up to 65,536 tokens).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flux_attention.config import FluxConfig, FluxConfigError
+
+#: The paper's task classes and their target Ω_MSR, and the class of plain text.
+TARGETS = {
+    "Single QA": 0.45,
+    "MultiHop QA": 0.45,
+    "Summarization": 1.0,
+    "Code": 1.0,
+    "In-Context Learning": 1.0,
+    "language modeling": 1.0,
+}
+#: What ``training`` holds if the recipe says nothing: arguments of transformers' ``TrainingArguments``.
+TRAINING = {
+    "max_steps": 300,
+    "learning_rate": 5e-4,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.2,
+    "max_grad_norm": 5.0,
+    "logging_steps": 1,
+    "save_steps": 20,
+    "save_total_limit": 2,
+    "seed": 0,
+    "report_to": "none",
+}
+#: Arguments that a recipe may not set, and the key that takes their place.
+TAKEN = {
+    "output_dir": "output",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "resume_from_checkpoint": "none: a run goes on from its own folder",
+    "remove_unused_columns": "none",
+    "gradient_checkpointing": "gradient_checkpointing, outside of training",
+    "activation_checkpointing": "gradient_checkpointing, outside of training",
+    "bf16": "dtype",
+    "fp16": "dtype",
+}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key, what was found and what is expected."""
+
+
+@dataclass
+class Objective:
+    """
+    Knobs of ``SparsityObjective`` and of the relaxation.
+
+    Attributes
+    ----------
+    multiplier_lr, multiplier_start : float
+        Learning rate and first value of λ1 and λ2.
+    target_warmup : float
+        Share of the steps over which targets rise from 0.
+    temperature_start, temperature_end, temperature_until : float
+        τ falls by a cosine from start to end over this first share of the steps.
+    """
+
+    multiplier_lr: float = 1e-3
+    multiplier_start: float = 0.0
+    target_warmup: float = 0.2
+    temperature_start: float = 1.5
+    temperature_end: float = 1.0
+    temperature_until: float = 0.6
+
+
+@dataclass
+class Recipe:
+    """
+    All that a training run depends on.
+
+    Attributes
+    ----------
+    model : str
+        Directory or Hub id of the frozen causal LM; ``shipped`` for the one that comes along.
+    output : str
+        Folder for checkpoints, and in the end for the adapter, its card and its plot.
+    data : list of dict
+        Sources, see ``data.SOURCES``: ``path`` (JSONL, parquet or a datasets id) or ``generated``.
+    routers : dict
+        ``pattern, sink, window, last_n, pool_size`` of ``FluxConfig``.
+    targets : dict
+        Target Ω_MSR of each task class.
+    max_length : int
+        Tokens of a sequence at most, and of a pack of sequences.
+    batch_size : int
+        Packs in a step, over all processes.
+    dtype : {"bfloat16", "float16", "float32", "auto"}
+        Of the frozen model; routers are float32 always.
+    gradient_checkpointing : bool
+        Compute layers again in the backward pass instead of keeping their activations.
+    shape : str, optional
+        A key of ``speed.SHAPES``: sizes for a dry run where the model's configuration is not at hand.
+    objective : Objective
+        Knobs of the objective.
+    training : dict
+        Any argument of transformers' ``TrainingArguments`` that has no key above.
+    """
+
+    model: str
+    output: str
+    data: list[dict[str, Any]]
+    routers: dict[str, Any] = field(default_factory=dict)
+    targets: dict[str, float] = field(default_factory=lambda: dict(TARGETS))
+    max_length: int = 65_536
+    batch_size: int = 48
+    dtype: str = "bfloat16"
+    gradient_checkpointing: bool = True
+    shape: str | None = None
+    objective: Objective = field(default_factory=Objective)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("model", "output"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}, expected text")
+        if not isinstance(self.data, list) or not all(isinstance(source, dict) for source in self.data):
+            raise RecipeError(f"data is {self.data!r}, expected a list of sources, each with `path` or `generated`")
+        for name in ("routers", "targets", "training"):
+            if not isinstance(getattr(self, name), dict):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}, expected keys and values")
+        for name in ("max_length", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RecipeError(f"{name} is {value!r}, expected a whole number, at least 1")
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise RecipeError(f"gradient_checkpointing is {self.gradient_checkpointing!r}, expected true or false")
+        if self.dtype not in ("bfloat16", "float16", "float32", "auto"):
+            raise RecipeError(f"dtype is {self.dtype!r}, expected bfloat16, float16, float32 or auto")
+        if not isinstance(self.objective, Objective):
+            self.objective = _build(Objective, self.objective, "objective")
+        for knob in fields(Objective):
+            value = getattr(self.objective, knob.name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
+                raise RecipeError(f"objective.{knob.name} is {value!r}, expected a number, at least 0")
+        if min(self.objective.temperature_start, self.objective.temperature_end) <= 0:
+            raise RecipeError("objective.temperature_start and temperature_end must be above 0")
+        for name, target in self.targets.items():
+            if not isinstance(target, (int, float)) or not 0 <= target <= 1:
+                raise RecipeError(f"targets: {name!r} is {target!r}, expected a ratio between 0 and 1")
+        for name in sorted(set(self.training) & set(TAKEN)):
+            raise RecipeError(f"training.{name} cannot be set; the recipe's key for it is {TAKEN[name]}")
+        try:
+            self.flux_config = FluxConfig(**self.routers)
+        except (FluxConfigError, TypeError) as error:
+            raise RecipeError(f"routers: {error}") from None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """
+        The recipe that ``to_dict`` described, or that a YAML file holds.
+
+        Raises
+        ------
+        RecipeError
+            For unknown keys (by name), missing ones, and values that cannot be.
+        """
+        return _build(cls, copy.deepcopy(values), "the recipe")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """
+        Read a recipe.
+
+        Raises
+        ------
+        RecipeError
+            If the file is not YAML or not a recipe; the message names the file.
+        FileNotFoundError
+            If there is no such file.
+        """
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of plain values; ``from_dict`` of it is equal to this recipe."""
+        return asdict(self)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the recipe, all defaults written out."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """The defaults of ``training`` under what the recipe sets."""
+        return {**TRAINING, **self.training}
+
+
+def _build(cls: type, values: Any, where: str):
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} is {type(values).__name__}, expected keys and values")
+    known = [known.name for known in fields(cls)]
+    if unknown := sorted(set(map(str, values)) - set(known)):
+        raise RecipeError(f"unknown keys {unknown} in {where}; known keys are {known}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise RecipeError(f"{where} is incomplete: {error}") from None

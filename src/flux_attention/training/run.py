@@ -1,0 +1,287 @@
+"""A whole training run: from a recipe to an adapter with its card and its plot; and a dry run that only counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from flux_attention import shipped
+from flux_attention.attach import Routing, attach
+from flux_attention.training.data import PackedExamples, load_data
+from flux_attention.training.recipe import Recipe, RecipeError
+from flux_attention.training.trainer import RouterTrainer, last_checkpoint, training_arguments
+
+#: The name that adapters give the model that comes along.
+SHIPPED = "flux-attention/shipped"
+
+
+def _locate(model: str) -> str:
+    return str(shipped.BACKBONE) if model == "shipped" else model
+
+
+def load_model(recipe: Recipe) -> tuple[Routing, Any]:
+    """
+    The recipe's model with fresh routers, and its tokenizer.
+
+    Raises
+    ------
+    OSError, ValueError
+        If there is no such model.
+    """
+    path = _locate(recipe.model)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype)
+    model.config.name_or_path = SHIPPED if recipe.model == "shipped" else recipe.model
+    return attach(model, recipe.flux_config), AutoTokenizer.from_pretrained(path)
+
+
+def check_output(recipe: Recipe, folder: Path) -> None:
+    """
+    Refuse to go on with a run that another recipe began.
+
+    Raises
+    ------
+    RecipeError
+        With the keys that differ.
+    """
+    kept = folder / "recipe.yaml"
+    if not kept.exists() or last_checkpoint(folder) is None:
+        return
+    before, now = Recipe.from_yaml(kept).to_dict(), recipe.to_dict()
+    changed = sorted(key for key in now if key != "output" and now[key] != before[key])
+    if changed:
+        raise RecipeError(
+            f"{folder} holds a run of another recipe (its {', '.join(changed)} differ): use another output, restart "
+            "it with --restart, or train with the recipe.yaml that lies there"
+        )
+
+
+def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str], None] = print) -> RouterTrainer:
+    """
+    Train routers by a recipe; a run that was interrupted goes on from its last checkpoint.
+
+    The output folder gets the adapter (``flux_config.json``, ``routers.safetensors``), ``README.md`` (its card),
+    ``training.svg``, ``training_log.json`` and ``recipe.yaml``.
+
+    Parameters
+    ----------
+    recipe : Recipe, str or Path
+        A recipe, or the path of a YAML file.
+    restart : bool
+        Begin anew even if the output folder holds checkpoints.
+    say : callable
+        Takes the lines that tell what is going on.
+
+    Returns
+    -------
+    RouterTrainer
+        After training; its ``routing`` has the trained routers attached.
+
+    Raises
+    ------
+    RecipeError, DataError
+        For a recipe or data that cannot be used.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
+    args = training_arguments(recipe)
+    folder = Path(recipe.output)
+    if not restart:
+        check_output(recipe, folder)
+    torch.manual_seed(args.seed)  # of the routers' initial weights
+    routing, tokenizer = load_model(recipe)
+    data, report = load_data(recipe, tokenizer)
+    main = args.process_index == 0
+    if main:
+        say(f"{report}\n{len(data):,} packs of up to {recipe.max_length:,} tokens, {recipe.batch_size} in a step")
+    if len(data) < recipe.batch_size:
+        raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
+    trainer = RouterTrainer(routing, recipe, data, args)
+    checkpoint = None if restart else last_checkpoint(folder)
+    if checkpoint is not None and main:
+        say(f"going on from {checkpoint}")
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.to_yaml(folder / "recipe.yaml")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if main:
+        finish(trainer, folder, data)
+        say(f"the adapter is in {folder}: attach(model, {str(folder)!r})")
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+# --- What lies beside the adapter -------------------------------------------------------------------------------------
+
+
+def history(trainer: RouterTrainer) -> list[dict[str, float]]:
+    """What was logged at each step."""
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def finish(trainer: RouterTrainer, folder: Path, data: PackedExamples) -> None:
+    """Write the adapter, its card, its log and its plot."""
+    rows = history(trainer)
+    trainer.routing.save_pretrained(folder)
+    (folder / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    plot(rows, trainer.recipe, trainer.routing.layers, folder / "training.svg")
+    (folder / "README.md").write_text(card(trainer, rows, data), encoding="utf-8")
+
+
+def plot(rows: list[dict[str, float]], recipe: Recipe, layers: tuple[int, ...], path: Path) -> None:
+    """Ω_MSR, loss and multipliers of each class over the steps, and each layer's FA rate at the end."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in recipe.targets if any(f"{name}/msr" in row for row in rows)]
+    with plt.rc_context({"svg.fonttype": "none", "font.size": 9}):
+        figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+        for key, axis, title in (
+            ("msr", axes[0, 0], "Ω_MSR (dotted: target)"),
+            ("lm_loss", axes[0, 1], "language-modelling loss, nats"),
+            ("lambda1", axes[1, 0], "λ1 (dotted: λ2)"),
+        ):
+            for place, name in enumerate(names):
+                points = [(row["step"], row[f"{name}/{key}"]) for row in rows if f"{name}/{key}" in row]
+                axis.plot(*zip(*points, strict=True), color=f"C{place}", label=name, linewidth=1)
+                if key == "msr":
+                    axis.axhline(recipe.targets[name], color=f"C{place}", linestyle=":", linewidth=1)
+                elif key == "lambda1":
+                    axis.plot([r["step"] for r in rows], [r[f"{name}/lambda2"] for r in rows], ":", color=f"C{place}")
+            axis.set_title(title, size=9)
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.25)
+        axes[0, 0].legend(fontsize=8)
+        rates = []
+        for name in names:
+            last = [row for row in rows if f"{name}/msr" in row][-max(1, len(rows) // 10) :]
+            rates.append([sum(row[f"{name}/fa_rate_{layer}"] for row in last) / len(last) for layer in layers])
+        image = axes[1, 1].imshow(rates, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        axes[1, 1].set_yticks(range(len(names)), names)
+        axes[1, 1].set_xticks(range(len(layers)), layers, fontsize=7)
+        axes[1, 1].set_title("share of full attention, by layer, at the end", size=9)
+        figure.colorbar(image, ax=axes[1, 1])
+        figure.savefig(path, facecolor="white", metadata={"Date": None})
+        plt.close(figure)
+
+
+def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamples) -> str:
+    """The adapter's README: base model, how to use it, what it reached, and how it was trained."""
+    recipe, routing = trainer.recipe, trainer.routing
+    base = routing.config.base_model
+    lines = [
+        "---",
+        f"base_model: {base.name}",
+        "library_name: flux-attention",
+        "tags: [flux-attention, sparse-attention, long-context]",
+        "---",
+        "",
+        f"# Layer routers for {base.name}",
+        "",
+        f"A [flux-attention](https://pypi.org/project/flux-attention/) adapter: for each prompt and each of "
+        f"{len(routing.layers)} layers it picks full or sparse attention ({routing.config.pattern}, sink "
+        f"{routing.config.sink}, window {routing.config.window}).",
+        "",
+        "```python",
+        "from flux_attention import attach",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({base.name!r})",
+        'routing = attach(model, "path or id of this adapter")',
+        "```",
+        "",
+        "## What training reached",
+        "",
+        "Means over the last tenth of the steps, with the sampled routes of training.",
+        "",
+        "| task class | target Ω_MSR | Ω_MSR | loss, nats | λ1 | λ2 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, target in recipe.targets.items():
+        last = [row for row in rows if f"{name}/msr" in row][-max(1, len(rows) // 10) :]
+        if last:
+            mean = {key: sum(row[f"{name}/{key}"] for row in last) / len(last) for key in ("msr", "lm_loss")}
+            numbers = [f"{mean['msr']:.3f}", f"{mean['lm_loss']:.4f}"]
+            numbers += [f"{rows[-1][f'{name}/{key}']:.3f}" for key in ("lambda1", "lambda2")]
+            lines.append(f"| {name} | {target} | {' | '.join(numbers)} |")
+    trained = sum(parameter.numel() for parameter in routing.routers.parameters())
+    lines += [
+        "",
+        "![Training](training.svg)",
+        "",
+        f"{trainer.state.global_step} steps of {recipe.batch_size} packs; {trained:,} parameters trained; "
+        f"{data.tokens:,} tokens of data in {len(data):,} packs. The whole recipe is in [recipe.yaml](recipe.yaml), "
+        "every step's numbers in [training_log.json](training_log.json).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# --- Dry run ----------------------------------------------------------------------------------------------------------
+
+
+def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
+    """
+    What a run would take, by arithmetic: the model is built without memory for its weights, no data is read.
+
+    Parameters
+    ----------
+    processes : int
+        GPUs that share the batch; each holds the whole model.
+
+    Returns
+    -------
+    dict
+        ``parameters``, ``trained``, ``steps``, ``packs_per_step``, ``tokens_per_step``, and in bytes for each GPU
+        ``weights``, ``optimizer`` (routers, their gradients and Adam's moments), ``activations`` (what a pack of
+        ``max_length`` tokens keeps for the backward pass, and one layer's working set) and ``total``.
+
+    Raises
+    ------
+    RecipeError
+        If the model's configuration is not at hand and the recipe names no ``shape``.
+    """
+    from flux_attention.evaluation.speed import SHAPES
+
+    if recipe.shape is not None:
+        if recipe.shape not in SHAPES:
+            raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
+        config = AutoConfig.for_model(**SHAPES[recipe.shape])
+    else:
+        try:
+            config = AutoConfig.from_pretrained(_locate(recipe.model))
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise RecipeError(f"cannot read the configuration of {recipe.model}: {reason}") from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        routing = attach(model, recipe.flux_config)
+    args = recipe.training_arguments
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in routing.routers.parameters())
+    itemsize = 4 if recipe.dtype == "float32" else 2
+    tokens, hidden = recipe.max_length, config.hidden_size
+    heads, kv_heads = routing.config.base_model.num_heads, routing.config.base_model.num_kv_heads
+    attention = (2 * heads + 2 * kv_heads) * routing.config.base_model.head_dim  # query, key, value, output
+    layer = itemsize * tokens * (4 * hidden + 3 * attention + 3 * config.intermediate_size)
+    kept = itemsize * tokens * hidden if recipe.gradient_checkpointing else layer
+    memory = {
+        "weights": itemsize * parameters,
+        "optimizer": 16 * trained,
+        "activations": kept * config.num_hidden_layers + layer,
+    }
+    return {
+        "parameters": parameters,
+        "trained": trained,
+        "steps": args["max_steps"],
+        "packs_per_step": recipe.batch_size,
+        "packs_per_process": recipe.batch_size // processes,
+        "tokens_per_step": recipe.batch_size * tokens,
+        **memory,
+        "total": sum(memory.values()),
+    }

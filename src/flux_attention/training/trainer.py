@@ -1,0 +1,341 @@
+"""Router training on transformers' Trainer: the backbone is frozen, routers and multipliers learn.
+
+Distribution, mixed precision, checkpoints, resuming and reporting are the Trainer's. What is ours: the module that it
+trains, the objective, the optimizer's two groups, and noise that depends on seed, step and sequence alone, so that a
+resumed run, or one on other processes, makes the same decisions.
+
+Shape suffixes: N sequences of a pack, S tokens of a pack, L routed layers, C task classes, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from flux_attention.attach import Routing
+from flux_attention.router import gumbel_noise
+from flux_attention.training.data import PackedExamples, collate
+from flux_attention.training.objective import SparsityObjective, temperature
+from flux_attention.training.recipe import Recipe
+
+#: What a checkpoint holds of the model.
+WEIGHTS = "training.safetensors"
+#: Label positions whose logits are in memory at a time.
+CHUNK = 2048
+
+
+def label_losses(head: nn.Module, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
+    """
+    Loss in nats at the positions that carry a label: the language-model head runs there only, some at a time.
+
+    Parameters
+    ----------
+    head : torch.nn.Module
+        From hidden states to logits.
+    hidden_PD, targets_P : torch.Tensor
+        Hidden states, and the tokens that come after them.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 (P,).
+    """
+
+    def chunk(hidden, targets):
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    parts = zip(hidden_PD.split(CHUNK), targets_P.split(CHUNK), strict=True)
+    return torch.cat([checkpoint(chunk, hidden, targets, use_reentrant=False) for hidden, targets in parts])
+
+
+class RoutedTraining(nn.Module):
+    """
+    A frozen model with routers and multipliers, as the one module that a Trainer wraps.
+
+    Parameters
+    ----------
+    routing : Routing
+        Routers attached to the model.
+    objective : SparsityObjective
+        With a target for every task class.
+    """
+
+    accepts_loss_kwargs = True  # the loss is scaled for gradient accumulation here
+
+    def __init__(self, routing: Routing, objective: SparsityObjective):
+        super().__init__()
+        self.routing = routing
+        self.backbone = routing.model.requires_grad_(False)
+        self.routers, self.objective = routing.routers, objective
+        self.names = list(objective.classes)
+
+    @property
+    def config(self):
+        """The backbone's."""
+        return self.backbone.config
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        sequence_lengths: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        classes: torch.Tensor,
+        temperature: float,
+        noise: torch.Tensor,
+        progress: float,
+    ) -> dict[str, torch.Tensor]:
+        """
+        The objective of one pack (see ``data.collate``).
+
+        Returns
+        -------
+        dict
+            ``loss``: the sequences' mean; ``lm_loss_N``: float32, nats a labelled token; ``gates_NL``.
+        """
+        with self.routing.soft(temperature, noise):
+            hidden_SD = (
+                self.backbone.get_decoder()(
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    use_cache=False,
+                    sequence_lengths=sequence_lengths.tolist(),
+                    prompt_lengths=prompt_lengths.tolist(),
+                )
+                .last_hidden_state[0]
+                .contiguous()
+            )
+        # Position s predicts the token at s + 1; no label stands on a sequence's first token.
+        places = (labels[0, 1:] != -100).nonzero()[:, 0]
+        losses_P = label_losses(self.backbone.get_output_embeddings(), hidden_SD[places], labels[0, 1:][places])
+        count = len(sequence_lengths)
+        owner_S = torch.arange(count, device=places.device).repeat_interleave(
+            sequence_lengths.to(places.device), output_size=labels.shape[1]
+        )
+        owner_P = owner_S[places + 1]
+        total_N = torch.zeros(count, device=places.device).index_add(0, owner_P, losses_P)
+        lm_loss_N = total_N / owner_P.bincount(minlength=count)
+        gates_NL = self.routing.gates.to(lm_loss_N.device)
+        names = [self.names[index] for index in classes.tolist()]
+        loss = self.objective(lm_loss_N, gates_NL, names, progress)
+        return {"loss": loss, "lm_loss_N": lm_loss_N.detach(), "gates_NL": gates_NL.detach()}
+
+
+def noise_of(seed: int, step: int, numbers: list[int], layers: int) -> torch.Tensor:
+    """The Gumbel noise (N, L, 2) of these sequences in this step, whatever the pack or the process they are in."""
+    noise = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_003 + number)
+        noise.append(gumbel_noise((layers, 2), generator))
+    return torch.stack(noise)
+
+
+class RouterTrainer(Trainer):
+    """
+    transformers' Trainer for routers.
+
+    Parameters
+    ----------
+    routing : Routing
+        Routers attached to the model to train them for.
+    recipe : Recipe
+        Targets, objective and training arguments.
+    train_dataset : PackedExamples
+        See ``data.load_data``.
+    args : TrainingArguments, optional
+        Default: those of the recipe.
+    **kwargs
+        To ``Trainer``: callbacks, optimizers and so on.
+    """
+
+    def __init__(
+        self,
+        routing: Routing,
+        recipe: Recipe,
+        train_dataset: PackedExamples,
+        args: TrainingArguments | None = None,
+        **kwargs,
+    ):
+        self.recipe, self.routing = recipe, routing
+        knobs = recipe.objective
+        objective = SparsityObjective(recipe.targets, knobs.multiplier_start, knobs.target_warmup)
+        device = next(routing.routers.parameters()).device
+        module = RoutedTraining(routing, objective.to(device))
+        if recipe.gradient_checkpointing:  # reentrant checkpointing would hide the routers' gradients
+            routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._sums: torch.Tensor | None = None
+        super().__init__(
+            model=module,
+            args=args or training_arguments(recipe),
+            train_dataset=train_dataset,
+            data_collator=partial(collate, classes=objective.classes),
+            **kwargs,
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            if self.pop_callback(callback):
+                self.add_callback(Progress(list(objective.classes)))
+
+    # Optimizer: descent on the routers, ascent on the multipliers.
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """AdamW with a group for each; the multipliers' maximises, and keeps them at zero or above."""
+        if self.optimizer is None:
+            args, module = self.args, self.model
+            groups = [
+                {"params": list(module.routers.parameters()), "weight_decay": args.weight_decay},
+                {
+                    "params": list(module.objective.parameters()),
+                    "weight_decay": 0.0,
+                    "lr": self.recipe.objective.multiplier_lr,
+                    "maximize": True,
+                },
+            ]
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+            )
+            self.optimizer.register_step_post_hook(lambda *_: module.objective.clamp())
+        return self.optimizer
+
+    # The loss: a mean over the sequences of all packs of a step, on all processes.
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The packs of a step, and how many sequences they hold on all processes."""
+        packs, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(len(pack["sequence_lengths"]) for pack in packs), device=device)
+        return packs, self.accelerator.reduce(count, "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """See ``RoutedTraining.forward``; scaled so that packs and processes add up to the mean over sequences."""
+        numbers = inputs.pop("numbers").tolist()
+        knobs, step = self.recipe.objective, self.state.global_step
+        progress = step / max(1, self.state.max_steps)
+        tau = temperature(progress, knobs.temperature_start, knobs.temperature_end, knobs.temperature_until)
+        noise = noise_of(self.args.seed, step, numbers, len(self.routing.layers))
+        outputs = model(**inputs, temperature=tau, noise=noise, progress=progress)
+        self._note(inputs["classes"], outputs)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            loss = loss * len(numbers) * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    # What is logged, by task class.
+
+    def _note(self, classes: torch.Tensor, outputs: dict[str, torch.Tensor]) -> None:
+        columns = [torch.ones_like(outputs["lm_loss_N"])[:, None], outputs["lm_loss_N"][:, None], outputs["gates_NL"]]
+        values = torch.cat(columns, dim=1).double()
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.model.names), values.shape[1], dtype=torch.float64, device=values.device)
+        self._sums.index_add_(0, classes.to(values.device), values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each class's LM loss, Ω_MSR, multipliers and FA rate of each layer since the last log."""
+        if "loss" in logs and self._sums is not None:
+            sums = self.accelerator.reduce(self._sums, "sum").cpu()
+            self._sums = None
+            for index, name in enumerate(self.model.names):
+                count, lm_loss, *full = sums[index].tolist()
+                lambda1, lambda2 = self.model.objective.multipliers_C2[index].tolist()
+                logs |= {f"{name}/lambda1": lambda1, f"{name}/lambda2": lambda2}
+                if count:
+                    rates = [rate / count for rate in full]
+                    logs |= {f"{name}/lm_loss": lm_loss / count, f"{name}/msr": 1 - sum(rates) / len(rates)}
+                    for layer, rate in zip(self.routing.layers, rates, strict=True):
+                        logs[f"{name}/fa_rate_{layer}"] = rate
+        super().log(logs, start_time)
+
+    # Checkpoints hold routers and multipliers alone.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        kept = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in state.items()
+            if name.startswith(("routers.", "objective."))
+        }
+        save_file(kept, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        own = {name for name in self.model.state_dict() if name.startswith(("routers.", "objective."))}
+        if set(state) != own:
+            raise ValueError(
+                f"the checkpoint {resume_from_checkpoint} was made for other routers or task classes; "
+                "use another output folder"
+            )
+        self.model.load_state_dict(state, strict=False)
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar, and one line a log instead of all numbers."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names = names
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print loss, and each class's Ω_MSR and LM loss."""
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        classes = [
+            f"{name} Ω {logs[f'{name}/msr']:.2f}, {logs[f'{name}/lm_loss']:.3f} nats"
+            for name in self.names
+            if f"{name}/msr" in logs
+        ]
+        line = f"step {state.global_step}: loss {float(logs['loss']):.3f}; " + "; ".join(classes)
+        if self.training_bar is None:
+            print(line, flush=True)
+        else:
+            self.training_bar.write(line)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """
+    A recipe's ``TrainingArguments``.
+
+    Raises
+    ------
+    ValueError
+        For an argument that transformers does not know, or a batch that the processes cannot share evenly.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if recipe.batch_size % processes:
+        raise ValueError(f"batch_size is {recipe.batch_size}, expected a multiple of the {processes} processes")
+    here = {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
+    try:
+        args = TrainingArguments(
+            output_dir=recipe.output,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=recipe.batch_size // processes,
+            remove_unused_columns=False,
+            **{**here, **recipe.training_arguments},
+        )
+    except TypeError as error:
+        raise ValueError(f"training: {error}") from None
+    if args.world_size != processes:  # each would run alone, and write the same files
+        raise RuntimeError(f"{processes} processes were started, but torch.distributed joined {args.world_size}")
+    return args
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint: a run that was killed while it wrote one goes on from the one before."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        # The trainer's state is what is written last.
+        with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
+            found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+    return max(found)[1] if found else None

@@ -1,0 +1,389 @@
+"""Training as a product: recipes, data, the Trainer; resuming and sharing give the same run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from flux_attention import FluxConfig, attach, shipped
+from flux_attention.training import Recipe, RecipeError, SparsityObjective, load_data, train
+from flux_attention.training.data import PLAIN, DataError, collate, encode_record, pack
+from flux_attention.training.run import check_output, dry_run
+from flux_attention.training.trainer import RoutedTraining, last_checkpoint, noise_of
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(shipped.BACKBONE)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    """A tiny model on disk, with a real tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("qwen3", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def record(task="Single QA", index=0, **changes):
+    return {
+        "context": f"def f{index}(x):\n    return x + {index}\n" * (3 + index % 4),
+        "question": f"What does f{index} add?",
+        "answer": f"It adds {index}.",
+        "metadata": {"task": task, "is_prefix": bool(index % 2)},
+        **changes,
+    }
+
+
+@pytest.fixture
+def recipe(base, tmp_path):
+    """Of a run that takes seconds."""
+    path = tmp_path / "data.jsonl"
+    records = [record(("Single QA", "Code")[i % 2], i) for i in range(24)] + [{"text": "import os\n" * 20}] * 4
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    return Recipe.from_dict(
+        dict(
+            model=str(base),
+            output=str(tmp_path / "run"),
+            data=[{"path": str(path)}],
+            routers=dict(sink=4, window=12, pool_size=6),
+            targets={"Single QA": 0.3, "Code": 0.9, PLAIN: 1.0},
+            max_length=192,
+            batch_size=2,
+            dtype="float32",
+            gradient_checkpointing=False,
+            objective=dict(multiplier_start=0.5, multiplier_lr=0.01),
+            training=dict(max_steps=6, save_steps=2, learning_rate=3e-3),
+        )
+    )
+
+
+# --- Recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_round_trip_and_default_to_the_papers(tmp_path):
+    recipe = Recipe.from_dict(dict(model="a", output="b", data=[{"path": "c.jsonl"}]))
+    recipe.to_yaml(tmp_path / "r.yaml")
+    assert Recipe.from_yaml(tmp_path / "r.yaml") == recipe
+    args = recipe.training_arguments
+    assert (args["max_steps"], recipe.batch_size, recipe.max_length) == (300, 48, 65_536)
+    assert (args["learning_rate"], args["adam_beta1"], args["adam_beta2"], args["weight_decay"]) == (
+        5e-4,
+        0.9,
+        0.95,
+        0.1,
+    )
+    assert (args["warmup_steps"], args["lr_scheduler_type"], args["max_grad_norm"]) == (0.2, "cosine", 5.0)
+    assert recipe.objective.multiplier_lr == 1e-3
+    assert recipe.targets["MultiHop QA"] == 0.45 and recipe.targets["Code"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(steps=3), r"unknown keys \['steps'\]"),
+        (dict(objective=dict(tau=1)), r"unknown keys \['tau'\] in objective"),
+        (dict(objective=dict(temperature_end=0)), "above 0"),
+        (dict(objective=dict(multiplier_lr="fast")), "multiplier_lr is 'fast'"),
+        (dict(routers=dict(window=0)), "routers: window is 0"),
+        (dict(routers=dict(windows=3)), "routers: .*windows"),
+        (dict(targets={"Code": 1.5}), "'Code' is 1.5"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(data="x.jsonl"), "expected a list of sources"),
+        (dict(training=dict(output_dir="x")), "training.output_dir cannot be set"),
+        (dict(dtype="int8"), "dtype is 'int8'"),
+        (dict(model=""), "model is ''"),
+    ],
+)
+def test_wrong_recipes_are_refused(change, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict({**dict(model="a", output="b", data=[]), **change})
+
+
+def test_damaged_recipe_files_name_the_file(tmp_path):
+    path = tmp_path / "r.yaml"
+    for text, message in (("a: [", "not YAML"), ("- 1", "list, expected keys"), ("model: a", "incomplete")):
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=f"r.yaml.*{message}"):
+            Recipe.from_yaml(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_repository_pass_a_dry_run(path):
+    counted = dry_run(Recipe.from_yaml(path))
+    layers = {"qwen3-4b": 36, "qwen3-8b": 36, "llama-3.1-8b": 32}.get(path.stem)
+    if layers:
+        assert counted["trained"] / layers == pytest.approx(592e3, rel=0.01)
+        billions = {"qwen3-4b": 4.02, "qwen3-8b": 8.19, "llama-3.1-8b": 8.03}[path.stem]
+        assert counted["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
+        assert counted["steps"] == 300 and counted["tokens_per_step"] == 48 * 65_536
+    assert counted["total"] == counted["weights"] + counted["optimizer"] + counted["activations"]
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def test_records_become_prompt_and_labelled_answer(tokenizer):
+    example, cut = encode_record(record(index=2), tokenizer, 512, chat_template=False)
+    prompt, answer = example.input_ids[: example.labels_from], example.input_ids[example.labels_from :]
+    assert not cut and example.prompt_length == example.labels_from
+    assert tokenizer.decode(prompt, skip_special_tokens=True).strip().endswith("What does f2 add?")
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "It adds 2."
+    assert answer[-1] == tokenizer.eos_token_id or tokenizer.eos_token_id is None
+    prefix, _ = encode_record(record(index=3), tokenizer, 512, chat_template=False)
+    assert tokenizer.decode(prefix.input_ids, skip_special_tokens=True).strip().startswith("What does f3 add?")
+    text, _ = encode_record({"text": "import os\n"}, tokenizer, 512, chat_template=False)
+    assert (text.labels_from, text.prompt_length, text.task) == (1, len(text.input_ids), PLAIN)
+
+
+def test_chat_templates_frame_the_prompt(tokenizer):
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    example, _ = encode_record(record(index=2), chat, 512, chat_template=True)
+    prompt = chat.decode(example.input_ids[: example.labels_from])
+    assert prompt.startswith("[user] def f2(x)") and prompt.endswith("What does f2 add?\n[assistant]")
+
+
+def test_long_prompts_are_cut_in_the_middle(tokenizer):
+    whole, _ = encode_record(record(index=2), tokenizer, 10_000, chat_template=False)
+    short, cut = encode_record(record(index=2), tokenizer, 60, chat_template=False)
+    answer = len(whole.input_ids) - whole.labels_from
+    assert cut and len(short.input_ids) == 60 and short.labels_from == 60 - answer
+    half = short.labels_from // 2
+    assert np.array_equal(short.input_ids[:half], whole.input_ids[:half])
+    assert np.array_equal(short.input_ids[-answer - half :], whole.input_ids[-answer - half :])
+
+
+def test_malformed_records_are_reported_with_their_lines(recipe, tokenizer, tmp_path):
+    bad = [
+        ("{", "not JSON"),
+        ("[1]", "list, expected an object"),
+        (json.dumps({"context": "a", "question": "b"}), "no answer"),
+        (json.dumps(record(answer=" ")), "answer is empty"),
+        (json.dumps(record(question=3)), "question is int, expected text"),
+        (json.dumps(record(metadata=None)), "no metadata"),
+        (json.dumps(record(task="Poetry")), "task 'Poetry' has no target"),
+        (json.dumps(record(metadata={"task": "Code", "is_prefix": "no"})), "is_prefix is 'no'"),
+        (json.dumps({"text": " "}), "text is empty"),
+    ]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join([json.dumps(record()), "", *(line for line, _ in bad), json.dumps(record(index=1))]))
+    recipe.data = [{"path": str(path)}]
+    data, report = load_data(recipe, tokenizer)
+    assert report.used == 2 and report.tasks == {"Single QA": 2}
+    assert [where for where, _ in report.malformed] == [f"{path}, line {line}" for line in range(3, 3 + len(bad))]
+    for (_, found), (_, expected) in zip(report.malformed, bad, strict=True):
+        assert expected in found
+    assert "9 malformed records were left out" in str(report) and "line 3: not JSON" in str(report)
+    path.write_text(bad[0][0])
+    with pytest.raises(DataError, match=r"no usable record is left(.|\n)*line 1: not JSON"):
+        load_data(recipe, tokenizer)
+
+
+def test_sources_that_cannot_be_read_are_named(recipe, tokenizer, tmp_path):
+    for source, error, message in (
+        ({"path": str(tmp_path / "none.jsonl")}, DataError, "cannot read .*none.jsonl: No such file"),
+        ({"path": str(tmp_path / "none.parquet")}, DataError, "cannot read .*none.parquet"),
+        ({"file": "x"}, RecipeError, "neither of"),
+        ({"path": "x.jsonl", "lines": 3}, RecipeError, r"unknown keys \['lines'\]"),
+        ({"generated": 0, "tasks": {}}, RecipeError, "how many sequences"),
+        ({"generated": 5}, RecipeError, "have no target"),
+        ({"generated": 5, "tasks": {"poems": PLAIN}}, RecipeError, r"unknown families \['poems'\]"),
+    ):
+        recipe.data, recipe.max_length = [source], 512
+        with pytest.raises(error, match=message):
+            load_data(recipe, tokenizer)
+    recipe.data = []
+    with pytest.raises(DataError, match="there is no data"):
+        load_data(recipe, tokenizer)
+
+
+def test_parquet_gives_the_same_sequences(recipe, tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    records = [record(("Single QA", "Code")[i % 2], i) for i in range(6)]
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    found = []
+    for name in ("d.parquet", "d.jsonl"):
+        recipe.data = [{"path": str(tmp_path / name)}]
+        data, report = load_data(recipe, tokenizer)
+        found.append([(number, e.input_ids.tolist(), e.task) for items in data for number, e in items])
+    assert found[0] == found[1] and len(found[0]) == 6
+
+
+def test_generated_questions_need_no_file(recipe, tokenizer):
+    recipe.targets = {"look-up": 0.8, PLAIN: 1.0}
+    tasks = {"single_needle": "look-up", "plain": PLAIN}
+    recipe.data, recipe.max_length = [{"generated": 8, "lengths": [256, 400], "tasks": tasks, "max_chars": 10**5}], 800
+    data, report = load_data(recipe, tokenizer)
+    assert report.tasks == {"look-up": 4, PLAIN: 4}
+    numbers = sorted(number for items in data for number, _ in items)
+    assert numbers == list(range(8))
+    again, _ = load_data(recipe, tokenizer)
+    for one, two in zip(data, again, strict=True):
+        assert all(np.array_equal(a.input_ids, b.input_ids) for (_, a), (_, b) in zip(one, two, strict=True))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(20, 100), st.integers(0, 5))
+def test_packs_hold_every_sequence_once_within_the_budget(lengths, budget, seed):
+    packs = pack(lengths, budget, seed)
+    assert sorted(index for some in packs for index in some) == list(range(len(lengths)))
+    for some in packs:
+        assert sum(lengths[index] for index in some) <= budget or len(some) == 1
+    assert packs == pack(lengths, budget, seed)
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_pack_is_the_plain_formula(recipe, tokenizer):
+    """Against each sequence alone, its routes forced to the gates, and the whole vocabulary's logits."""
+    model = tiny_model("qwen3", vocab_size=len(tokenizer))
+    routing = attach(model, FluxConfig(sink=4, window=12, pool_size=6))
+    for router in routing.routers.values():
+        router.head[-1].bias.data.zero_()
+    objective = SparsityObjective(recipe.targets, initial=0.7)
+    data, _ = load_data(recipe, tokenizer)
+    batch = collate([data[0], data[1]], objective.classes)
+    numbers = batch.pop("numbers").tolist()
+    noise = noise_of(0, 3, numbers, 3)
+    outputs = RoutedTraining(routing, objective)(**batch, temperature=1.3, noise=noise, progress=1.0)
+    gates = outputs["gates_NL"]
+    assert 0 < gates.mean() < 1 and torch.equal(gates, (noise[..., 1] > noise[..., 0]).float())
+    examples = [example for items in (data[0], data[1]) for _, example in items]
+    expected = []
+    for example, z, lm_loss in zip(examples, gates, outputs["lm_loss_N"], strict=True):
+        ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+        with torch.no_grad(), routing.force(z):
+            logits = model(ids, prompt_lengths=[example.prompt_length], use_cache=False).logits[0]
+        start = example.labels_from
+        nats = F.cross_entropy(logits[start - 1 : -1], ids[0, start:])
+        torch.testing.assert_close(lm_loss, nats, atol=1e-5, rtol=1e-5)
+        gap = (1 - z.mean()) - recipe.targets[example.task]
+        expected.append(nats + 0.7 * gap.abs() + 0.7 * gap.square())
+    torch.testing.assert_close(outputs["loss"], torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_noise_depends_on_seed_step_and_sequence_alone():
+    together = noise_of(1, 2, [5, 9], 4)
+    assert torch.equal(together, torch.cat([noise_of(1, 2, [5], 4), noise_of(1, 2, [9], 4)]))
+    for other in (noise_of(2, 2, [5], 4), noise_of(1, 3, [5], 4), noise_of(1, 2, [6], 4)):
+        assert not torch.equal(together[:1], other)
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def losses(folder):
+    rows = json.loads((Path(folder) / "training_log.json").read_text())
+    return [(row["step"], row["loss"], row["Code/msr"] if "Code/msr" in row else None) for row in rows]
+
+
+def test_a_run_leaves_an_adapter_and_a_frozen_model(recipe, base, capsys):
+    recipe.gradient_checkpointing = True
+    before = load_file(base / "model.safetensors")
+    trainer = train(recipe)
+    after = trainer.routing.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    folder = Path(recipe.output)
+    assert len(losses(folder)) == 6
+    multipliers = trainer.model.objective.multipliers_C2.detach()
+    assert (multipliers != 0.5).any(1).all() and (multipliers >= 0).all()
+    card = (folder / "README.md").read_text()
+    assert f"base_model: {base}" in card and "| Code | 0.9 |" in card
+    assert "<svg" in (folder / "training.svg").read_text()
+    trainer.routing.detach()
+    fresh = tiny_model("qwen3", vocab_size=before["model.embed_tokens.weight"].shape[0])
+    fresh.load_state_dict(before, strict=False)
+    loaded = attach(fresh, folder)
+    for name, tensor in trainer.routing.routers.state_dict().items():
+        assert torch.equal(loaded.routers.state_dict()[name], tensor)
+    assert not torch.equal(tensor, torch.tensor([0.0, 4.5]))
+    # Begun again with other knobs, it is refused; with the same ones there is nothing left to do.
+    recipe.objective.multiplier_lr = 0.02
+    with pytest.raises(RecipeError, match="its objective differ"):
+        check_output(recipe, folder)
+
+
+def command(recipe, tmp_path, processes=1):
+    recipe.to_yaml(tmp_path / "recipe.yaml")
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    return [*start, "flux_attention.cli", "--debug", "train", str(tmp_path / "recipe.yaml")]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_killed_run_goes_on_to_the_same_end(recipe, tmp_path):
+    """Killed hard after a checkpoint, with the next one left half-written."""
+    whole = tmp_path / "whole"
+    recipe.output, killed = str(whole), tmp_path / "killed"
+    train(recipe)
+    recipe.output = str(killed)
+    run = subprocess.Popen(
+        command(recipe, tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    for _ in range(600):
+        if last_checkpoint(killed) is not None:
+            break
+        assert run.poll() is None, run.stdout.read().decode()
+        time.sleep(0.1)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    for later in (4, 6):
+        shutil.rmtree(killed / f"checkpoint-{later}", ignore_errors=True)
+    for result in ("training_log.json", "routers.safetensors"):
+        (killed / result).unlink(missing_ok=True)
+    (killed / "checkpoint-4").mkdir()
+    (killed / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "epo')
+    assert last_checkpoint(killed) == killed / "checkpoint-2"
+    done = subprocess.run(command(recipe, tmp_path), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on from {killed / 'checkpoint-2'}" in done.stdout
+    assert losses(killed) == losses(whole)
+    first, second = (load_file(folder / "routers.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_give_the_same_run_as_one(recipe, tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    recipe.output = str(alone)
+    train(recipe)
+    recipe.output = str(shared)
+    done = subprocess.run(command(recipe, tmp_path, 2), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for one, two in zip(losses(alone), losses(shared), strict=True):
+        assert one[0] == two[0] and one[1] == pytest.approx(two[1], abs=1e-4)
+        assert one[2] == pytest.approx(two[2], abs=1e-6) if one[2] is not None else two[2] is None
+    first, second = (load_file(folder / "routers.safetensors") for folder in (alone, shared))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+def test_too_few_packs_are_refused(recipe):
+    recipe.batch_size = 100
+    with pytest.raises(RecipeError, match="batch_size is 100, but the data makes"):
+        train(recipe)
