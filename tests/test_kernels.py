@@ -172,7 +172,8 @@ def check_decode(device, dtype, kept, kv_heads, groups, dim, sink, window, seed)
         pasts.append(past)
     space = triton_decode.DecodeSpace(batch, heads, kv_heads, dim, torch.device(device))
     lengths = torch.tensor([length for length, _ in kept], dtype=torch.int32, device=device)
-    arguments = (torch.tensor(table, device=device), lengths, space, sink, window, dim**-0.5)
+    work = triton_decode.work_table(table, lengths.tolist(), sink, window, space.programs)
+    arguments = (torch.tensor(work, device=device), lengths, space, sink, window, dim**-0.5)
     output = triton_decode.attend(query, new_key, new_value, *arguments)
     again = triton_decode.attend(query, new_key, new_value, *arguments)  # the scratch memory is as it was
     assert torch.equal(output, again)
@@ -200,6 +201,30 @@ def slot_of(position, kind, sink, window):
 )
 def test_decode_by_the_interpreter(kept, heads, sizes, seed):
     check_decode("cpu", torch.float16, kept, *heads, 16, *sizes, seed)
+
+
+@given(rows(), st.sampled_from([(0, 1), (4, 9), (128, 1024)]), st.integers(4, 300))
+def test_work_is_shared_by_what_there_is_to_read(kept, sizes, programs):
+    table = [[7 * row, 7 * row + 1, 5, kind] for row, (_, kind) in enumerate(kept)]
+    work = triton_decode.work_table(table, [1000 * length for length, _ in kept], *sizes, programs)
+    assert len(work) == programs
+    parts = dict.fromkeys(range(len(kept)), 0)
+    for program, (*row, number, part, count) in enumerate(work):
+        if count:
+            assert row == table[number] and part == parts[number] < count <= triton_decode.MOST_PARTS
+            assert work[program - part][5] == 0  # the row's programs are neighbours
+            parts[number] += 1
+    blocks = {}
+    for number, (length, kind) in enumerate(kept):
+        keys = 1000 * length + 1 if kind == kernels.FULL else min(1000 * length + 1, sum(sizes))
+        blocks[number] = -(-keys // 64)
+        assert 1 <= parts[number] <= max(1, blocks[number] // 2)
+    # No other sharing has a shorter longest part: one program fewer anywhere would make a part as long as it.
+    open_rows = [n for n in parts if parts[n] < min(triton_decode.MOST_PARTS, blocks[n] // 2)]
+    if open_rows:
+        assert sum(parts.values()) == programs
+        worst = max(blocks[n] / parts[n] for n in open_rows)
+        assert all(parts[n] == 1 or blocks[n] / (parts[n] - 1) >= worst for n in parts)
 
 
 @pytest.mark.gpu

@@ -296,7 +296,7 @@ def test_noise_depends_on_seed_step_and_sequence_alone():
 
 def losses(folder):
     rows = json.loads((Path(folder) / "training_log.json").read_text())
-    return [(row["step"], row["loss"], row["Code/msr"] if "Code/msr" in row else None) for row in rows]
+    return [(row["step"], row["loss"], row.get("Code/msr")) for row in rows]
 
 
 def test_a_run_leaves_an_adapter_and_a_frozen_model(recipe, base, capsys):

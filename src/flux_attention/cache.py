@@ -352,7 +352,7 @@ class RoutedLayer(CacheLayerMixin):
             store.reserve(length, store.key_RKCD, store.value_RKCD, spare=False)
 
     def table(self) -> list[list[int]]:
-        """What the decode kernel needs to know of each row; see ``kernels.triton_decode``."""
+        """What the decode kernel needs to know of each row; see ``kernels.triton_decode.work_table``."""
         rows: list[list[int]] = [[] for _ in self.lengths]
         for store in self.stores.values():
             key, value = store.key_RKCD, store.value_RKCD

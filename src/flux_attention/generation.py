@@ -77,7 +77,7 @@ class DecodeStep:
 
     @torch.inference_mode(False)  # what is made here is written to in any mode later
     def __init__(self, routing: Routing, batch: int):
-        from flux_attention.kernels.triton_decode import DecodeSpace
+        from flux_attention.kernels.triton_decode import DecodeSpace, work_table
 
         began = time.perf_counter()
         self.routing, self.batch = routing, batch
@@ -88,9 +88,13 @@ class DecodeStep:
         # Until a cache is loaded, each row is a full one whose only token lies in a buffer of one.
         spare = torch.zeros(2, base.num_kv_heads, 1, base.head_dim, dtype=routing.model.dtype, device=device)
         row = [spare[0].data_ptr(), spare[1].data_ptr(), spare.stride(1), kernels.FULL]
-        self.table_LB4 = torch.tensor([[row] * batch] * len(routing.layers), device=device)
         self._spare, self._cache = spare, PassThroughCache(base.num_layers)
         self._space = DecodeSpace(batch, base.num_heads, base.num_kv_heads, base.head_dim, device)
+        self._work_table = functools.partial(
+            work_table, sink=routing.pattern.sink, window=routing.pattern.window, programs=self._space.programs
+        )
+        table = self._work_table([row] * batch, [0] * batch)
+        self.table_LW7 = torch.tensor([table] * len(routing.layers), device=device)
         self._places = {layer: place for place, layer in enumerate(routing.layers)}
         self.attended: set[int] = set()
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -153,7 +157,7 @@ class DecodeStep:
         states = [states[:, :, 0] for states in (query_BH1D, key_BK1D, value_BK1D)]
         output = attend(
             *states,
-            self.table_LB4[self._places[layer]],
+            self.table_LW7[self._places[layer]],
             self.lengths_B,
             self._space,
             pattern.sink,
@@ -167,7 +171,8 @@ class DecodeStep:
         layers = [cache.layers[layer] for layer in self.routing.layers]
         for layer in layers:
             layer.reserve(more)
-        self.table_LB4.copy_(torch.tensor([layer.table() for layer in layers]))
+        lengths = [length + more for length in layers[0].lengths]
+        self.table_LW7.copy_(torch.tensor([self._work_table(layer.table(), lengths) for layer in layers]))
         self.lengths_B.copy_(torch.tensor(layers[0].lengths, dtype=torch.int32))
 
     def run(self) -> torch.Tensor:

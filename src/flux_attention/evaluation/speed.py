@@ -211,16 +211,16 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
 class _Rows:
     """Random caches of some rows for the decode kernel, several of them so that none stays in the GPU's own cache."""
 
-    def __init__(
-        self, lengths: Sequence[int], kinds: Sequence[int], heads: int, kv_heads: int, dim: int, sharing: int = 1
-    ):
-        from flux_attention.kernels.triton_decode import DecodeSpace, decode_parts
+    def __init__(self, lengths: Sequence[int], kinds: Sequence[int], heads: int, kv_heads: int, dim: int):
+        from flux_attention.kernels.triton_decode import DecodeSpace, work_table
 
         kept = PATTERN.sink + PATTERN.window
         held = [
             min(length, kept) if kind == kernels.RING else length for length, kind in zip(lengths, kinds, strict=True)
         ]
         self.bytes = 4 * sum(held) * kv_heads * dim
+        batch, device = len(lengths), torch.device("cuda")
+        self.space = DecodeSpace(batch, heads, kv_heads, dim, device)
         self.buffers, tables = [], []
         for _ in range(max(1, int(3e8 / self.bytes)) + 1):
             rows = [
@@ -228,21 +228,16 @@ class _Rows:
                 for count in held
             ]
             self.buffers.append(rows)
-            tables.append(
-                [
-                    [row[0].data_ptr(), row[1].data_ptr(), row.stride(1), kind]
-                    for row, kind in zip(rows, kinds, strict=True)
-                ]
-            )
+            table = [
+                [row[0].data_ptr(), row[1].data_ptr(), row.stride(1), kind]
+                for row, kind in zip(rows, kinds, strict=True)
+            ]
+            tables.append(work_table(table, list(lengths), PATTERN.sink, PATTERN.window, self.space.programs))
         self.tables = itertools.cycle([torch.tensor(table, device="cuda") for table in tables])
         self.lengths = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device="cuda")
-        batch = len(lengths)
         self.states = [
             torch.randn(batch, count, dim, device="cuda", dtype=DTYPE) for count in (heads, kv_heads, kv_heads)
         ]
-        device = torch.device("cuda")
-        parts = sharing * decode_parts(batch * kv_heads, device)
-        self.space = DecodeSpace(batch, heads, kv_heads, dim, device, min(64, parts))
         self.scale = dim**-0.5
 
     def run(self):
@@ -292,12 +287,9 @@ def _decode_at(shape: str, length: int, batch: int) -> Iterator[dict[str, Any]]:
             yield _mixed(facts, query, *next(stacked))
         del stacked
     mean = _mean(0.5, measured[kernels.RING], measured[kernels.FULL])
-    halves = []
-    for sharing in (1, 2):  # as half of the programs have little to do, twice as many may be better
-        kinds = [kernels.FULL, kernels.RING] * batch
-        rows = _Rows([length] * 2 * batch, kinds, heads // 2, kv_heads // 2, dim, sharing)
-        halves.append(measure_graph(rows.run))
-    yield row(min(halves, key=lambda times: times["ms"]), "routed", mean, **facts, sparsity=0.5, method="head")
+    # The full and the sparse half of a row's heads as rows of their own.
+    halves = _Rows([length] * 2 * batch, [kernels.FULL, kernels.RING] * batch, heads // 2, kv_heads // 2, dim)
+    yield row(measure_graph(halves.run), "routed", mean, **facts, sparsity=0.5, method="head")
 
 
 def _mixed(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
