@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import DEVICES, INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_patterns import error, oracle
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flux_attention import kernels
 from flux_attention.patterns import Streaming
@@ -189,6 +191,30 @@ def check_decode(device, dtype, kept, kv_heads, groups, dim, sink, window, seed)
 
 def slot_of(position, kind, sink, window):
     return position if kind != kernels.RING or position < sink else sink + (position - sink) % window
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_checkpointing_can_keep_the_operators_output(device, monkeypatch):
+    runs = []
+    forward = triton_prefill._run_forward
+    monkeypatch.setattr(triton_prefill, "_run_forward", lambda *a, **k: runs.append(1) or forward(*a, **k))
+    generator = torch.Generator(device).manual_seed(0)
+    leaves = [states(generator, heads, 40, 16, torch.float16, "BSHD").requires_grad_() for heads in (4, 2, 2)]
+
+    def layer(query, key, value):
+        with torch.no_grad():  # as the branch that is not chosen
+            other = triton_prefill.attention(query, key, value, 4, 40, 0.25)
+        return triton_prefill.attention(query * 1.0, key, value, 4, 9, 0.25) + other
+
+    context = partial(create_selective_checkpoint_contexts, [triton_prefill.streaming._opoverload])
+    grads = []
+    for settings_ in ({}, {"context_fn": context}):
+        runs.clear()
+        output = checkpoint(layer, *leaves, use_reentrant=False, **settings_)
+        grads.append(torch.autograd.grad(output.float().square().sum(), leaves))
+        assert len(runs) == (2 if settings_ else 4)
+    for plain, kept in zip(*grads, strict=True):
+        torch.testing.assert_close(kept, plain)
 
 
 @INTERPRETED

@@ -17,13 +17,14 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoTokenizer
 
 from flux_attention import FluxConfig, attach, shipped
 from flux_attention.training import Recipe, RecipeError, SparsityObjective, load_data, train
 from flux_attention.training.data import PLAIN, DataError, collate, encode_record, pack
 from flux_attention.training.run import check_output, dry_run
-from flux_attention.training.trainer import RoutedTraining, last_checkpoint, noise_of
+from flux_attention.training.trainer import RoutedTraining, keep_attention, last_checkpoint, noise_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -282,6 +283,36 @@ def test_the_loss_of_a_pack_is_the_plain_formula(recipe, tokenizer):
         gap = (1 - z.mean()) - recipe.targets[example.task]
         expected.append(nats + 0.7 * gap.abs() + 0.7 * gap.square())
     torch.testing.assert_close(outputs["loss"], torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_checkpointing_keeps_attention_and_gradients(recipe, tokenizer):
+    """Attention runs once a branch and layer; all else twice."""
+    data, _ = load_data(recipe, tokenizer)
+    grads, counts = [], []
+    for context in (None, keep_attention(torch.device("cpu")), noop_context_fn):
+        torch.manual_seed(0)
+        model = tiny_model("qwen3", vocab_size=len(tokenizer)).train()
+        if context is not None:
+            settings = {"use_reentrant": False, "context_fn": context}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        routing = attach(model, FluxConfig(sink=60, window=100, pool_size=6))
+        objective = SparsityObjective(recipe.targets, initial=0.7)
+        batch = collate([data[0]], objective.classes)
+        noise = noise_of(0, 3, batch.pop("numbers").tolist(), 3)
+        module = RoutedTraining(routing, objective)
+        for router in routing.routers.values():
+            torch.nn.init.normal_(router.head[-1].weight, generator=torch.Generator().manual_seed(1))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            module(**batch, temperature=2.0, noise=noise, progress=1.0)["loss"].backward()
+        # Checkpointing looks at each call, which shows as an event too; one that computes makes its output.
+        attention = [e for e in profiler.events() if e.name == "aten::_scaled_dot_product_flash_attention_for_cpu"]
+        counts.append(sum(any(child.name == "aten::empty" for child in event.cpu_children) for event in attention))
+        grads.append([parameter.grad for parameter in routing.routers.parameters()])
+    sequences = len(batch["sequence_lengths"])
+    assert counts[:2] == [2 * 3 * sequences] * 2 and counts[2] > counts[1]
+    for others in grads[1:]:
+        for plain, other in zip(grads[0], others, strict=True):
+            torch.testing.assert_close(other, plain, atol=1e-6, rtol=1e-4)
 
 
 def test_noise_depends_on_seed_step_and_sequence_alone():

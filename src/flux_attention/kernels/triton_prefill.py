@@ -320,19 +320,30 @@ def _run_backward(query, key, value, output, lse, grad, sink, window, scale):
     return dquery, dkey, dvalue
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, sink, window, scale):
-        output, lse = _run_forward(query, key, value, sink, window, scale, with_lse=True)
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.settings = sink, window, scale
-        ctx.mark_non_differentiable(lse)
-        return output, lse
+@torch.library.custom_op("flux_attention::streaming", mutates_args=())
+def streaming(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink: int, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp, as an operator: gradient checkpointing can keep what an operator gave."""
+    return _run_forward(query, key, value, sink, window, scale, with_lse=True)
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        with on_device(grad):
-            return *_run_backward(*ctx.saved_tensors, grad, *ctx.settings), None, None, None
+
+@streaming.register_fake
+def _(query, key, value, sink, window, scale):
+    return _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.settings = inputs[3:]
+
+
+def _gradients(ctx, grad, _):
+    with on_device(grad):
+        return *_run_backward(*ctx.saved_tensors, grad, *ctx.settings), None, None, None
+
+
+streaming.register_autograd(_gradients, setup_context=_keep)
 
 
 def attention(
@@ -361,8 +372,9 @@ def attention(
         Return the log-sum-exp of each query's scores too: float32 (B, H, S), natural logarithm.
     """
     query, key, value = map(_rows_contiguous, (query_BHSD, key_BKTD, value_BKTD))
-    if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
-        output, lse = _Attention.apply(query, key, value, sink, window, scale)
+    # In training the operator also where gradients are off, so that checkpointing sees it there, too.
+    if any(states.requires_grad for states in (query, key, value)):
+        output, lse = streaming(query, key, value, sink, window, scale)
     else:
         output, lse = _run_forward(query, key, value, sink, window, scale, return_lse)
     return (output, lse) if return_lse else output

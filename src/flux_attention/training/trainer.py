@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from flux_attention import kernels
 from flux_attention.attach import Routing
 from flux_attention.router import gumbel_noise
 from flux_attention.training.data import PackedExamples, collate
@@ -32,6 +33,21 @@ from flux_attention.training.recipe import Recipe
 WEIGHTS = "training.safetensors"
 #: Label positions whose logits are in memory at a time.
 CHUNK = 2048
+
+
+def keep_attention(device: torch.device):
+    """
+    What makes gradient checkpointing keep the outputs of attention, both branches', and compute all else again.
+
+    They take as little memory as the hidden states between layers, and of a long pack's work they are most.
+    """
+    names = ["flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"]
+    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    if kernels.has_triton(device):
+        from flux_attention.kernels import triton_prefill  # which registers it
+
+        kept.append(triton_prefill.streaming._opoverload)
+    return partial(create_selective_checkpoint_contexts, kept)
 
 
 def label_losses(head: nn.Module, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
@@ -173,7 +189,8 @@ class RouterTrainer(Trainer):
         device = next(routing.routers.parameters()).device
         module = RoutedTraining(routing, objective.to(device))
         if recipe.gradient_checkpointing:  # reentrant checkpointing would hide the routers' gradients
-            routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            settings = {"use_reentrant": False, "context_fn": keep_attention(device)}
+            routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         self._sums: torch.Tensor | None = None
         super().__init__(
             model=module,

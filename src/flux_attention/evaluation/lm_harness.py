@@ -1,0 +1,192 @@
+"""Routed models in lm-evaluation-harness (the package ``lm-eval``), as its model ``flux``.
+
+lm-eval finds models of other packages only once they are imported. In Python, import this module; on the command line,
+run this module instead of ``lm_eval``, with the same arguments::
+
+    python -m flux_attention.evaluation.lm_harness --model flux \
+        --model_args pretrained=DIR_OR_ID,routers=DIR_OR_ID --tasks hellaswag
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from flux_attention import __version__
+from flux_attention.attach import attach
+from flux_attention.config import FluxConfig
+from flux_attention.routes import RouteSpec, parse_routes
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ImportError(
+        f"evaluation by lm-eval needs packages that are missing or too old ({error}); "
+        "pip install 'flux-attention[eval]'"
+    ) from error
+
+#: Below lm-eval's own logger, so that its handler and its level hold.
+logger = logging.getLogger("lm_eval.flux_attention")
+
+
+@register_model("flux")
+class FluxLM(HFLM):
+    """
+    A Hugging Face model with routers attached; loaded, batched and scored by lm-eval's ``hf`` model.
+
+    ``loglikelihood`` and multiple choice: routes are decided by the context alone, as lm-eval splits and truncates it,
+    so all continuations of a context get the same routes, and the continuation's tokens see what they would in decode.
+    Requests share a batch if their contexts have equally many tokens.
+
+    ``generate_until``: by the model's own ``generate``.
+
+    ``loglikelihood_rolling`` (perplexity of plain text) has no prompt: the routers read each window's whole text, so
+    routes depend on text that is then scored. Compare such numbers between routers, not with those of a model that
+    only looks back.
+
+    Parameters
+    ----------
+    pretrained : str or transformers.PreTrainedModel
+        The base model.
+    routers : str, os.PathLike or FluxConfig
+        Trained routers as a directory or a Hub id; or, with ``force``, the sizes of sparse attention.
+    force : str, float, int or sequence of int, optional
+        Routes for the whole evaluation instead of the routers' own: ``full``, ``sparse``, a ratio Ω_MSR with a decimal
+        point (``0.75``), or the layers that run full, separated by semicolons (``3;7``). Default: the routers decide.
+    compile : bool
+        See ``attach``.
+    **kwargs
+        What lm-eval's ``hf`` model takes: ``dtype``, ``batch_size``, ``max_length``, ``parallelize``, …. With
+        ``batch_size="auto"`` the size is found once for all requests of a kind, by the longest.
+
+    Attributes
+    ----------
+    routing : Routing
+        The attached routers' handle.
+    msr : list of float
+        Ω_MSR of each sequence that the model ran, in order.
+
+    Raises
+    ------
+    ValueError
+        If ``force`` is none of these; and what ``attach`` raises.
+    """
+
+    def __init__(
+        self,
+        pretrained,
+        routers: str | os.PathLike | FluxConfig,
+        force: RouteSpec | None = None,
+        compile: bool = False,
+        **kwargs,
+    ):
+        super().__init__(pretrained, **kwargs)
+        self.routers, self.force = routers, force
+        self.routing = attach(self.model, routers, compile=compile)
+        routes = _parse_force(force)
+        if routes is not None:
+            parse_routes(routes, 1, self.routing.layers)  # a wrong request fails here, not after the first batch
+        self.routing.forced = routes
+        self.msr: list[float] = []
+        self._split: tuple[int, int] | None = None
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes into its results, with ``flux_attention`` added: routers, force and the mean Ω_MSR."""
+        mean = fmean(self.msr) if self.msr else None
+        if mean is not None:
+            logger.info(f"mean Ω_MSR of {len(self.msr)} sequences: {mean:.3f}")
+        facts = {
+            "version": __version__,
+            "routers": str(self.routers),
+            "force": None if self.force is None else str(self.force),
+            # Of this process's sequences. Continuations of a context count one by one, unless they share a forward.
+            "mean_msr": mean,
+            "sequences": len(self.msr),
+        }
+        return {**super().get_model_info(), "flux_attention": facts}
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        # One call of the base class for each place at which inputs are split into context and continuation. It tells
+        # ``_model_call`` nothing but the tokens, and lets requests with the same tokens share a forward even if they
+        # are split at different places.
+        if self.batch_size == "auto" and override_bs is None and requests:
+            longest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
+            override_bs = self._detect_batch_size([longest])
+            self.batch_sizes = {0: override_bs}
+        groups = defaultdict(list)
+        for index, request in enumerate(requests):
+            groups[self._split_of(*request)].append(index)
+        answers: list[Any] = [None] * len(requests)
+        silent = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), disable=silent, desc="Running loglikelihood requests") as bar:
+            for split in sorted(groups, reverse=True):  # the longest first: if memory fails, it does so early
+                self._split = split
+                try:
+                    scored = super()._loglikelihood_tokens(
+                        [requests[index] for index in groups[split]], disable_tqdm=True, override_bs=override_bs
+                    )
+                finally:
+                    self._split = None
+                for index, answer in zip(groups[split], scored, strict=True):
+                    answers[index] = answer
+                bar.update(len(scored))
+        return answers
+
+    def _split_of(self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> tuple[int, int]:
+        """How many tokens of a request's input the routers read, and the first position whose logits are scored."""
+        # As the base class makes the input: truncated on the left, without the last token.
+        length = min(len(context) + len(continuation), self.max_length + 1) - 1
+        first = length - len(continuation)
+        return (length if texts is None else first + 1), first  # windows of a rolling likelihood come without texts
+
+    def _model_call(self, inps, attn_mask=None, labels=None) -> torch.Tensor:
+        if self._split is None:  # the base class looks for the largest batch
+            return super()._model_call(inps, attn_mask, labels)
+        read, first = self._split
+        mixed = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
+            # The base class counts positions from the end, so the logits of the context, which may be large, can go.
+            logits = self.model(
+                inps, use_cache=False, prompt_lengths=[read] * len(inps), logits_to_keep=inps.shape[1] - first
+            ).logits
+        self.msr += self.routing.routes.msr
+        return logits
+
+    def _model_generate(self, *args, **kwargs) -> torch.Tensor:
+        output = super()._model_generate(*args, **kwargs)
+        self.msr += self.routing.routes.msr
+        return output
+
+
+def _parse_force(force: Any) -> RouteSpec | None:
+    """What ``Routing.force`` takes, from what lm-eval makes of ``force=…``: it parses numbers, and splits at commas."""
+    if not isinstance(force, (str, int)) or force in ("full", "sparse"):
+        return force
+    text = str(force)
+    try:
+        return float(text) if "." in text else [int(layer) for layer in text.split(";")]
+    except ValueError:
+        raise ValueError(
+            f"cannot force {force!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3;7"
+        ) from None
+
+
+def main() -> None:
+    """The command line of lm-eval, which then knows the model ``flux``."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
