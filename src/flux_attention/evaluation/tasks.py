@@ -12,11 +12,20 @@ copy           repeat a long passage verbatim
 plain          no question: real text, scored by perplexity
 ============== ==================================================================================
 
-The first six are retrieval-intensive, ``plain`` is context-holistic (the paper's task classes).
+The first six are retrieval-intensive, ``plain`` is context-holistic (the paper's task classes). The shipped model was
+trained on them. Four more, in the style of RULER, are for evaluating any model:
+
+================= ===============================================================================
+multi_query       sixteen keys, four are asked for at once
+variable_tracking which variables have a value, through chains of assignments
+common_words      the most common words of lists that fill half of the context
+frequent_words    the most frequent words, in order, of such lists by Zipf's law
+================= ===============================================================================
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,6 +88,13 @@ class Words:
             code = f"{self.rng.randrange(100_000):05d}"
             if is_held_out(code, 0.2) == self.held_out:
                 return code
+
+    def distinct(self) -> list[str]:
+        """All names of one word of this part, in random order."""
+        pool = sorted(
+            {word for words in (ADJECTIVES, NOUNS, PEOPLE, CITIES) for word in split_words(words, self.held_out)}
+        )
+        return self.rng.sample(pool, len(pool))
 
     def any_words(self, count: int) -> list[str]:
         """Words of all lists and both splits, with repetition."""
@@ -147,15 +163,77 @@ def copy(words: Words, length: int = 48, questions: int = 1) -> Episode:
     return Episode(facts, asked)
 
 
-#: Each family's episode at evaluation: one question.
-FAMILIES: dict[str, Callable[[Words], Episode] | None] = {
-    "single_needle": lambda words: needles(words),
-    "multi_key": lambda words: needles(words, keys=16),
-    "multi_value": lambda words: needles(words, keys=6, values=3),
-    "two_hop": lambda words: two_hop(words),
-    "count": lambda words: count(words),
-    "copy": lambda words: copy(words),
+def multi_query(words: Words, keys: int = 16, asked: int = 4) -> Episode:
+    """``keys`` keys with one code each, ``asked`` of which one question asks for."""
+    pairs = [(words.key(), words.code()) for _ in range(keys)]
+    facts = [f"The secret code of the {key} is {code}." for key, code in pairs]
+    words.rng.shuffle(facts)
+    names = ", ".join(f"the {key}" for key, _ in pairs[:asked])
+    return Episode(facts, [(f"What are the secret codes of {names}?", ", ".join(code for _, code in pairs[:asked]))])
+
+
+def variable_tracking(words: Words, chains: int = 3, hops: int = 4) -> Episode:
+    """Chains of variables that take each other's value; one question asks for all that have one chain's."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    names = iter({"".join(words.rng.choices(letters, k=5)): None for _ in range(2 * chains * (hops + 1) + 20)})
+    told = []
+    for _ in range(chains):
+        chain = [next(names) for _ in range(hops + 1)]
+        value = words.code()
+        facts = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in itertools.pairwise(chain)]
+        told.append((chain, value, facts))
+    order = [index for index, (_, _, facts) in enumerate(told) for _ in facts]
+    words.rng.shuffle(order)
+    queues = [iter(facts) for _, _, facts in told]
+    chain, value, _ = told[0]
+    question = f"Which variables have the value {value}, in the order in which they got it?"
+    return Episode([next(queues[index]) for index in order], [(question, ", ".join(chain))])
+
+
+def _word_lists(words: Words, counts: dict[str, int], question: str, answer: Sequence[str]) -> Episode:
+    listed = [word for word, times in counts.items() for _ in range(times)]
+    words.rng.shuffle(listed)
+    lines = [f"Words: {' '.join(listed[start : start + 8])}" for start in range(0, len(listed), 8)]
+    return Episode(lines, [(question, ", ".join(answer))])
+
+
+def common_words(words: Words, length: int, common: int = 5) -> Episode:
+    """Lists in which ``common`` words occur ten times as often as all others."""
+    pool = words.distinct()
+    often = 0.3 * length / (common + (len(pool) - common) / 10)  # a word and its share of a line take about 1.5 tokens
+    counts = {word: max(1, round(often if place < common else often / 10)) for place, word in enumerate(pool)}
+    counts |= {word: max(3, counts[word]) for word in pool[:common]}
+    question = f"Which {common} words are the most common in the lists, in alphabetical order?"
+    return _word_lists(words, counts, question, sorted(pool[:common]))
+
+
+def frequent_words(words: Words, length: int, asked: int = 3) -> Episode:
+    """Lists of thirty words, whose counts fall with the square of their rank."""
+    pool = words.distinct()[:30]
+    first = 0.3 * length / sum(1 / rank**2 for rank in range(1, len(pool) + 1))
+    counts = {word: max(1, round(first / rank**2)) for rank, word in enumerate(pool, 1)}
+    question = f"Which {asked} words are the most frequent in the lists, the most frequent first?"
+    return _word_lists(words, counts, question, pool[:asked])
+
+
+Maker = Callable[[Words, int], Episode]
+#: Each family's episode at evaluation, for a sample of so many tokens: one question.
+FAMILIES: dict[str, Maker | None] = {
+    "single_needle": lambda words, length: needles(words),
+    "multi_key": lambda words, length: needles(words, keys=16),
+    "multi_value": lambda words, length: needles(words, keys=6, values=3),
+    "two_hop": lambda words, length: two_hop(words),
+    "count": lambda words, length: count(words),
+    "copy": lambda words, length: copy(words),
     "plain": None,
+}
+#: Those, and the ones that the shipped model was not trained on.
+EVERY_FAMILY: dict[str, Maker | None] = {
+    **FAMILIES,
+    "multi_query": lambda words, length: multi_query(words),
+    "variable_tracking": lambda words, length: variable_tracking(words),
+    "common_words": common_words,
+    "frequent_words": frequent_words,
 }
 RETRIEVAL = tuple(name for name, make in FAMILIES.items() if make is not None)
 
@@ -202,7 +280,7 @@ class Sample:
     answers : list of (int, int)
         Where each answer stands, [start, end) in tokens; its end token (the newline) is included.
     family : str
-        One of ``FAMILIES``.
+        One of ``EVERY_FAMILY``.
     """
 
     input_ids: np.ndarray
@@ -272,13 +350,13 @@ def make_sample(family: str, haystack: Haystack, tokenizer, length: int, seed: i
     For ``plain`` the "answer" is the second half of the text: the first half is the prompt.
     """
     rng = random.Random(f"{family}-{seed}")
-    make = FAMILIES[family]
+    make = EVERY_FAMILY[family]
     if make is None:
         text, _ = haystack.window(rng, length)
         if tokenizer.bos_token_id is not None:
             text = np.concatenate([[tokenizer.bos_token_id], text[1:]]).astype(np.int32)
         return Sample(text, [(length // 2, length)], family)
-    return compose(haystack, tokenizer, make(Words(rng, held_out)), length, rng, family)
+    return compose(haystack, tokenizer, make(Words(rng, held_out), length), length, rng, family)
 
 
 def training_sample(haystack: Haystack, tokenizer, length: int, rng: random.Random, hint: float) -> Sample:
