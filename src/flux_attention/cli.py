@@ -111,18 +111,17 @@ def _force(spec: str | None) -> Any:
         ) from None
 
 
-def _load(model: str, routers: str | None, device: str | None, dtype: str):
-    """Model, tokenizer and attached routers."""
+def _load_model(model: str, device: str | None, dtype: str):
+    """Model and tokenizer."""
     with err.status(f"loading {escape(model)}"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        from flux_attention import attach, shipped
+        from flux_attention import shipped
 
         logging.disable_progress_bar()
-        if model == "shipped":
-            model, routers = str(shipped.BACKBONE), routers or str(shipped.ROUTERS)
+        path = str(shipped.BACKBONE) if model == "shipped" else model
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
             raise _UserError(f"device is {device!r}, expected cpu, cuda, cuda:N, mps or xpu")
@@ -131,13 +130,21 @@ def _load(model: str, routers: str | None, device: str | None, dtype: str):
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise _UserError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or auto")
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+            return loaded, AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise _UserError(
-                f"cannot load {model!r} as a causal LM: {str(error).strip().splitlines()[0][:200]}"
+                f"cannot load {path!r} as a causal LM: {str(error).strip().splitlines()[0][:200]}"
             ) from None
-        return loaded, tokenizer, attach(loaded, routers)
+
+
+def _load(model: str, routers: str | None, device: str | None, dtype: str):
+    """Model, tokenizer and attached routers."""
+    loaded, tokenizer = _load_model(model, device, dtype)
+    with err.status("attaching routers"):
+        from flux_attention import attach, shipped
+
+        return loaded, tokenizer, attach(loaded, routers or (str(shipped.ROUTERS) if model == "shipped" else None))
 
 
 def _encode(tokenizer, text: str, model, new_tokens: int = 0):
@@ -358,6 +365,58 @@ def train(
         else:
             table.add_row(name.replace("_", " "), f"{value:,}")
     out.print(table)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    routers: Annotated[Optional[list[str]], typer.Option(help="Adapter; may be given several times.")] = None,  # noqa: UP045
+    families: Annotated[Optional[str], typer.Option(help="Default: all; for 'shipped' those it has learnt.")] = None,  # noqa: UP045
+    lengths: Annotated[str, typer.Option(help="Tokens of a sample.")] = "4K",
+    methods: Annotated[str, typer.Option(help="Ways of choosing full layers.")] = "dense,sparse,routed,static,random",
+    samples: Annotated[int, typer.Option(min=2, help="Samples of each family and length.")] = 100,
+    calibration: Annotated[int, typer.Option(min=1, help="Samples of each family to choose static layers on.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 1,
+    text: Annotated[Optional[Path], typer.Option(help="File to hide questions in; default: local source text.")] = None,  # noqa: UP045
+    output: Annotated[Path, typer.Option(help="Folder for quality.json and the report.")] = Path("runs/eval"),
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; else go on where a run stopped.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+):
+    """Score a model on generated long-context questions, dense, sparse, routed, static and random; write a report."""
+    from flux_attention import shipped
+    from flux_attention.evaluation import quality
+    from flux_attention.evaluation.report import summary, write_report
+    from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack
+    from flux_attention.evaluation.text import local_texts
+
+    tokens = _numbers(lengths, int, 256, 2**24)
+    adapters = list(routers or ([str(shipped.ROUTERS)] if model == "shipped" else []))
+    loaded, tokenizer = _load_model(model, device, dtype)
+    with err.status("reading text") as status:
+        texts = [_read(str(text))] if text else local_texts(True, site_packages=True, max_chars=5_000_000)
+        evaluation = quality.Evaluation(
+            loaded,
+            tokenizer,
+            adapters,
+            Haystack(texts, tokenizer),
+            families.split(",") if families else list(FAMILIES if model == "shipped" else EVERY_FAMILY),
+            tokens,
+            methods.split(","),
+            samples,
+            calibration,
+            batch_size,
+        )
+        rows = quality.run(evaluation, output, restart, lambda text: status.update(escape(text)))
+        page, _ = write_report(output / "quality.json", output)
+    table = Table("method", "tokens", "mean accuracy", "perplexity", "mean Ω_MSR")
+    for each in summary(rows):
+        numbers = [each["accuracy"], each["perplexity"], each["sparsity"]]
+        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
+        name = each["method"] if each["routers"] is None else f"{each['method']} ({Path(each['routers']).name})"
+        table.add_row(name, f"{each['seq_len']:,}", *cells)
+    out.print(table)
+    out.print(f"the report is {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()

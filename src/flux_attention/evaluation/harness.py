@@ -7,15 +7,18 @@ prompt alone, and answer tokens see sink and window in sparse layers, as in deco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from flux_attention.evaluation.tasks import Sample
+from flux_attention.routes import RouteSpec
 
 
 @dataclass
@@ -52,6 +55,19 @@ class Scores:
         """Mean Ω_MSR."""
         return 1 - fmean(map(fmean, self.full))
 
+    @property
+    def accuracy_interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        n, p, z = len(self.right), self.accuracy, 1.96
+        centre, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (centre - width) / (1 + z * z / n), (centre + width) / (1 + z * z / n)
+
+    @property
+    def perplexity_interval(self) -> tuple[float, float]:
+        """95 % interval of the perplexity, from the spread of the samples' losses."""
+        error = 1.96 * stdev(self.nats) / math.sqrt(len(self.nats)) if len(self.nats) > 1 else math.inf
+        return math.exp(fmean(self.nats) - error), math.exp(fmean(self.nats) + error)
+
 
 def answer_losses(model, samples: Sequence[Sample], **kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
@@ -86,6 +102,7 @@ def evaluate(
     samples: Sequence[Sample],
     routing=None,
     batch_size: int = 1,
+    routes: RouteSpec | None = None,
 ) -> Scores:
     """
     Score ``samples``.
@@ -93,15 +110,19 @@ def evaluate(
     Parameters
     ----------
     routing : Routing, optional
-        The attached routers' handle, if any; use ``routing.force`` around the call to compare routes.
+        The attached routers' handle, if any.
     batch_size : int
         Samples a forward; samples of one call have the same number of tokens.
+    routes : str, float, sequence of int, or torch.Tensor, optional
+        What ``routing.force`` takes, a tensor with a row for each sample included; default: what is in force.
     """
     scores = Scores()
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
         lengths = {} if routing is None else {"prompt_lengths": [len(sample.prompt_ids) for sample in batch]}
-        losses, right = answer_losses(model, batch, **lengths)
+        some = routes[first : first + len(batch)] if isinstance(routes, torch.Tensor) and routes.ndim == 2 else routes
+        with nullcontext() if some is None else routing.force(some):
+            losses, right = answer_losses(model, batch, **lengths)
         scores.nats += [loss.mean().item() for loss in losses]
         scores.right += [bool(tokens.all()) for tokens in right]
         if routing is not None:

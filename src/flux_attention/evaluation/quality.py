@@ -1,0 +1,257 @@
+"""How well a model answers under every way of choosing its full layers, on the generated families.
+
+Methods (all see the same samples):
+
+======== ===================================================================================================
+dense    every layer full
+sparse   every layer sparse
+routed   what the layer routers decide
+static   one set of full layers for every input, chosen greedily by loss on calibration samples
+random   a random set for every input
+======== ===================================================================================================
+
+``static`` and ``random`` have as many full layers as ``routed`` has on average over all families, rounded up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from flux_attention.attach import attach
+from flux_attention.evaluation.harness import Scores, evaluate
+from flux_attention.evaluation.results import write_results
+from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Sample, make_sample
+
+METHODS = ("dense", "sparse", "routed", "static", "random")
+#: Calibration samples start from this seed, the report's from 0.
+CALIBRATION_SEED = 10_000_000
+
+
+def greedy_layers(
+    loss: Callable[[list[int]], float], layers: Sequence[int], count: int, tell: Callable[[str], None] = lambda _: None
+) -> list[int]:
+    """
+    ``count`` layers to run full: from all sparse, the one that lowers the loss most is added, again and again.
+
+    Parameters
+    ----------
+    loss : callable
+        Of a list of full layers; called about ``count`` × layers times.
+    tell : callable
+        Told how far the search is.
+    """
+    chosen: list[int] = []
+    while len(chosen) < count:
+        losses = {}
+        for layer in layers:
+            if layer not in chosen:
+                tell(f"static layers: {len(chosen) + 1} of {count}")
+                losses[layer] = loss([*chosen, layer])
+        chosen.append(min(losses, key=losses.__getitem__))
+    return sorted(chosen)
+
+
+def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int = 0) -> torch.Tensor:
+    """bool (N, L): ``count`` full layers, drawn anew for each sample."""
+    routes = torch.zeros(len(samples), layers, dtype=torch.bool)
+    for row in range(len(samples)):
+        routes[row, random.Random(f"{seed}-{samples[row].family}-{row}").sample(range(layers), count)] = True
+    return routes
+
+
+class Evaluation:
+    """
+    One model, several adapters, all methods.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The base model, without routers attached.
+    adapters : sequence of str
+        Router adapters for it: directories or Hub ids. The first one's pattern is that of ``dense`` and ``sparse``.
+    haystack : Haystack
+        The text that questions are hidden in.
+    families, lengths, methods : sequence
+        Of ``EVERY_FAMILY``; tokens of a sample; of ``METHODS``.
+    samples, calibration : int
+        Of each family and length: in the report, and for choosing static layers.
+    batch_size : int
+        Samples a forward.
+
+    Raises
+    ------
+    ValueError
+        For unknown families or methods, or no adapter.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        adapters: Sequence[str],
+        haystack: Haystack,
+        families: Sequence[str],
+        lengths: Sequence[int],
+        methods: Sequence[str] = METHODS,
+        samples: int = 100,
+        calibration: int = 8,
+        batch_size: int = 1,
+    ):
+        for what, found, known in (("families", families, EVERY_FAMILY), ("methods", methods, METHODS)):
+            if unknown := sorted(set(found) - set(known)):
+                raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}")
+        if not adapters:
+            raise ValueError("name at least one adapter: its pattern says what sparse attention is")
+        self.model, self.tokenizer, self.adapters, self.haystack = model, tokenizer, list(adapters), haystack
+        self.families, self.lengths, self.methods = list(families), list(lengths), list(methods)
+        self.samples, self.calibration, self.batch_size = samples, calibration, batch_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the rows depend on: results of other settings are not mixed with them."""
+        return {
+            "model": getattr(self.model.config, "_name_or_path", ""),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "adapters": {adapter: adapter_hash(adapter) for adapter in self.adapters},
+            "samples": self.samples,
+            "calibration": self.calibration,
+            "text_tokens": len(self.haystack.tokens),
+            "families": self.families,
+            "lengths": self.lengths,
+        }
+
+    def make(self, family: str, length: int, count: int, seed: int = 0) -> list[Sample]:
+        """Samples of a family, on held-out names and values."""
+        return [
+            make_sample(family, self.haystack, self.tokenizer, length, seed + index, held_out=True)
+            for index in range(count)
+        ]
+
+    def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
+        """
+        Result rows as they are measured.
+
+        Parameters
+        ----------
+        done : sequence of dict
+            Rows of an earlier call with the same settings: not measured again.
+        tell : callable
+            Told what is being done.
+        """
+        have = {_key(row): row for row in done}
+        for place, adapter in enumerate(self.adapters):
+            routing = attach(self.model, adapter)
+            try:
+                for length in self.lengths:
+                    yield from self._of_length(routing, adapter, place == 0, length, have, tell)
+            finally:
+                routing.detach()
+
+    def _of_length(self, routing, adapter, first, length, have, tell) -> Iterator[dict]:
+        counts = []
+
+        def row(family: str, method: str, routes, **more) -> dict[str, Any]:
+            shared = method in ("dense", "sparse")
+            facts = dict(task=family, method=method, seq_len=length, routers=None if shared else adapter)
+            if _key(facts) in have:
+                return have[_key(facts)]
+            tell(f"{length} tokens, {family}: {method}")
+            samples = self.make(family, length, self.samples)
+            routes = routes(samples) if callable(routes) else routes
+            scores = evaluate(self.model, samples, routing, self.batch_size, routes)
+            rates = torch.tensor(scores.full, dtype=torch.float32).mean(0).tolist()
+            return {
+                **facts,
+                "n": len(samples),
+                "sparsity": round(scores.msr, 4),
+                **_measures(family, scores),
+                "fa_rate": {str(layer): round(rate, 4) for layer, rate in zip(routing.layers, rates, strict=True)},
+                **more,
+            }
+
+        for method, spec in (("dense", "full"), ("sparse", "sparse")):
+            if method in self.methods and first:
+                for family in self.families:
+                    yield row(family, method, spec)
+        if not {"routed", "static", "random"} & set(self.methods):
+            return
+        for family in self.families:
+            found = row(family, "routed", None)
+            counts.append(sum(found["fa_rate"].values()))
+            yield found
+        count = min(len(routing.layers), math.ceil(fmean(counts) - 1e-6))
+        if "static" in self.methods:
+            chosen = self._static(routing, adapter, length, count, have, tell)
+            for family in self.families:
+                yield row(family, "static", chosen or "sparse", full_layers=chosen)
+        if "random" in self.methods:
+            for family in self.families:
+                yield row(family, "random", lambda samples: random_routes(samples, len(routing.layers), count))
+
+    def _static(self, routing, adapter, length, count, have, tell) -> list[int]:
+        for family in self.families:
+            found = have.get(_key(dict(task=family, method="static", seq_len=length, routers=adapter)))
+            if found is not None:
+                return found["full_layers"]
+        calibration = [self.make(family, length, self.calibration, CALIBRATION_SEED) for family in self.families]
+
+        def loss(chosen: list[int]) -> float:
+            return fmean(
+                fmean(evaluate(self.model, samples, routing, self.batch_size, chosen).nats) for samples in calibration
+            )
+
+        return greedy_layers(loss, routing.layers, count, tell)
+
+
+def _measures(family: str, scores: Scores) -> dict[str, float]:
+    if family == "plain":
+        (low, high), name, value = scores.perplexity_interval, "perplexity", scores.perplexity
+    else:
+        (low, high), name, value = scores.accuracy_interval, "accuracy", scores.accuracy
+    return {name: round(value, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row["task"], row["method"], row["seq_len"], row["routers"]
+
+
+def adapter_hash(adapter: str) -> str | None:
+    """SHA-256 of a local adapter's weights."""
+    path = Path(adapter) / "routers.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def run(evaluation: Evaluation, folder: Path, restart: bool, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """
+    Measure all rows into ``folder``/quality.json, each written as it is there, and go on where a run stopped.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds results of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, settings, done = folder / "quality.json", evaluation.settings, []
+    if path.exists() and not restart:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in settings if before["meta"].get("settings", {}).get(key) != settings[key])
+        if changed:
+            raise ValueError(
+                f"{path} holds results of other settings ({', '.join(changed)}): use another folder, or --restart"
+            )
+        done = before["rows"]
+    rows: list[dict[str, Any]] = []
+    for row in evaluation.rows(done, tell):
+        rows.append(row)
+        later = [old for old in done if _key(old) not in set(map(_key, rows))]
+        write_results(path, rows + later, settings=settings)
+    return rows

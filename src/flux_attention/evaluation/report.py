@@ -1,0 +1,213 @@
+"""A report of quality results: one HTML page that needs nothing else, and the same as markdown."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+#: A colour that the page replaces by the text's own, light or dark.
+INK = "#010203"
+COLOURS = {"dense": "#009e73", "sparse": "#888888", "routed": "#d55e00", "static": "#0072b2", "random": "#cc79a7"}
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1a1a1a; background: #fff; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+.wide { overflow-x: auto; }
+svg { max-width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #16181c; } }
+"""
+
+
+def _svg(figure) -> str:
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["task"] for row in rows))
+
+
+def _label(row: dict[str, Any]) -> str:
+    return row["method"] if not row["routers"] else f"{row['method']} ({Path(row['routers']).name})"
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean accuracy over the questions, mean Ω_MSR and plain text's perplexity, of each method, adapter and length."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["seq_len"], row["method"], row["routers"]), []).append(row)
+    found = []
+    for (length, method, routers), some in groups.items():
+        answers = [row for row in some if "accuracy" in row]
+        plain = [row["perplexity"] for row in some if "perplexity" in row]
+        found.append(
+            dict(
+                seq_len=length,
+                method=method,
+                routers=routers,
+                accuracy=fmean(row["accuracy"] for row in answers) if answers else None,
+                perplexity=fmean(plain) if plain else None,
+                sparsity=fmean(row["sparsity"] for row in some),
+            )
+        )
+    return found
+
+
+def trade_off(rows: list[dict[str, Any]], length: int):
+    """Mean accuracy over mean Ω_MSR, a point for each method and adapter."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    points: dict[str, list[tuple[float, float]]] = {}
+    for each in summary(rows):
+        if each["seq_len"] == length and each["accuracy"] is not None:
+            points.setdefault(each["method"], []).append((each["sparsity"], each["accuracy"]))
+    for method, some in points.items():
+        some.sort()
+        axes.plot(*zip(*some, strict=True), "o-", color=COLOURS[method], label=method, markersize=6)
+    axes.set(xlabel="mean Ω_MSR", ylabel="mean accuracy of the questions", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    legend = axes.legend(frameon=False)
+    for text in legend.get_texts():
+        text.set_color(INK)
+    axes.set_title(f"Accuracy and sparsity at {length:,} tokens", size=11)
+    return figure
+
+
+def heat_map(rows: list[dict[str, Any]], length: int, routers: str):
+    """How often each layer ran full attention, by family."""
+    import matplotlib.pyplot as plt
+
+    some = [r for r in rows if r["method"] == "routed" and r["seq_len"] == length and r["routers"] == routers]
+    layers = list(some[0]["fa_rate"])
+    rates = [[row["fa_rate"][layer] for layer in layers] for row in some]
+    figure, axes = plt.subplots(
+        figsize=(1.8 + 0.42 * max(10, len(layers)), 1.2 + 0.34 * len(some)), layout="constrained"
+    )
+    image = axes.imshow(rates, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(some)), [row["task"].replace("_", " ") for row in some])
+    axes.set_xlabel("layer")
+    axes.set_title(f"Share of inputs with full attention, {Path(routers).name}, {length:,} tokens", size=11)
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    value = row["accuracy"] if "accuracy" in row else row["perplexity"]
+    return f"{value:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, heading and lines of each table: a summary, then one a length."""
+    lines = []
+    for each in summary(rows):
+        accuracy = "" if each["accuracy"] is None else f"{each['accuracy']:.3f}"
+        plain = "" if each["perplexity"] is None else f"{each['perplexity']:.3f}"
+        lines.append([_label(each), f"{each['seq_len']:,}", accuracy, plain, f"{each['sparsity']:.3f}"])
+    heading = ["method", "tokens", "mean accuracy", "plain text, perplexity", "mean Ω_MSR"]
+    found = [("Summary", heading, lines)]
+    for length in dict.fromkeys(row["seq_len"] for row in rows):
+        some = [row for row in rows if row["seq_len"] == length]
+        columns = list(dict.fromkeys(map(_label, some)))
+        by = {(row["task"], _label(row)): row for row in some}
+        lines = [
+            [task.replace("_", " "), *(_cell(by.get((task, column))) for column in columns)] for task in _names(some)
+        ]
+        found.append((f"Accuracy at {length:,} tokens, with 95 % intervals", ["family", *columns], lines))
+        routed = [column for column in columns if column.startswith("routed")]
+        lines = [
+            [task.replace("_", " "), *(f"{by[task, column]['sparsity']:.3f}" for column in routed)]
+            for task in _names(some)
+            if all((task, column) in by for column in routed)
+        ]
+        if routed:
+            found.append((f"Ω_MSR of routed inputs at {length:,} tokens", ["family", *routed], lines))
+    return found
+
+
+def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
+    """
+    Write ``report.html`` and ``report.md`` of a quality.json.
+
+    Parameters
+    ----------
+    results : str or Path
+        What ``flux-attention eval`` wrote.
+    folder : str or Path
+        Where the report goes.
+
+    Returns
+    -------
+    html, markdown : Path
+
+    Raises
+    ------
+    ValueError
+        If the file has no quality rows.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    data = json.loads(Path(results).read_text(encoding="utf-8"))
+    rows = [row for row in data["rows"] if "task" in row and "method" in row]
+    if not rows:
+        raise ValueError(f"{results} has no quality rows")
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    figures = []
+    with plt.rc_context({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux", **ink}):
+        for length in dict.fromkeys(row["seq_len"] for row in rows):
+            figures.append(_svg(trade_off(rows, length)))
+            for routers in dict.fromkeys(row["routers"] for row in rows if row["method"] == "routed"):
+                if any(r["method"] == "routed" and (r["seq_len"], r["routers"]) == (length, routers) for r in rows):
+                    figures.append(_svg(heat_map(rows, length, routers)))
+    intro = (
+        "Right answers: every token of the answer is the most likely one, so that greedy generation would give it. "
+        "All methods see the same samples. Static and random layers are as many as routed inputs use on average, "
+        "rounded up."
+    )
+    facts = {key: value for key, value in data["meta"].items() if key != "settings"}
+    facts |= data["meta"].get("settings", {})
+    page = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width'><title>Quality of routed attention</title>",
+        f"<style>{STYLE}</style><h1>Quality of routed attention</h1><p>{html.escape(intro)}</p>",
+        *(f"<div class='wide'>{figure}</div>" for figure in figures),
+    ]
+    text = ["# Quality of routed attention", "", intro, ""]
+    for title, heading, lines in tables(rows):
+        page.append(f"<h2>{html.escape(title)}</h2><div class='wide'><table><tr>")
+        page += [f"<th>{html.escape(cell)}</th>" for cell in heading]
+        for line in lines:
+            page.append("</tr><tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line))
+        page.append("</tr></table></div>")
+        text += [f"## {title}", "", f"| {' | '.join(heading)} |", "|" + " --- |" * len(heading)]
+        text += [f"| {' | '.join(line)} |" for line in lines] + [""]
+    page.append("<h2>Environment</h2><table>")
+    text += ["## Environment", "", "| | |", "| --- | --- |"]
+    for key, value in facts.items():
+        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+        page.append(f"<tr><td>{html.escape(key)}</td><td>{html.escape(shown)}</td></tr>")
+        text.append(f"| {key} | {shown} |")
+    page.append("</table></html>")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text("\n".join(page), encoding="utf-8")
+    (folder / "report.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    return folder / "report.html", folder / "report.md"

@@ -1,0 +1,164 @@
+"""Evaluating by method: what each one forces, intervals, going on, and the report."""
+
+import json
+import math
+import re
+import xml.dom.minidom
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cli import flux
+
+from flux_attention import shipped
+from flux_attention.evaluation import quality
+from flux_attention.evaluation.harness import Scores, evaluate
+from flux_attention.evaluation.quality import Evaluation, greedy_layers, random_routes
+from flux_attention.evaluation.report import summary, write_report
+from flux_attention.evaluation.tasks import Haystack
+from flux_attention.evaluation.text import local_texts
+from flux_attention.shipped import load_shipped
+
+
+@pytest.fixture(scope="module")
+def setting():
+    model, tokenizer, routing = load_shipped()
+    routing.detach()
+    return model, tokenizer, Haystack(local_texts(True, max_chars=200_000), tokenizer)
+
+
+def make(setting, **changes):
+    values = dict(families=["single_needle", "plain"], lengths=[1024], samples=3, calibration=1)
+    model, tokenizer, haystack = setting
+    return Evaluation(model, tokenizer, [str(shipped.ROUTERS)], haystack, **{**values, **changes})
+
+
+def test_greedy_layers_take_what_lowers_the_loss_most():
+    worth = {3: 5.0, 5: 1.0, 8: 2.0, 9: 0.1}
+    asked = []
+
+    def loss(chosen):
+        asked.append(chosen)
+        return -sum(worth[layer] for layer in chosen) - 3.0 * ({5, 9} <= set(chosen))
+
+    assert greedy_layers(loss, list(worth), 2) == [3, 8]
+    assert len(asked) == 4 + 3
+    assert greedy_layers(loss, list(worth), 0) == []
+    assert greedy_layers(loss, list(worth), 4) == [3, 5, 8, 9]
+
+
+def test_random_routes_are_seeded_and_of_the_size_asked_for(setting):
+    samples = make(setting).make("single_needle", 1024, 6)
+    routes = random_routes(samples, 10, 3)
+    assert (routes.sum(1) == 3).all() and torch.equal(routes, random_routes(samples, 10, 3))
+    assert not torch.equal(routes, random_routes(samples, 10, 3, seed=1))
+    assert len({tuple(row.tolist()) for row in routes}) > 1
+
+
+def test_rows_are_what_forcing_by_hand_gives(setting):
+    evaluation = make(setting)
+    rows = {(row["task"], row["method"]): row for row in evaluation.rows()}
+    assert set(rows) == {(family, method) for family in evaluation.families for method in quality.METHODS}
+    routed = [sum(rows[family, "routed"]["fa_rate"].values()) for family in evaluation.families]
+    count = math.ceil(sum(routed) / 2 - 1e-6)
+    static = rows["plain", "static"]["full_layers"]
+    assert len(static) == count and rows["single_needle", "static"]["full_layers"] == static
+    assert rows["plain", "static"]["sparsity"] == rows["plain", "random"]["sparsity"] == 1 - count / 10
+    assert rows["plain", "dense"]["sparsity"] == 0 and rows["plain", "sparse"]["sparsity"] == 1
+    model, tokenizer, haystack = setting
+    from flux_attention import attach
+
+    routing = attach(model, shipped.ROUTERS)
+    try:
+        for method, spec in (("dense", "full"), ("sparse", "sparse"), ("static", static), ("routed", None)):
+            with routing.force(spec):
+                scores = evaluate(model, evaluation.make("plain", 1024, 3), routing)
+            assert rows["plain", method]["perplexity"] == pytest.approx(scores.perplexity, abs=1e-4)
+            assert rows["plain", method]["low"] < scores.perplexity < rows["plain", method]["high"]
+    finally:
+        routing.detach()
+
+
+def test_what_is_done_is_not_measured_again(setting, tmp_path, monkeypatch):
+    evaluation = make(setting, methods=["dense", "sparse"])
+    ran = []
+    real = quality.evaluate
+    monkeypatch.setattr(quality, "evaluate", lambda *a: ran.append(1) or real(*a))
+
+    class Stop(Exception):
+        pass
+
+    def stop(text):
+        if len(ran) == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        quality.run(evaluation, tmp_path, False, stop)
+    assert len(json.loads((tmp_path / "quality.json").read_text())["rows"]) == 3
+    rows = quality.run(evaluation, tmp_path, False, lambda text: None)
+    assert len(ran) == 4 and len(rows) == 4
+    with pytest.raises(ValueError, match=r"other settings \(samples\)"):
+        quality.run(make(setting, methods=["dense"], samples=2), tmp_path, False, lambda text: None)
+    assert len(quality.run(make(setting, methods=["dense"], samples=2), tmp_path, True, lambda text: None)) == 2
+
+
+def test_wrong_requests_are_refused(setting):
+    for changes, message in (
+        (dict(families=["poems"]), r"unknown families \['poems'\]"),
+        (dict(methods=["magic"]), r"unknown methods \['magic'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(setting, **changes)
+    model, tokenizer, haystack = setting
+    with pytest.raises(ValueError, match="at least one adapter"):
+        Evaluation(model, tokenizer, [], haystack, ["plain"], [1024])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.data())
+def test_wilsons_interval_solves_its_equation(n, data):
+    right = data.draw(st.integers(0, n))
+    scores = Scores(right=[True] * right + [False] * (n - right))
+    for bound in scores.accuracy_interval:
+        assert -1e-9 <= bound <= 1 + 1e-9
+        assert (scores.accuracy - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / n, abs=1e-9)
+
+
+def row(task, method, value, routers=None, length=4096, sparsity=0.5):
+    measured = {"perplexity": value} if task == "plain" else {"accuracy": value}
+    facts = dict(task=task, method=method, routers=routers, seq_len=length, n=10, sparsity=sparsity)
+    return {**facts, **measured, "low": value - 0.1, "high": value + 0.1, "fa_rate": {"0": 0.25, "3": 1.0}}
+
+
+def test_the_report_shows_every_number(tmp_path):
+    rows = [row("copy", "dense", 0.875, sparsity=0.0), row("plain", "dense", 3.125, sparsity=0.0)]
+    rows += [row("copy", "routed", 0.75, "a/<x>"), row("plain", "routed", 3.25, "a/<x>")]
+    rows += [row("copy", "routed", 0.5, "a/y"), row("copy", "static", 0.25, "a/y")]
+    path = tmp_path / "quality.json"
+    path.write_text(json.dumps({"meta": {"device": "cpu", "settings": {"samples": 10}}, "rows": rows}))
+    page, markdown = write_report(path, tmp_path / "out")
+    page, markdown = page.read_text(), markdown.read_text()
+    for number in ("0.875", "3.125", "0.750", "3.250", "0.500", "0.250"):
+        assert number in page and number in markdown
+    assert "routed (&lt;x&gt;)" in page and "<x>" not in page
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<dc:type[^>]*>|<cc:[^>]*>', "", page.split("<h2>")[1])
+    for figure in re.findall(r"<svg.*?</svg>", page, re.S):
+        xml.dom.minidom.parseString(figure)
+    assert page.count("<svg") == 3 and "currentColor" in page and "prefers-color-scheme: dark" in page
+    dense = next(each for each in summary(rows) if each["method"] == "dense")
+    assert (dense["accuracy"], dense["perplexity"], dense["sparsity"]) == (0.875, 3.125, 0.0)
+    path.write_text(json.dumps({"meta": {}, "rows": []}))
+    with pytest.raises(ValueError, match="no quality rows"):
+        write_report(path, tmp_path)
+
+
+def test_the_command_evaluates_the_shipped_model(tmp_path):
+    arguments = ["--families", "multi_key,plain", "--lengths", "1K", "--samples", "2", "--methods", "dense,routed"]
+    text = tmp_path / "text.py"
+    text.write_text("def f(x):\n    return x\n" * 400)
+    result = flux("eval", "shipped", *arguments, "--text", str(text), "--output", str(tmp_path / "o"))
+    assert result.returncode == 0, result.stderr
+    assert "routed (routers)" in result.stdout and (tmp_path / "o" / "report.html").exists()
+    wrong = flux("eval", "shipped", "--families", "poems", "--text", str(text), "--output", str(tmp_path / "p"))
+    assert wrong.returncode == 1 and "unknown families" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
