@@ -285,13 +285,13 @@ def _numbers(text: str, kind: type, least: float, most: float) -> list:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="attention, prefill, decode or memory.", show_default=False)],
+    what: Annotated[str, typer.Argument(help="attention, prefill, decode, training or memory.", show_default=False)],
     shapes: Annotated[str, typer.Option(help="Sizes of the model: qwen3-8b, llama-3.1-8b.")] = "qwen3-8b",
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "1K,2K,4K,8K,16K,32K,64K,128K,256K",
     sparsities: Annotated[str, typer.Option(help="Forced Ω_MSR.")] = "0,0.25,0.5,0.75,0.9",
     batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
     compile: Annotated[bool, typer.Option(help="prefill, decode: layers fused by torch.compile.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="prefill: times at least.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="prefill, training: times at least.")] = 3,
     gpu_gb: Annotated[float, typer.Option(help="memory: 10⁹ bytes to fit into.")] = 141.0,
     output: Annotated[Optional[Path], typer.Option(help="Folder for JSON, written after every row.")] = None,  # noqa: UP045
 ):
@@ -306,6 +306,12 @@ def bench(
     ratios = _numbers(sparsities, float, 0, 1)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)  # fails now, not after the first measurement
+
+    def train_speed(shape: str):
+        from flux_attention.evaluation.speed_training import training  # which needs what the Trainer needs
+
+        return training(shape, tokens, repeats)
+
     measures = {
         "attention": {
             "attention_prefill": lambda shape: speed.attention_prefill(shape, tokens, ratios),
@@ -313,6 +319,7 @@ def bench(
         },
         "prefill": {"e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, ratios, compile, repeats)},
         "decode": {"e2e_decode": lambda shape: speed_model.decode(shape, tokens, sequences, ratios, compile)},
+        "training": {"training": train_speed},
         "memory": {"memory": lambda shape: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9))},
     }
     if what not in measures:

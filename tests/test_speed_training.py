@@ -1,0 +1,45 @@
+"""What the training benchmark runs and counts; its timing is for GPUs."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from flux_attention import FluxConfig, attach
+from flux_attention.evaluation import speed_training
+from flux_attention.training.objective import SparsityObjective
+from flux_attention.training.trainer import RoutedTraining
+
+
+@pytest.fixture
+def routing(monkeypatch):
+    monkeypatch.setattr(speed_training, "LABELS", 8)
+    return attach(tiny_model("qwen3"), FluxConfig(sink=4, window=9, pool_size=6))
+
+
+def test_both_formulas_give_the_same_loss_and_gradients(routing):
+    module = RoutedTraining(routing, SparsityObjective({"all": 0.5}, initial=0.5))
+    pack = speed_training.pack_of(routing, 40)
+    grads = []
+    for formula in (speed_training.plain_formula(), torch.enable_grad()):
+        with formula:
+            outputs = module(**pack)
+            outputs["loss"].backward()
+        assert outputs["gates_NL"].tolist() == [[1, 0, 1]]
+        grads.append([parameter.grad.clone() for parameter in routing.routers.parameters()])
+        module.zero_grad()
+    for plain, mixed in zip(*grads, strict=True):
+        torch.testing.assert_close(mixed, plain, atol=1e-7, rtol=1e-4)
+
+
+def test_flops_are_those_of_the_sizes(routing, monkeypatch):
+    monkeypatch.setattr(speed_training, "PATTERN", routing.pattern)
+    model, length = routing.model, 40
+    linear = sum(
+        module.weight.numel() for layer in model.model.layers for module in layer.modules()
+        if isinstance(module, torch.nn.Linear)
+    )  # fmt: skip
+    norms = sum(parameter.numel() for name, parameter in model.model.named_parameters() if "norm" in name)
+    dense, sparse = length * (length + 1) // 2, int(routing.pattern.mask(length).sum())
+    attention = 4 * 4 * 16 * (3 * (dense + sparse) + 2.5 * (2 * dense + sparse))
+    expected = 4 * length * (linear + norms) + 4 * 8 * model.lm_head.weight.numel() + attention
+    assert speed_training.necessary_flops(routing, length) == pytest.approx(expected)
