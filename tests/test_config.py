@@ -25,6 +25,7 @@ def test_file_round_trip(tmp_path):
     "values, message",
     [
         ({"patern": "streaming"}, r"unknown FluxConfig keys \['patern'\]"),
+        ({"granularity": "token"}, "granularity is 'token', expected one of"),
         ({"pattern": "dense"}, "pattern is 'dense', expected one of"),
         ({"window": 0}, "window is 0, expected a whole number, at least 1"),
         ({"sink": -1}, "sink is -1"),
@@ -37,7 +38,10 @@ def test_file_round_trip(tmp_path):
         ({"base_model": {**asdict(BASE), "routed_layers": "12"}}, "base_model.routed_layers is '12'"),
         ({"base_model": {**asdict(BASE), "routed_layers": 3}}, "base_model.routed_layers is 3"),
         ({"base_model": {**asdict(BASE), "model_type": 3}}, "base_model.model_type is 3"),
-        ({"pattern": "triangle"}, r"missing keys \['base_model', 'last_n', 'pool_size', 'sink', 'window'\]"),
+        (
+            {"pattern": "triangle"},
+            r"missing keys \['base_model', 'granularity', 'last_n', 'pool_size', 'sink', 'window'\]",
+        ),
         ([], "expected a JSON object"),
     ],
 )

@@ -59,7 +59,8 @@ def test_random_routes_are_seeded_and_of_the_size_asked_for(setting):
 def test_rows_are_what_forcing_by_hand_gives(setting):
     evaluation = make(setting)
     rows = {(row["task"], row["method"]): row for row in evaluation.rows()}
-    assert set(rows) == {(family, method) for family in evaluation.families for method in quality.METHODS}
+    methods = ("dense", "sparse", "routed", "static", "random")
+    assert set(rows) == {(family, method) for family in evaluation.families for method in methods}
     routed = [sum(rows[family, "routed"]["fa_rate"].values()) for family in evaluation.families]
     count = math.ceil(sum(routed) / 2 - 1e-6)
     static = rows["plain", "static"]["full_layers"]
@@ -78,6 +79,27 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
             assert rows["plain", method]["low"] < scores.perplexity < rows["plain", method]["high"]
     finally:
         routing.detach()
+
+
+def test_head_adapters_have_methods_of_their_own(setting, tmp_path):
+    from flux_attention import FluxConfig, attach
+
+    model, tokenizer, haystack = setting
+    routing = attach(model, FluxConfig(sink=64, window=704, pool_size=16, granularity="head"))
+    torch.manual_seed(0)
+    for router in routing.routers.values():
+        torch.nn.init.normal_(router.head[-1].weight, std=3.0)
+        router.head[-1].bias.data.zero_()
+    routing.save_pretrained(tmp_path / "heads")
+    routing.detach()
+    sizes = dict(samples=2, calibration=1, batch_size=1)
+    evaluation = Evaluation(model, tokenizer, [str(tmp_path / "heads")], haystack, ["plain"], [1024], **sizes)
+    rows = {row["method"]: row for row in evaluation.rows()}
+    assert list(rows) == ["dense", "sparse", "head", "head-static"]
+    units = rows["head"]["fa_rate"]
+    assert list(units)[:3] == ["0.0", "0.1", "1.0"] and 0 < sum(units.values()) < len(units)
+    full = sum(rows["head-static"]["fa_rate"].values())
+    assert full == math.ceil(sum(units.values()) - 1e-6) and set(rows["head-static"]["fa_rate"].values()) <= {0.0, 1.0}
 
 
 def test_what_is_done_is_not_measured_again(setting, tmp_path, monkeypatch):

@@ -356,6 +356,18 @@ def test_a_run_leaves_an_adapter_and_a_frozen_model(recipe, base, capsys):
         check_output(recipe, folder)
 
 
+def test_head_level_routers_train_by_the_same_recipe(recipe):
+    recipe = Recipe.from_dict({**recipe.to_dict(), "routers": dict(sink=4, window=12, pool_size=6, granularity="head")})
+    recipe.training["max_steps"] = 2
+    trainer = train(recipe)
+    assert trainer.routing.config.granularity == "head" and trainer.routing.gates.shape[1] == 3 * 2
+    rows = json.loads((Path(recipe.output) / "training_log.json").read_text())
+    assert {key.split("fa_rate_")[1] for row in rows for key in row if key.startswith("Code/fa")} == {
+        f"{layer}.{head}" for layer in range(3) for head in range(2)
+    }
+    assert "6 KV heads" in (Path(recipe.output) / "README.md").read_text()
+
+
 def command(recipe, tmp_path, processes=1):
     recipe.to_yaml(tmp_path / "recipe.yaml")
     start = [sys.executable, "-m"]

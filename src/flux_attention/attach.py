@@ -122,6 +122,8 @@ class Routing:
         which gradients flow to the routers.
     """
 
+    call_type = Call
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -146,6 +148,15 @@ class Routing:
         self._decoder: nn.Module | None = None
         self._stock_attention: str | None = None
 
+    @property
+    def units(self) -> tuple:
+        """What is decided on, in the order of routes and gates: the routed layers."""
+        return self.layers
+
+    def router(self, unit) -> LayerRouter:
+        """The router that decides on ``unit``."""
+        return self.routers[str(unit)]
+
     def __repr__(self) -> str:
         return f"Routing({len(self.layers)} layers of {self.config.base_model.name}, {self.pattern})"
 
@@ -161,7 +172,7 @@ class Routing:
             the routers decide, also within another ``force``.
         """
         if routes is not None and not isinstance(routes, torch.Tensor):
-            parse_routes(routes, 1, self.layers)  # a wrong request fails here, not in the next forward
+            parse_routes(routes, 1, self.units)  # a wrong request fails here, not in the next forward
         before, self.forced = self.forced, routes
         try:
             yield self
@@ -355,7 +366,7 @@ class Routing:
                     f"sequences' lengths {tokens.lengths}"
                 )
         layers = {} if cache is None else {index: cache.layers[index] for index in self.layers}
-        call = Call(self, tokens, prompt_lengths, layers)
+        call = self.call_type(self, tokens, prompt_lengths, layers)
         if call.soft and cache is not None:
             raise ValueError("soft routing is for training and keeps no KV cache; pass use_cache=False")
         for cached in call.layers.values():
@@ -702,6 +713,9 @@ def attach(
         device = next(attention.parameters()).device
         if device.type != "meta":
             modules[str(index)].to(device)
-    routing = Routing(model, config, modules, keep_full_kv, cuda_graphs, compile)
+    kind = Routing
+    if config.granularity == "head":
+        from flux_attention.heads import HeadRouting as kind  # which builds on this module
+    routing = kind(model, config, modules, keep_full_kv, cuda_graphs, compile)
     routing._hook(decoder, attentions)
     return routing

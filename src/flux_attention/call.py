@@ -96,14 +96,14 @@ class Call:
         self.gates: dict[int, torch.Tensor] = {}
         self.forced: torch.Tensor | None = None
         if self.decides and routing.forced is not None:
-            self.forced = parse_routes(routing.forced, self.batch, routing.layers)
+            self.forced = parse_routes(routing.forced, self.batch, routing.units)
         # Whether both branches run and the gates carry gradients; kept here as recomputation may come after the
         # `soft` block has ended.
         self.temperature = routing.temperature if self.decides and self.forced is None else None
         self.noise = routing.noise
-        if self.soft and self.noise is not None and self.noise.shape != (self.batch, len(routing.layers), 2):
+        if self.soft and self.noise is not None and self.noise.shape != (self.batch, len(routing.units), 2):
             raise ValueError(
-                f"the noise has shape {tuple(self.noise.shape)}, expected {(self.batch, len(routing.layers), 2)}: "
+                f"the noise has shape {tuple(self.noise.shape)}, expected {(self.batch, len(routing.units), 2)}: "
                 "sequences, routed layers, 2"
             )
         if self.decides and not self.is_prompt and min(tokens.lengths) == 0:
@@ -118,11 +118,11 @@ class Call:
     def decide(self, layer: int, query_BSHD: torch.Tensor) -> None:
         """Decide one layer's routes from its query states."""
         if self.forced is not None:
-            self._set(layer, self.forced[:, self.routing.layers.index(layer)].tolist())
+            self._set(layer, self.forced[:, self.routing.units.index(layer)].tolist())
             return
         if layer in self.routes and not self.finished:
             raise UnsupportedModelError(f"layer {layer} computes its query twice in a call, so it cannot be routed")
-        router = self.routing.routers[str(layer)]
+        router = self.routing.router(layer)
         device = query_BSHD.device
         if next(router.parameters()).device != device:
             router.to(device)
@@ -130,7 +130,7 @@ class Call:
         logits = router(pool_query(query_BSHD, columns, weights))
         if self.soft:
             self.logits[layer] = logits.detach()
-            noise = None if self.noise is None else self.noise[:, self.routing.layers.index(layer)]
+            noise = None if self.noise is None else self.noise[:, self.routing.units.index(layer)]
             self.gates[layer] = soft_route(logits, self.temperature, noise)
             self.routes[layer] = (self.gates[layer].detach() > 0.5).tolist()
             return
@@ -163,7 +163,7 @@ class Call:
         """Check that every layer took part, and publish what was decided."""
         self.finished = True
         routing = self.routing
-        missing = sorted(set(routing.layers) - self.attended)
+        missing = sorted(set(routing.units) - self.attended)
         if missing:
             raise UnsupportedModelError(
                 f"layers {missing} did not call the registered attention function, so this model (or this way of "
@@ -173,20 +173,20 @@ class Call:
             return
         if self.soft:
             trained = any(parameter.requires_grad for parameter in routing.routers.parameters())
-            if trained and torch.is_grad_enabled() and not self.gates[routing.layers[0]].requires_grad:
+            if trained and torch.is_grad_enabled() and not self.gates[routing.units[0]].requires_grad:
                 raise ValueError(
                     "the gates carry no gradient: reentrant gradient checkpointing runs layers without one; enable it "
                     "with gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
-            routing.gates = torch.stack([self.gates[layer].cpu() for layer in routing.layers], dim=1)
+            routing.gates = torch.stack([self.gates[unit].cpu() for unit in routing.units], dim=1)
             decided = routing.gates.detach() > 0.5
         else:
-            decided = torch.tensor([self.routes_of(layer) for layer in routing.layers]).T
+            decided = torch.tensor([self.routes_of(unit) for unit in routing.units]).T
         logits = None
         if self.forced is None:
-            logits = torch.stack([self.logits[layer].cpu() for layer in routing.layers], dim=1)
+            logits = torch.stack([self.logits[unit].cpu() for unit in routing.units], dim=1)
         lengths = tuple(old + new for old, new in zip(self.past, self.prompt_lengths, strict=True))
-        routing.routes = Routes(decided, logits, routing.layers, lengths, routing.pattern)
+        routing.routes = Routes(decided, logits, routing.units, lengths, routing.pattern)
 
     # Attention of one layer.
 

@@ -12,6 +12,8 @@ from typing import Any
 MOST_TOKENS = 2**28
 #: Names of the sparse-attention patterns (METHOD: "Patterns").
 PATTERNS = ("streaming", "triangle")
+#: What one decision is about; heads are for comparison.
+GRANULARITIES = ("layer", "head")
 
 
 def _check_int(name: str, value: Any, least: int) -> None:
@@ -111,6 +113,8 @@ class FluxConfig:
         ``triangle`` only: so many last prompt tokens attend fully.
     pool_size : int
         The router reads the first and the last ``pool_size`` prompt tokens (P).
+    granularity : {"layer", "head"}
+        What one decision is about: a whole layer, or (to compare with, see ``heads``) one of its KV heads.
     base_model : BaseModel, optional
         Filled in by ``attach``; checked when routers are loaded.
 
@@ -125,11 +129,14 @@ class FluxConfig:
     window: int = 1024
     last_n: int = 128
     pool_size: int = 100
+    granularity: str = "layer"
     base_model: BaseModel | None = None
 
     def __post_init__(self):
         if self.pattern not in PATTERNS:
             raise FluxConfigError(f"pattern is {self.pattern!r}, expected one of {list(PATTERNS)}")
+        if self.granularity not in GRANULARITIES:
+            raise FluxConfigError(f"granularity is {self.granularity!r}, expected one of {list(GRANULARITIES)}")
         for name, least in (("sink", 0), ("window", 1), ("last_n", 1), ("pool_size", 1)):
             _check_int(name, getattr(self, name), least)
             if getattr(self, name) > MOST_TOKENS:

@@ -2,15 +2,18 @@
 
 Methods (all see the same samples):
 
-======== ===================================================================================================
-dense    every layer full
-sparse   every layer sparse
-routed   what the layer routers decide
-static   one set of full layers for every input, chosen greedily by loss on calibration samples
-random   a random set for every input
-======== ===================================================================================================
+=========== =================================================================================================
+dense       every layer full
+sparse      every layer sparse
+routed      what the layer routers decide
+static      one set of full layers for every input, chosen greedily by loss on calibration samples
+random      a random set for every input
+head        what routers of granularity ``head`` decide, for each KV head
+head-static one set of full heads for every input: those that such routers like best on calibration samples
+=========== =================================================================================================
 
-``static`` and ``random`` have as many full layers as ``routed`` has on average over all families, rounded up.
+``static`` and ``random`` have as many full layers as ``routed`` has on average over all families, rounded up, and
+``head-static`` as many heads as ``head``.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from flux_attention.evaluation.harness import Scores, evaluate
 from flux_attention.evaluation.results import write_results
 from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Sample, make_sample
 
-METHODS = ("dense", "sparse", "routed", "static", "random")
+METHODS = ("dense", "sparse", "routed", "static", "random", "head", "head-static")
 #: Calibration samples start from this seed, the report's from 0.
 CALIBRATION_SEED = 10_000_000
 
@@ -58,6 +61,15 @@ def greedy_layers(
                 losses[layer] = loss([*chosen, layer])
         chosen.append(min(losses, key=losses.__getitem__))
     return sorted(chosen)
+
+
+def liked_routes(routing, samples: Sequence[Sample], count: int, batch_size: int) -> torch.Tensor:
+    """bool (U,): the ``count`` layers or heads whose routers give full attention the highest mean probability."""
+    liked = torch.zeros(len(routing.units))
+    for sample in samples:
+        evaluate(routing.model, [sample], routing, batch_size)
+        liked += routing.routes.logits_BL2[0].softmax(-1)[:, 1]
+    return torch.zeros(len(liked), dtype=torch.bool).scatter(0, liked.topk(count).indices, True)
 
 
 def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int = 0) -> torch.Tensor:
@@ -174,7 +186,7 @@ class Evaluation:
                 "n": len(samples),
                 "sparsity": round(scores.msr, 4),
                 **_measures(family, scores),
-                "fa_rate": {str(layer): round(rate, 4) for layer, rate in zip(routing.layers, rates, strict=True)},
+                "fa_rate": {_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
                 **more,
             }
 
@@ -182,13 +194,23 @@ class Evaluation:
             if method in self.methods and first:
                 for family in self.families:
                     yield row(family, method, spec)
-        if not {"routed", "static", "random"} & set(self.methods):
+        by_head = routing.config.granularity == "head"
+        named = ("head", "head-static") if by_head else ("routed", "static", "random")
+        if not set(named) & set(self.methods):
             return
         for family in self.families:
-            found = row(family, "routed", None)
+            found = row(family, named[0], None)
             counts.append(sum(found["fa_rate"].values()))
             yield found
-        count = min(len(routing.layers), math.ceil(fmean(counts) - 1e-6))
+        count = min(len(routing.units), math.ceil(fmean(counts) - 1e-6))
+        if by_head:
+            if "head-static" in self.methods:
+                tell(f"{length} tokens: static heads")
+                calibration = [sample for samples in self._calibration(length) for sample in samples]
+                liked = liked_routes(routing, calibration, count, self.batch_size)
+                for family in self.families:
+                    yield row(family, "head-static", liked)
+            return
         if "static" in self.methods:
             chosen = self._static(routing, adapter, length, count, have, tell)
             for family in self.families:
@@ -197,12 +219,15 @@ class Evaluation:
             for family in self.families:
                 yield row(family, "random", lambda samples: random_routes(samples, len(routing.layers), count))
 
+    def _calibration(self, length: int) -> list[list[Sample]]:
+        return [self.make(family, length, self.calibration, CALIBRATION_SEED) for family in self.families]
+
     def _static(self, routing, adapter, length, count, have, tell) -> list[int]:
         for family in self.families:
             found = have.get(_key(dict(task=family, method="static", seq_len=length, routers=adapter)))
             if found is not None:
                 return found["full_layers"]
-        calibration = [self.make(family, length, self.calibration, CALIBRATION_SEED) for family in self.families]
+        calibration = self._calibration(length)
 
         def loss(chosen: list[int]) -> float:
             return fmean(
@@ -210,6 +235,10 @@ class Evaluation:
             )
 
         return greedy_layers(loss, routing.layers, count, tell)
+
+
+def _name(unit: int | tuple[int, int]) -> str:
+    return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))
 
 
 def _measures(family: str, scores: Scores) -> dict[str, float]:

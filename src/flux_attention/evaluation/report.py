@@ -12,6 +12,7 @@ from typing import Any
 #: A colour that the page replaces by the text's own, light or dark.
 INK = "#010203"
 COLOURS = {"dense": "#009e73", "sparse": "#888888", "routed": "#d55e00", "static": "#0072b2", "random": "#cc79a7"}
+COLOURS |= {"head": "#e69f00", "head-static": "#56b4e9"}
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;

@@ -14,7 +14,7 @@ from flux_attention import shipped
 from flux_attention.attach import Routing, attach
 from flux_attention.training.data import PackedExamples, load_data
 from flux_attention.training.recipe import Recipe, RecipeError
-from flux_attention.training.trainer import RouterTrainer, last_checkpoint, training_arguments
+from flux_attention.training.trainer import RouterTrainer, last_checkpoint, training_arguments, unit_name
 
 #: The name that adapters give the model that comes along.
 SHIPPED = "flux-attention/shipped"
@@ -127,12 +127,12 @@ def finish(trainer: RouterTrainer, folder: Path, data: PackedExamples) -> None:
     rows = history(trainer)
     trainer.routing.save_pretrained(folder)
     (folder / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    plot(rows, trainer.recipe, trainer.routing.layers, folder / "training.svg")
+    plot(rows, trainer.recipe, list(map(unit_name, trainer.routing.units)), folder / "training.svg")
     (folder / "README.md").write_text(card(trainer, rows, data), encoding="utf-8")
 
 
-def plot(rows: list[dict[str, float]], recipe: Recipe, layers: tuple[int, ...], path: Path) -> None:
-    """Ω_MSR, loss and multipliers of each class over the steps, and each layer's FA rate at the end."""
+def plot(rows: list[dict[str, float]], recipe: Recipe, units: list[str], path: Path) -> None:
+    """Ω_MSR, loss and multipliers of each class over the steps; how often each layer or head ran full at the end."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -160,11 +160,11 @@ def plot(rows: list[dict[str, float]], recipe: Recipe, layers: tuple[int, ...], 
         rates = []
         for name in names:
             last = [row for row in rows if f"{name}/msr" in row][-max(1, len(rows) // 10) :]
-            rates.append([sum(row[f"{name}/fa_rate_{layer}"] for row in last) / len(last) for layer in layers])
+            rates.append([sum(row[f"{name}/fa_rate_{unit}"] for row in last) / len(last) for unit in units])
         image = axes[1, 1].imshow(rates, vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axes[1, 1].set_yticks(range(len(names)), names)
-        axes[1, 1].set_xticks(range(len(layers)), layers, fontsize=7)
-        axes[1, 1].set_title("share of full attention, by layer, at the end", size=9)
+        axes[1, 1].set_xticks(range(len(units)), units, fontsize=7 if len(units) < 40 else 3, rotation=90)
+        axes[1, 1].set_title("share of full attention at the end, by layer or head", size=9)
         figure.colorbar(image, ax=axes[1, 1])
         figure.savefig(path, facecolor="white", metadata={"Date": None})
         plt.close(figure)
@@ -174,6 +174,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
     """The adapter's README: base model, how to use it, what it reached, and how it was trained."""
     recipe, routing = trainer.recipe, trainer.routing
     base = routing.config.base_model
+    kind = "layers" if routing.config.granularity == "layer" else "KV heads"
     lines = [
         "---",
         f"base_model: {base.name}",
@@ -184,7 +185,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         f"# Layer routers for {base.name}",
         "",
         f"A [flux-attention](https://pypi.org/project/flux-attention/) adapter: for each prompt and each of "
-        f"{len(routing.layers)} layers it picks full or sparse attention ({routing.config.pattern}, sink "
+        f"{len(routing.units)} {kind} it picks full or sparse attention ({routing.config.pattern}, sink "
         f"{routing.config.sink}, window {routing.config.window}).",
         "",
         "```python",

@@ -238,7 +238,7 @@ class RouterTrainer(Trainer):
         knobs, step = self.recipe.objective, self.state.global_step
         progress = step / max(1, self.state.max_steps)
         tau = temperature(progress, knobs.temperature_start, knobs.temperature_end, knobs.temperature_until)
-        noise = noise_of(self.args.seed, step, numbers, len(self.routing.layers))
+        noise = noise_of(self.args.seed, step, numbers, len(self.routing.units))
         outputs = model(**inputs, temperature=tau, noise=noise, progress=progress)
         self._note(inputs["classes"], outputs)
         loss = outputs["loss"]
@@ -267,8 +267,8 @@ class RouterTrainer(Trainer):
                 if count:
                     rates = [rate / count for rate in full]
                     logs |= {f"{name}/lm_loss": lm_loss / count, f"{name}/msr": 1 - sum(rates) / len(rates)}
-                    for layer, rate in zip(self.routing.layers, rates, strict=True):
-                        logs[f"{name}/fa_rate_{layer}"] = rate
+                    for unit, rate in zip(self.routing.units, rates, strict=True):
+                        logs[f"{name}/fa_rate_{unit_name(unit)}"] = rate
         super().log(logs, start_time)
 
     # Checkpoints hold routers and multipliers alone.
@@ -318,6 +318,11 @@ class Progress(ProgressCallback):
             print(line, flush=True)
         else:
             self.training_bar.write(line)
+
+
+def unit_name(unit: int | tuple[int, int]) -> str:
+    """Of a layer ``3``, of a KV head ``3.1``."""
+    return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

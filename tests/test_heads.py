@@ -1,0 +1,132 @@
+"""Routing by KV head: exact per head, no KV cache, the same training and adapters."""
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_model
+from test_attach import ids, packed, randomize
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import flux_attention.call
+from flux_attention import FluxConfig, UnsupportedModelError, attach
+from flux_attention.evaluation.quality import liked_routes
+from flux_attention.patterns import Full
+
+CONFIG = FluxConfig(sink=4, window=9, last_n=5, pool_size=6, granularity="head")
+FAMILIES = ["llama", "qwen3", "phi3", "olmo2", "glm4"]
+
+
+def plain_attention(gates, layers, pattern):
+    """O = z · FA + (1 − z) · SA with a gate a KV head, written out with dense masks: ``gates`` is (B, U)."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        length, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
+        place = layers.index(module.layer_idx) * kv_heads
+        z = gates[:, place : place + kv_heads].repeat_interleave(heads // kv_heads, 1)[:, :, None, None]
+        key, value = (states.repeat_interleave(heads // kv_heads, 1) for states in (key, value))
+        scores = query @ key.transpose(-1, -2) * scaling
+        masks = Full().mask(length), pattern.mask(length)
+        full, sparse = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value for mask in masks)
+        return (z * full + (1 - z) * sparse).transpose(1, 2), None
+
+    return attention
+
+
+def plain_logits(model, routing, gates, **inputs):
+    routing.detach()
+    ALL_ATTENTION_FUNCTIONS.register("plain-heads", plain_attention(gates, routing.layers, routing.pattern))
+    model.get_decoder().config._attn_implementation = "plain-heads"
+    return model(use_cache=False, **inputs).logits
+
+
+def test_fresh_routers_change_nothing():
+    model = tiny_model("qwen3")
+    with torch.no_grad():
+        expected = model(ids(2, 40)).logits
+        routing = attach(model, CONFIG)
+        torch.testing.assert_close(model(ids(2, 40)).logits, expected, atol=1e-6, rtol=1e-5)
+    assert routing.routes.routes_BL.shape == (2, 3 * 2) and routing.routes.routes_BL.all()
+    assert routing.units[:3] == ((0, 0), (0, 1), (1, 0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_head_attends_by_its_own_route(family):
+    model = tiny_model(family)
+    routing = randomize(attach(model, CONFIG))
+    with torch.no_grad():
+        logits = model(ids(3, 40)).logits
+        routes = routing.routes.routes_BL
+        assert 0 < routes.float().mean() < 1 and len(set(map(tuple, routes.tolist()))) > 1
+        expected = plain_logits(model, routing, routes.float(), input_ids=ids(3, 40))
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_forced_heads_and_sparsity():
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+    spec = torch.tensor([1, 0, 0, 0, 1, 1])
+    with torch.no_grad(), routing.force(spec):
+        logits = model(ids(2, 40)).logits
+    assert routing.routes.msr == [0.5, 0.5]
+    expected = plain_logits(model, routing, spec.float().expand(2, 6), input_ids=ids(2, 40)).detach()
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_are_those_of_the_plain_formula(monkeypatch):
+    model, prompt = tiny_model("qwen3").double(), ids(2, 40)
+    gates = [torch.tensor(z, dtype=torch.float64, requires_grad=True) for z in ([1.0, 0], [0.0, 0], [0.0, 1]) * 2]
+    remaining = list(gates)
+    embeds = model.get_input_embeddings()(prompt).detach().requires_grad_()
+    weight = torch.randn(2, 40, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    routing = attach(model, CONFIG)
+    monkeypatch.setattr(flux_attention.call, "soft_route", lambda logits, temperature, noise: remaining.pop(0))
+    with routing.soft(1.0):
+        logits = model(inputs_embeds=embeds).logits
+    actual = torch.autograd.grad((logits * weight).sum(), [embeds, *gates])
+    plain = plain_logits(model, routing, torch.stack(gates, dim=1), inputs_embeds=embeds)
+    expected = torch.autograd.grad((plain * weight).sum(), [embeds, *gates])
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
+    assert all(gradient.abs().max() > 0 for gradient in actual)
+
+
+def test_packed_sequences_are_as_if_alone():
+    model = tiny_model("qwen3")
+    routing = randomize(attach(model, CONFIG))
+    rows = [ids(1, length, length)[0] for length in (30, 12, 44)]
+    with torch.no_grad():
+        together = model(**packed(rows)).logits[0].split([len(row) for row in rows])
+        routes = routing.routes.routes_BL
+        for index, row in enumerate(rows):
+            torch.testing.assert_close(together[index], model(row[None]).logits[0], atol=2e-5, rtol=1e-4)
+            assert torch.equal(routing.routes.routes_BL[0], routes[index])
+
+
+def test_generation_is_refused_and_adapters_keep_what_they_are(tmp_path):
+    model = tiny_model("qwen3")
+    routing = randomize(attach(model, CONFIG))
+    with pytest.raises(UnsupportedModelError, match="cannot generate"):
+        model.generate(ids(1, 20), max_new_tokens=2)
+    with torch.no_grad():
+        model(ids(2, 40))
+        routes = routing.routes.routes_BL
+        routing.save_pretrained(tmp_path)
+        routing.detach()
+        loaded = attach(model, tmp_path)
+        model(ids(2, 40))
+    assert loaded.config.granularity == "head" and torch.equal(loaded.routes.routes_BL, routes)
+
+
+def test_liked_heads_are_those_of_the_highest_probability():
+    model = tiny_model("qwen3")
+    routing = randomize(attach(model, CONFIG))
+
+    class One:
+        input_ids = ids(1, 40)[0].numpy()
+        answers = [(30, 40)]  # noqa: RUF012
+        prompt_ids = input_ids[:30]
+
+    liked = liked_routes(routing, [One], 2, 1)
+    with torch.no_grad():
+        model(ids(1, 40), prompt_lengths=[30])
+    probability = routing.routes.logits_BL2[0].softmax(-1)[:, 1]
+    assert liked.sum() == 2 and probability[liked].min() >= probability[~liked].max()
