@@ -327,7 +327,7 @@ def test_noise_depends_on_seed_step_and_sequence_alone():
 
 def losses(folder):
     rows = json.loads((Path(folder) / "training_log.json").read_text())
-    return [(row["step"], row["loss"], row.get("Code/msr")) for row in rows]
+    return [(row["step"], row["loss"], row["grad_norm"], row.get("Code/msr")) for row in rows]
 
 
 def test_a_run_leaves_an_adapter_and_a_frozen_model(recipe, base, capsys):
@@ -419,8 +419,8 @@ def test_two_processes_give_the_same_run_as_one(recipe, tmp_path):
     done = subprocess.run(command(recipe, tmp_path, 2), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for one, two in zip(losses(alone), losses(shared), strict=True):
-        assert one[0] == two[0] and one[1] == pytest.approx(two[1], abs=1e-4)
-        assert one[2] == pytest.approx(two[2], abs=1e-6) if one[2] is not None else two[2] is None
+        assert one[0] == two[0] and one[1:3] == pytest.approx(two[1:3], abs=1e-4)
+        assert one[3] == pytest.approx(two[3], abs=1e-6) if one[3] is not None else two[3] is None
     first, second = (load_file(folder / "routers.safetensors") for folder in (alone, shared))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)

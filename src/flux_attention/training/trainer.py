@@ -86,8 +86,6 @@ class RoutedTraining(nn.Module):
         With a target for every task class.
     """
 
-    accepts_loss_kwargs = True  # the loss is scaled for gradient accumulation here
-
     def __init__(self, routing: Routing, objective: SparsityObjective):
         super().__init__()
         self.routing = routing
@@ -199,6 +197,9 @@ class RouterTrainer(Trainer):
             data_collator=partial(collate, classes=objective.classes),
             **kwargs,
         )
+        # ``compute_loss`` sees to gradient accumulation; accelerate would divide once more with older transformers.
+        self.model_accepts_loss_kwargs = True
+        self.accelerator.gradient_accumulation_steps = 1
         for callback in (PrinterCallback, ProgressCallback):
             if self.pop_callback(callback):
                 self.add_callback(Progress(list(objective.classes)))
