@@ -125,7 +125,7 @@ def test_liked_heads_are_those_of_the_highest_probability():
         answers = [(30, 40)]  # noqa: RUF012
         prompt_ids = input_ids[:30]
 
-    liked = liked_routes(routing, [One], 2, 1)
+    liked = liked_routes(routing, [One], 2)
     with torch.no_grad():
         model(ids(1, 40), prompt_lengths=[30])
     probability = routing.routes.logits_BL2[0].softmax(-1)[:, 1]

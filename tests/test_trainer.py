@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import SMALL, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.checkpoint import noop_context_fn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from flux_attention import FluxConfig, attach, shipped
+from flux_attention import FluxConfig, UnsupportedModelError, attach, shipped
 from flux_attention.training import Recipe, RecipeError, SparsityObjective, load_data, train
+from flux_attention.training import trainer as trainer_module
 from flux_attention.training.data import PLAIN, DataError, collate, encode_record, pack
 from flux_attention.training.run import check_output, dry_run
-from flux_attention.training.trainer import RoutedTraining, keep_attention, last_checkpoint, noise_of
+from flux_attention.training.trainer import RoutedTraining, Steps, keep_attention, last_checkpoint, noise_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -82,7 +83,10 @@ def recipe(base, tmp_path):
 def test_recipes_round_trip_and_default_to_the_papers(tmp_path):
     recipe = Recipe.from_dict(dict(model="a", output="b", data=[{"path": "c.jsonl"}]))
     recipe.to_yaml(tmp_path / "r.yaml")
-    assert Recipe.from_yaml(tmp_path / "r.yaml") == recipe
+    assert Recipe.from_yaml(tmp_path / "r.yaml").resolved == recipe.resolved
+    assert "learning_rate: 0.0005" in (tmp_path / "r.yaml").read_text()
+    (tmp_path / "r.yaml").write_text("{model: a, output: b, data: [], training: {learning_rate: 5e-4, max_steps: 20}}")
+    assert Recipe.from_yaml(tmp_path / "r.yaml").training == {"learning_rate": 5e-4, "max_steps": 20}
     args = recipe.training_arguments
     assert (args["max_steps"], recipe.batch_size, recipe.max_length) == (300, 48, 65_536)
     assert (args["learning_rate"], args["adam_beta1"], args["adam_beta2"], args["weight_decay"]) == (
@@ -110,6 +114,11 @@ def test_recipes_round_trip_and_default_to_the_papers(tmp_path):
         (dict(data="x.jsonl"), "expected a list of sources"),
         (dict(training=dict(output_dir="x")), "training.output_dir cannot be set"),
         (dict(dtype="int8"), "dtype is 'int8'"),
+        (dict(dtype="float16"), "dtype is 'float16'"),
+        (dict(objective=dict(temperature_until=0)), "temperature_until must be above 0"),
+        (dict(training=dict(num_train_epochs=3)), "training.num_train_epochs cannot be set"),
+        (dict(training=dict(save_steps=5, logging_steps=2)), "multiple of logging_steps"),
+        (dict(training=dict(max_steps=0)), "max_steps is 0"),
         (dict(model=""), "model is ''"),
     ],
 )
@@ -174,6 +183,27 @@ def test_long_prompts_are_cut_in_the_middle(tokenizer):
     assert np.array_equal(short.input_ids[-answer - half :], whole.input_ids[-answer - half :])
 
 
+def test_long_answers_and_texts_are_reported(tokenizer):
+    long = record(answer="It adds 1. " * 200)
+    example, cut = encode_record(long, tokenizer, 100, chat_template=False)
+    assert cut and len(example.input_ids) == 100 and example.labels_from == 50
+    text, cut = encode_record({"text": "import os\n" * 200}, tokenizer, 100, chat_template=False)
+    assert cut and len(text.input_ids) == 100
+
+
+def test_an_end_that_a_tokenizer_adds_does_not_stand_before_the_answer(tokenizer):
+    class Ending:
+        eos_token_id, bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+            return {"input_ids": ids + [self.eos_token_id] * add_special_tokens}
+
+    plain, _ = encode_record(record(), tokenizer, 512, chat_template=False)
+    ended, _ = encode_record(record(), Ending(), 512, chat_template=False)
+    assert plain.input_ids.tolist() == ended.input_ids.tolist()
+
+
 def test_malformed_records_are_reported_with_their_lines(recipe, tokenizer, tmp_path):
     bad = [
         ("{", "not JSON"),
@@ -185,6 +215,10 @@ def test_malformed_records_are_reported_with_their_lines(recipe, tokenizer, tmp_
         (json.dumps(record(task="Poetry")), "task 'Poetry' has no target"),
         (json.dumps(record(metadata={"task": "Code", "is_prefix": "no"})), "is_prefix is 'no'"),
         (json.dumps({"text": " "}), "text is empty"),
+        (json.dumps(record(metadata={"task": ["Code"]})), "task ['Code'] has no target"),
+        (json.dumps(record(answer="\ud800")), "answer is not UTF-8 text"),
+        ("[" * 100_000, "not JSON"),
+        ("1" * 5000, "not JSON"),
     ]
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join([json.dumps(record()), "", *(line for line, _ in bad), json.dumps(record(index=1))]))
@@ -194,7 +228,7 @@ def test_malformed_records_are_reported_with_their_lines(recipe, tokenizer, tmp_
     assert [where for where, _ in report.malformed] == [f"{path}, line {line}" for line in range(3, 3 + len(bad))]
     for (_, found), (_, expected) in zip(report.malformed, bad, strict=True):
         assert expected in found
-    assert "9 malformed records were left out" in str(report) and "line 3: not JSON" in str(report)
+    assert "13 malformed records were left out" in str(report) and "line 3: not JSON" in str(report)
     path.write_text(bad[0][0])
     with pytest.raises(DataError, match=r"no usable record is left(.|\n)*line 1: not JSON"):
         load_data(recipe, tokenizer)
@@ -209,6 +243,16 @@ def test_sources_that_cannot_be_read_are_named(recipe, tokenizer, tmp_path):
         ({"generated": 0, "tasks": {}}, RecipeError, "how many sequences"),
         ({"generated": 5}, RecipeError, "have no target"),
         ({"generated": 5, "tasks": {"poems": PLAIN}}, RecipeError, r"unknown families \['poems'\]"),
+        ({"generated": 5, "tasks": []}, RecipeError, r"tasks is \[\], expected dict"),
+        ({"generated": 5, "tasks": {}}, RecipeError, "of 0 families"),
+        (
+            {"generated": 5, "tasks": {"multi_key": PLAIN}, "lengths": [256], "max_chars": 10**5},
+            ValueError,
+            "cannot hold",
+        ),
+        ({"path": "x.jsonl", "limit": "2"}, RecipeError, "limit is '2'"),
+        ({"path": "x.jsonl", "limit": 0}, RecipeError, "limit is 0"),
+        ({"path": "x.jsonl", "chat_template": "no"}, RecipeError, "chat_template is 'no'"),
     ):
         recipe.data, recipe.max_length = [source], 512
         with pytest.raises(error, match=message):
@@ -366,6 +410,103 @@ def test_head_level_routers_train_by_the_same_recipe(recipe):
         f"{layer}.{head}" for layer in range(3) for head in range(2)
     }
     assert "6 KV heads" in (Path(recipe.output) / "README.md").read_text()
+
+
+def test_a_restart_forgets_the_run_before(recipe):
+    train(recipe)
+    recipe.targets = {**recipe.targets, "Code": 0.1}
+    with pytest.raises(RecipeError, match="targets differ"):
+        train(recipe)
+    recipe.training["max_steps"] = 4
+    train(recipe, restart=True)
+    folder = Path(recipe.output)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert len(losses(folder)) == 4
+
+
+def test_a_run_that_is_done_is_not_trained_further(recipe):
+    first = train(recipe).routing.routers.state_dict()
+    folder = Path(recipe.output)
+    before = losses(folder)
+    for name in ("README.md", "training_log.json", "routers.safetensors"):
+        (folder / name).unlink()  # as if killed before they were written
+    second = train(recipe).routing.routers.state_dict()
+    assert losses(folder) == before and all(torch.equal(first[name], second[name]) for name in first)
+    assert (folder / "README.md").exists() and (folder / "routers.safetensors").exists()
+
+
+def test_other_data_is_refused(recipe):
+    train(recipe)
+    path = Path(recipe.data[0]["path"])
+    path.write_text(path.read_text().replace("It adds 2.", "It adds two."))
+    with pytest.raises(RecipeError, match="the data is not what"):
+        train(recipe)
+
+
+def test_damaged_checkpoints_are_passed_over(recipe, tmp_path):
+    train(recipe)
+    folder = Path(recipe.output)
+    assert last_checkpoint(folder).name == "checkpoint-6"
+    for name, content in (("training.safetensors", b"\x10"), ("optimizer.pt", b"PK"), ("trainer_state.json", b"null")):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        (copy / "checkpoint-6" / name).write_bytes(content)
+        assert last_checkpoint(copy).name == "checkpoint-4"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, monkeypatch):
+    forward = RoutedTraining.forward
+
+    def broken(self, **kwargs):
+        outputs = forward(self, **kwargs)
+        return {**outputs, "loss": outputs["loss"] * (float("nan") if kwargs["progress"] > 0.4 else 1.0)}
+
+    monkeypatch.setattr(RoutedTraining, "forward", broken)
+    with pytest.raises(FloatingPointError, match=r"the loss of step 4 is nan on sequences \["):
+        train(recipe)
+    assert last_checkpoint(recipe.output).name == "checkpoint-2"
+    assert not (Path(recipe.output) / "routers.safetensors").exists()
+
+
+def test_every_pass_is_shuffled_and_no_step_is_short(recipe, tokenizer):
+    data, _ = load_data(recipe, tokenizer)
+    steps = Steps(data, 3 * len(data) - 1, seed=0)
+    assert len(steps) == 3 * len(data) - 1
+    orders = [[[n for n, _ in steps[t * len(data) + i]] for i in range(len(data))] for t in range(2)]
+    assert orders[0] != orders[1] and sorted(map(str, orders[0])) == sorted(map(str, orders[1]))
+    again = Steps(data, 3 * len(data) - 1, seed=0)
+    assert [n for n, _ in again[len(data) + 1]] == orders[1][1]
+
+
+def test_dropout_is_off_and_the_model_left_as_it_was(recipe, base, monkeypatch):
+    config = json.loads((base / "config.json").read_text())
+    recipe.config = {"attention_dropout": 0.5}
+    recipe.gradient_checkpointing = True
+    trainer = train(recipe)
+    assert config["attention_dropout"] == 0.0
+    model = trainer.routing.model
+    assert not model.training and not model.is_gradient_checkpointing and model.config.use_cache
+    assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.5}
+
+
+def test_attention_is_kept_for_the_device_that_trains(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainer_module, "keep_attention", lambda device: asked.append(device) or keep_attention(device))
+    recipe.gradient_checkpointing = True
+    trainer = train(recipe)
+    assert asked == [trainer.args.device]
+
+
+def test_models_that_scale_logits_are_refused(recipe):
+    config = AutoConfig.for_model("granite", **SMALL, logits_scaling=3.0)
+    with pytest.raises(UnsupportedModelError, match="scales or caps its logits"):
+        RoutedTraining(attach(AutoModelForCausalLM.from_config(config)), SparsityObjective({"a": 0.5}))
+
+
+def test_prompts_beyond_the_models_positions_are_refused(recipe):
+    recipe.max_length = 100_000
+    with pytest.raises(RecipeError, match="has 512 positions"):
+        train(recipe)
 
 
 def command(recipe, tmp_path, processes=1):

@@ -430,6 +430,12 @@ class Routing:
             raise ValueError("packed sequences need position_ids that start at 0 in each")
         if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
             raise UnsupportedModelError("packed sequences take no attention_mask and no past_key_values")
+        types = getattr(self._decoder.config, "layer_types", None) or []
+        if len(lengths) > 1 and set(types) - {"full_attention", "sliding_attention"}:
+            raise UnsupportedModelError(
+                f"{type(self._decoder).__name__} has layers of the kinds {sorted(set(types))}: those that are not "
+                "attention would mix packed sequences; pass one sequence a row"
+            )
         kwargs["use_cache"] = False
         return Tokens.packed(lengths)
 

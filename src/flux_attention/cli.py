@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -393,11 +394,13 @@ def evaluate(
     """Score a model on generated long-context questions, dense, sparse, routed, static and random; write a report."""
     from flux_attention import shipped
     from flux_attention.evaluation import quality
-    from flux_attention.evaluation.report import summary, write_report
+    from flux_attention.evaluation.report import label, short_names, summary, write_report
     from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack
     from flux_attention.evaluation.text import local_texts
 
     tokens = _numbers(lengths, int, 256, 2**24)
+    if find_spec("matplotlib") is None:  # known now, not at the end
+        raise _UserError("matplotlib is missing, which draws the report: pip install 'flux-attention[eval]'")
     adapters = list(routers or ([str(shipped.ROUTERS)] if model == "shipped" else []))
     loaded, tokenizer = _load_model(model, device, dtype)
     with err.status("reading text") as status:
@@ -420,8 +423,7 @@ def evaluate(
     for each in summary(rows):
         numbers = [each["accuracy"], each["perplexity"], each["sparsity"]]
         cells = ["" if number is None else f"{number:.3f}" for number in numbers]
-        name = each["method"] if each["routers"] is None else f"{each['method']} ({Path(each['routers']).name})"
-        table.add_row(name, f"{each['seq_len']:,}", *cells)
+        table.add_row(label(each, short_names(rows)), f"{each['seq_len']:,}", *cells)
     out.print(table)
     out.print(f"the report is {page}", highlight=False, soft_wrap=True)
 

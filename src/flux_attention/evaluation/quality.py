@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from flux_attention.attach import attach
-from flux_attention.evaluation.harness import Scores, evaluate
+from flux_attention.evaluation.harness import Scores, check_head, evaluate
 from flux_attention.evaluation.results import write_results
 from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Sample, make_sample
 
@@ -63,11 +63,11 @@ def greedy_layers(
     return sorted(chosen)
 
 
-def liked_routes(routing, samples: Sequence[Sample], count: int, batch_size: int) -> torch.Tensor:
+def liked_routes(routing, samples: Sequence[Sample], count: int) -> torch.Tensor:
     """bool (U,): the ``count`` layers or heads whose routers give full attention the highest mean probability."""
     liked = torch.zeros(len(routing.units))
     for sample in samples:
-        evaluate(routing.model, [sample], routing, batch_size)
+        evaluate(routing.model, [sample], routing)
         liked += routing.routes.logits_BL2[0].softmax(-1)[:, 1]
     return torch.zeros(len(liked), dtype=torch.bool).scatter(0, liked.topk(count).indices, True)
 
@@ -133,10 +133,11 @@ class Evaluation:
         return {
             "model": getattr(self.model.config, "_name_or_path", ""),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "adapters": {adapter: adapter_hash(adapter) for adapter in self.adapters},
+            "device": self.model.device.type,
+            "adapters": [[adapter, adapter_hash(adapter)] for adapter in self.adapters],
             "samples": self.samples,
             "calibration": self.calibration,
-            "text_tokens": len(self.haystack.tokens),
+            "text": hashlib.sha256(self.haystack.tokens.tobytes()).hexdigest(),
             "families": self.families,
             "lengths": self.lengths,
         }
@@ -163,6 +164,7 @@ class Evaluation:
         for place, adapter in enumerate(self.adapters):
             routing = attach(self.model, adapter)
             try:
+                check_head(routing)
                 for length in self.lengths:
                     yield from self._of_length(routing, adapter, place == 0, length, have, tell)
             finally:
@@ -207,7 +209,7 @@ class Evaluation:
             if "head-static" in self.methods:
                 tell(f"{length} tokens: static heads")
                 calibration = [sample for samples in self._calibration(length) for sample in samples]
-                liked = liked_routes(routing, calibration, count, self.batch_size)
+                liked = liked_routes(routing, calibration, count)
                 for family in self.families:
                     yield row(family, "head-static", liked)
             return
@@ -254,9 +256,11 @@ def _key(row: dict[str, Any]) -> tuple:
 
 
 def adapter_hash(adapter: str) -> str | None:
-    """SHA-256 of a local adapter's weights."""
-    path = Path(adapter) / "routers.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    """SHA-256 of a local adapter's weights and configuration."""
+    files = [Path(adapter) / name for name in ("flux_config.json", "routers.safetensors")]
+    if not all(file.exists() for file in files):
+        return None
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def run(evaluation: Evaluation, folder: Path, restart: bool, tell: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -271,7 +275,10 @@ def run(evaluation: Evaluation, folder: Path, restart: bool, tell: Callable[[str
     folder.mkdir(parents=True, exist_ok=True)
     path, settings, done = folder / "quality.json", evaluation.settings, []
     if path.exists() and not restart:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): use another folder, or --restart") from None
         changed = sorted(key for key in settings if before["meta"].get("settings", {}).get(key) != settings[key])
         if changed:
             raise ValueError(

@@ -40,8 +40,20 @@ def _names(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["task"] for row in rows))
 
 
-def _label(row: dict[str, Any]) -> str:
-    return row["method"] if not row["routers"] else f"{row['method']} ({Path(row['routers']).name})"
+def short_names(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The shortest ends of the adapters' names that tell them apart."""
+    names = {row["routers"] for row in rows if row["routers"]}
+    parts = max((len(Path(name).parts) for name in names), default=1)
+    for count in range(1, parts + 1):
+        short = {name: "/".join(Path(name).parts[-count:]) for name in names}
+        if len(set(short.values())) == len(names):
+            return short
+    return {name: name for name in names}
+
+
+def label(row: dict[str, Any], names: dict[str, str]) -> str:
+    """Method and adapter of a row, for people."""
+    return row["method"] if not row["routers"] else f"{row['method']} ({names[row['routers']]})"
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -101,7 +113,7 @@ def heat_map(rows: list[dict[str, Any]], length: int, routers: str):
     axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(some)), [row["task"].replace("_", " ") for row in some])
     axes.set_xlabel("layer")
-    axes.set_title(f"Share of inputs with full attention, {Path(routers).name}, {length:,} tokens", size=11)
+    axes.set_title(f"Share of inputs with full attention, {short_names(rows)[routers]}, {length:,} tokens", size=11)
     figure.colorbar(image, ax=axes)
     return figure
 
@@ -115,17 +127,17 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, heading and lines of each table: a summary, then one a length."""
-    lines = []
+    lines, names = [], short_names(rows)
     for each in summary(rows):
         accuracy = "" if each["accuracy"] is None else f"{each['accuracy']:.3f}"
         plain = "" if each["perplexity"] is None else f"{each['perplexity']:.3f}"
-        lines.append([_label(each), f"{each['seq_len']:,}", accuracy, plain, f"{each['sparsity']:.3f}"])
+        lines.append([label(each, names), f"{each['seq_len']:,}", accuracy, plain, f"{each['sparsity']:.3f}"])
     heading = ["method", "tokens", "mean accuracy", "plain text, perplexity", "mean Ω_MSR"]
     found = [("Summary", heading, lines)]
     for length in dict.fromkeys(row["seq_len"] for row in rows):
         some = [row for row in rows if row["seq_len"] == length]
-        columns = list(dict.fromkeys(map(_label, some)))
-        by = {(row["task"], _label(row)): row for row in some}
+        columns = list(dict.fromkeys(label(row, names) for row in some))
+        by = {(row["task"], label(row, names)): row for row in some}
         lines = [
             [task.replace("_", " "), *(_cell(by.get((task, column))) for column in columns)] for task in _names(some)
         ]

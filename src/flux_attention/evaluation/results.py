@@ -45,4 +45,7 @@ def write_results(path: str | Path, rows: list[dict[str, Any]], **meta: Any) -> 
     """Write ``{"meta": …, "rows": […]}`` to ``path``; ``meta`` adds to ``environment()``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": {**environment(), **meta}, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"meta": {**environment(), **meta}, "rows": rows}, indent=1) + "\n"
+    whole = path.with_name(path.name + ".tmp")  # a full disk or a kill leaves the old file whole
+    whole.write_text(text, encoding="utf-8")
+    os.replace(whole, path)

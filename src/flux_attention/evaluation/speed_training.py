@@ -27,8 +27,10 @@ def plain_formula():
     """Mixed attention as it is written down, O = z · FA + (1 − z) · SA, with both branches' backward."""
 
     def mixed(self, layer, chosen, query, key, value, scale):
-        gate = self.gates[layer].to(query.dtype).view(1, -1, 1, 1)  # of a single sequence
-        full, sparse = (self._by_route([route], query, key, value, scale) for route in (True, False))
+        (route,) = self.routes_of(layer)  # of a single sequence
+        gate = self.gates[layer].to(query.dtype).view(1, 1, 1, 1)
+        other = self._by_route([not route], query, key, value, scale)
+        full, sparse = (chosen, other) if route else (other, chosen)
         return gate * full + (1 - gate) * sparse
 
     before, Call._mixed = Call._mixed, mixed
@@ -89,6 +91,8 @@ def training(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[d
         paper's recipe would take on eight such GPUs at this rate.
     """
     require_gpu()
+    if min(lengths) <= LABELS:
+        raise ValueError(f"lengths are {list(lengths)}, expected more than {LABELS} tokens")
     routing = random_model(shape, compile=False)
     settings = {"use_reentrant": False, "context_fn": keep_attention(routing.model.device)}
     routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)

@@ -8,6 +8,7 @@ the loss; of plain text all tokens are both.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -74,7 +75,7 @@ class Report:
     Attributes
     ----------
     used, shortened : int
-        Records that became sequences, and those of them whose prompt was cut in the middle to fit.
+        Records that became sequences, and those of them that were shortened to fit (``encode_record``).
     malformed : list of (str, str)
         Where each unusable record stands, and what is wrong with it.
     tasks : Counter
@@ -89,7 +90,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.used:,} sequences: " + ", ".join(f"{n:,} {task}" for task, n in sorted(self.tasks.items()))]
         if self.shortened:
-            lines.append(f"{self.shortened:,} prompts were cut in the middle to fit into max_length")
+            lines.append(f"{self.shortened:,} of them were shortened to fit into max_length")
         if self.malformed:
             lines.append(f"{len(self.malformed):,} malformed records were left out:")
             lines += [f"  {where}: {reason}" for where, reason in self.malformed[:10]]
@@ -122,9 +123,10 @@ def read_records(source: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         try:
-                            yield f"{path}, line {number}", json.loads(line)
-                        except json.JSONDecodeError as error:
-                            yield f"{path}, line {number}", error
+                            record = json.loads(line)
+                        except (ValueError, RecursionError) as error:
+                            record = error
+                        yield f"{path}, line {number}", record
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         return
@@ -145,18 +147,22 @@ def read_records(source: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _problem(record: Any, targets: dict[str, float]) -> str | None:
     """What is wrong with a record."""
-    if isinstance(record, json.JSONDecodeError):
-        return f"not JSON ({record.msg} at column {record.colno})"
+    if isinstance(record, (ValueError, RecursionError)):
+        return f"not JSON ({record})"
     if not isinstance(record, dict):
         return f"{type(record).__name__}, expected an object"
     if isinstance(record.get("text"), str) and "question" not in record:
         task = PLAIN
         if not record["text"].strip():
             return "text is empty"
+        if not _is_text(record["text"]):
+            return "text is not UTF-8 text"
     else:
         for key in ("context", "question", "answer"):
             if not isinstance(record.get(key), str):
                 return f"{key} is {type(record.get(key)).__name__}, expected text" if key in record else f"no {key}"
+            if not _is_text(record[key]):
+                return f"{key} is not UTF-8 text"
         if not record["answer"].strip():
             return "answer is empty"
         if not record["context"].strip() and not record["question"].strip():
@@ -167,14 +173,24 @@ def _problem(record: Any, targets: dict[str, float]) -> str | None:
         task = metadata.get("task")
         if not isinstance(metadata.get("is_prefix", False), bool):
             return f"metadata.is_prefix is {metadata['is_prefix']!r}, expected true or false"
-    if task not in targets:
+    if not isinstance(task, str) or task not in targets:
         return f"task {task!r} has no target in the recipe, which knows {list(targets)}"
     return None
 
 
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def encode_record(record: dict[str, Any], tokenizer, max_length: int, chat_template: bool) -> tuple[Example, bool]:
     """
-    A well-formed record as a sequence, and whether its prompt was cut in the middle to fit.
+    A well-formed record as a sequence, and whether it was shortened to fit.
+
+    A prompt loses its middle; plain text and, beyond half of ``max_length``, an answer lose their ends.
 
     Parameters
     ----------
@@ -187,8 +203,9 @@ def encode_record(record: dict[str, Any], tokenizer, max_length: int, chat_templ
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if "question" not in record:
-        ids = (tokenizer(record["text"])["input_ids"])[:max_length]
-        return Example(np.asarray(ids, np.int32), 1, len(ids), PLAIN), False
+        whole = tokenizer(record["text"])["input_ids"]
+        ids = whole[:max_length]
+        return Example(np.asarray(ids, np.int32), 1, len(ids), PLAIN), len(ids) < len(whole)
     metadata = record["metadata"]
     parts = [record["question"], record["context"]]
     text = "\n\n".join(part for part in (parts if metadata.get("is_prefix") else parts[::-1]) if part.strip())
@@ -197,10 +214,13 @@ def encode_record(record: dict[str, Any], tokenizer, max_length: int, chat_templ
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         prompt = tokenizer(text + "\n")["input_ids"]
-    answer = (tokenizer(record["answer"], add_special_tokens=False)["input_ids"] + end)[: max(1, max_length // 2)]
+        if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+            prompt = prompt[:-1]
+    whole = tokenizer(record["answer"], add_special_tokens=False)["input_ids"] + end
+    answer = whole[: max(1, max_length // 2)]
     room = max_length - len(answer)
-    shortened = len(prompt) > room
-    if shortened:  # what frames the context stands at both ends
+    shortened = len(prompt) > room or len(answer) < len(whole)
+    if len(prompt) > room:  # what frames the context stands at both ends
         prompt = prompt[: (room + 1) // 2] + prompt[len(prompt) - room // 2 :]
     ids = np.asarray(prompt + answer, np.int32)
     return Example(ids, len(prompt), len(prompt), metadata["task"]), shortened
@@ -316,6 +336,19 @@ class PackedExamples(Dataset):
     def __len__(self) -> int:
         return len(self.packs)
 
+    def hash(self) -> str:
+        """SHA-256 of what the packs hold: of generated sources, of their text and sizes."""
+        digest = hashlib.sha256(json.dumps(self.packs).encode())
+        for some in self.sources:
+            if isinstance(some, Generated):
+                digest.update(json.dumps([some.lengths, some.tasks, some.held_out]).encode())
+                digest.update(some.haystack.tokens.tobytes())
+            else:
+                for example in some:
+                    digest.update(f"{example.task} {example.labels_from} {example.prompt_length}".encode())
+                    digest.update(example.input_ids.tobytes())
+        return digest.hexdigest()
+
     def __getitem__(self, index: int) -> list[tuple[int, Example]]:
         found = []
         for number in self.packs[index]:
@@ -367,6 +400,12 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
     sources: list[Sequence[Example]] = []
     for source in recipe.data:
         kind = next((kind for kind in SOURCES if kind in source), None)
+        for key, types in (("path", str), ("name", str), ("split", str), ("limit", int), ("chat_template", bool),
+                           ("lengths", list), ("tasks", dict), ("max_chars", int), ("held_out", bool)):  # fmt: skip
+            if not isinstance(source.get(key), (types, type(None))) or (types is int and source.get(key, 1) is True):
+                raise RecipeError(f"data: {key} is {source[key]!r}, expected {types.__name__}")
+        if source.get("limit") is not None and source["limit"] < 1:
+            raise RecipeError(f"data: limit is {source['limit']}, expected at least 1")
         if kind is None or (unknown := sorted(set(source) - SOURCES[kind])):
             what = f"unknown keys {unknown}" if kind else f"neither of {list(SOURCES)}"
             raise RecipeError(f"data: the source {source} has {what}; known are {sorted(SOURCES[kind or 'path'])}")
@@ -384,17 +423,22 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
 
 
 def _generated(source: dict[str, Any], recipe: Recipe, tokenizer) -> Generated:
+    from flux_attention.evaluation.tasks import EVERY_FAMILY, make_sample
+
     tasks = source.get("tasks", GENERATED_TASKS)
     lengths = source.get("lengths", [min(4096, recipe.max_length)])
     if missing := sorted(set(tasks.values()) - set(recipe.targets)):
         raise RecipeError(f"data: task classes {missing} have no target in the recipe")
-    if unknown := sorted(set(tasks) - set(GENERATED_TASKS)):
-        raise RecipeError(f"data: unknown families {unknown}; known are {list(GENERATED_TASKS)}")
+    if unknown := sorted(set(tasks) - set(EVERY_FAMILY)):
+        raise RecipeError(f"data: unknown families {unknown}; known are {list(EVERY_FAMILY)}")
     if not lengths or min(lengths) < 256 or max(lengths) > recipe.max_length:
         raise RecipeError(f"data: lengths are {lengths}, expected 256 to max_length ({recipe.max_length}) tokens")
     count = source["generated"]
-    if not isinstance(count, int) or count < 1:
-        raise RecipeError(f"data: generated is {count!r}, expected how many sequences")
-    return Generated(
+    if not isinstance(count, int) or count < 1 or not tasks:
+        raise RecipeError(f"data: generated is {count!r} of {len(tasks)} families, expected how many sequences")
+    made = Generated(
         tokenizer, count, lengths, tasks, source.get("max_chars", 20_000_000), source.get("held_out", False)
     )
+    for family in tasks:  # fails now, not in the middle of the run
+        make_sample(family, made.haystack, tokenizer, min(lengths), 0, made.held_out)
+    return made

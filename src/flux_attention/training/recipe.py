@@ -6,6 +6,8 @@ The defaults are the paper's ("Training: soft to hard"; 300 steps of 48 sequence
 from __future__ import annotations
 
 import copy
+import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ TRAINING = {
 }
 #: Arguments that a recipe may not set, and the key that takes their place.
 TAKEN = {
+    "num_train_epochs": "training.max_steps",
+    "optim": "none: routers descend and multipliers ascend by AdamW",
     "output_dir": "output",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "batch_size",
@@ -51,6 +55,15 @@ TAKEN = {
     "bf16": "dtype",
     "fp16": "dtype",
 }
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 5e-4 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class RecipeError(ValueError):
@@ -101,8 +114,10 @@ class Recipe:
         Tokens of a sequence at most, and of a pack of sequences.
     batch_size : int
         Packs in a step, over all processes.
-    dtype : {"bfloat16", "float16", "float32", "auto"}
+    dtype : {"bfloat16", "float32", "auto"}
         Of the frozen model; routers are float32 always.
+    config : dict
+        Changes to the model's configuration, such as ``rope_parameters`` for sequences beyond its own length.
     gradient_checkpointing : bool
         Compute layers again in the backward pass instead of keeping their activations.
     shape : str, optional
@@ -121,6 +136,7 @@ class Recipe:
     max_length: int = 65_536
     batch_size: int = 48
     dtype: str = "bfloat16"
+    config: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = True
     shape: str | None = None
     objective: Objective = field(default_factory=Objective)
@@ -132,7 +148,7 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}, expected text")
         if not isinstance(self.data, list) or not all(isinstance(source, dict) for source in self.data):
             raise RecipeError(f"data is {self.data!r}, expected a list of sources, each with `path` or `generated`")
-        for name in ("routers", "targets", "training"):
+        for name in ("routers", "targets", "training", "config"):
             if not isinstance(getattr(self, name), dict):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}, expected keys and values")
         for name in ("max_length", "batch_size"):
@@ -141,19 +157,29 @@ class Recipe:
                 raise RecipeError(f"{name} is {value!r}, expected a whole number, at least 1")
         if not isinstance(self.gradient_checkpointing, bool):
             raise RecipeError(f"gradient_checkpointing is {self.gradient_checkpointing!r}, expected true or false")
-        if self.dtype not in ("bfloat16", "float16", "float32", "auto"):
-            raise RecipeError(f"dtype is {self.dtype!r}, expected bfloat16, float16, float32 or auto")
+        if self.dtype not in ("bfloat16", "float32", "auto"):  # in float16 the routers' gradients vanish
+            raise RecipeError(f"dtype is {self.dtype!r}, expected bfloat16, float32 or auto")
         if not isinstance(self.objective, Objective):
             self.objective = _build(Objective, self.objective, "objective")
         for knob in fields(Objective):
             value = getattr(self.objective, knob.name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
                 raise RecipeError(f"objective.{knob.name} is {value!r}, expected a number, at least 0")
-        if min(self.objective.temperature_start, self.objective.temperature_end) <= 0:
-            raise RecipeError("objective.temperature_start and temperature_end must be above 0")
+        for name in ("temperature_start", "temperature_end", "temperature_until"):
+            if getattr(self.objective, name) <= 0:
+                raise RecipeError(f"objective.{name} must be above 0")
         for name, target in self.targets.items():
             if not isinstance(target, (int, float)) or not 0 <= target <= 1:
                 raise RecipeError(f"targets: {name!r} is {target!r}, expected a ratio between 0 and 1")
+        # As YAML would give it back.
+        for name in ("data", "routers", "targets", "training", "config"):
+            setattr(self, name, json.loads(json.dumps(getattr(self, name), default=str)))
+        args = self.training_arguments
+        saves, logs = args["save_steps"], args["logging_steps"]
+        if isinstance(saves, int) and isinstance(logs, int) and saves % max(1, logs):
+            raise RecipeError(f"training.save_steps is {saves}, expected a multiple of logging_steps ({logs})")
+        if not isinstance(args["max_steps"], int) or args["max_steps"] < 1:
+            raise RecipeError(f"training.max_steps is {args['max_steps']!r}, expected a whole number, at least 1")
         for name in sorted(set(self.training) & set(TAKEN)):
             raise RecipeError(f"training.{name} cannot be set; the recipe's key for it is {TAKEN[name]}")
         try:
@@ -186,7 +212,7 @@ class Recipe:
             If there is no such file.
         """
         try:
-            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(yaml.load(Path(path).read_text(encoding="utf-8"), _Loader))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         except RecipeError as error:
@@ -198,7 +224,14 @@ class Recipe:
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe, all defaults written out."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True)
+        Path(path).write_text(text, encoding="utf-8")
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """As ``to_dict``, with the defaults within ``routers`` and ``training`` written out."""
+        routers = {name: value for name, value in self.flux_config.to_dict().items() if name != "base_model"}
+        return {**self.to_dict(), "routers": routers, "training": self.training_arguments}
 
     @property
     def training_arguments(self) -> dict[str, Any]:

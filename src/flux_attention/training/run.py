@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from flux_attention import shipped
 from flux_attention.attach import Routing, attach
 from flux_attention.training.data import PackedExamples, load_data
 from flux_attention.training.recipe import Recipe, RecipeError
-from flux_attention.training.trainer import RouterTrainer, last_checkpoint, training_arguments, unit_name
+from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments, unit_name
 
 #: The name that adapters give the model that comes along.
 SHIPPED = "flux-attention/shipped"
@@ -34,7 +36,13 @@ def load_model(recipe: Recipe) -> tuple[Routing, Any]:
         If there is no such model.
     """
     path = _locate(recipe.model)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype, **recipe.config)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most and recipe.max_length > most:
+        raise RecipeError(
+            f"max_length is {recipe.max_length}, but {recipe.model} has {most} positions: shorten it, or extend them "
+            "by `config`, with rope_parameters that fit and max_position_embeddings"
+        )
     model.config.name_or_path = SHIPPED if recipe.model == "shipped" else recipe.model
     return attach(model, recipe.flux_config), AutoTokenizer.from_pretrained(path)
 
@@ -51,7 +59,7 @@ def check_output(recipe: Recipe, folder: Path) -> None:
     kept = folder / "recipe.yaml"
     if not kept.exists() or last_checkpoint(folder) is None:
         return
-    before, now = Recipe.from_yaml(kept).to_dict(), recipe.to_dict()
+    before, now = Recipe.from_yaml(kept).resolved, recipe.resolved
     changed = sorted(key for key in now if key != "output" and now[key] != before[key])
     if changed:
         raise RecipeError(
@@ -89,24 +97,44 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     args = training_arguments(recipe)
     folder = Path(recipe.output)
-    if not restart:
+    main = args.process_index == 0
+    if find_spec("matplotlib") is None:  # known now, not at the end
+        raise ImportError("matplotlib is missing, which draws the run: pip install 'flux-attention[train]'")
+    if restart and main:
+        for old in folder.glob("checkpoint-*"):
+            shutil.rmtree(old)
+    elif not restart:
         check_output(recipe, folder)
     torch.manual_seed(args.seed)  # of the routers' initial weights
     routing, tokenizer = load_model(recipe)
     data, report = load_data(recipe, tokenizer)
-    main = args.process_index == 0
     if main:
         say(f"{report}\n{len(data):,} packs of up to {recipe.max_length:,} tokens, {recipe.batch_size} in a step")
     if len(data) < recipe.batch_size:
         raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
     trainer = RouterTrainer(routing, recipe, data, args)
+    trainer.accelerator.wait_for_everyone()
     checkpoint = None if restart else last_checkpoint(folder)
-    if checkpoint is not None and main:
-        say(f"going on from {checkpoint}")
+    if checkpoint is not None:
+        if main:
+            say(f"going on from {checkpoint}")
+        kept = folder / "data.sha256"
+        if kept.exists() and kept.read_text().strip() != data.hash():
+            raise RecipeError(f"the data is not what {folder} was begun with: use another output, or --restart")
+    trainer.accelerator.wait_for_everyone()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         recipe.to_yaml(folder / "recipe.yaml")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        (folder / "data.sha256").write_text(data.hash() + "\n")
+    state = None if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
+    try:
+        if state is not None and state.global_step >= args.max_steps:  # it was stopped when all was trained
+            trainer.state = state
+            trainer._load_from_checkpoint(str(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.model.release()
     if main:
         finish(trainer, folder, data)
         say(f"the adapter is in {folder}: attach(model, {str(folder)!r})")
@@ -139,6 +167,8 @@ def plot(rows: list[dict[str, float]], recipe: Recipe, units: list[str], path: P
     import matplotlib.pyplot as plt
 
     names = [name for name in recipe.targets if any(f"{name}/msr" in row for row in rows)]
+    if not names:  # nothing was logged
+        return
     with plt.rc_context({"svg.fonttype": "none", "font.size": 9}):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
         for key, axis, title in (
@@ -191,8 +221,9 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         "```python",
         "from flux_attention import attach",
         "from transformers import AutoModelForCausalLM",
+        *(["from flux_attention.shipped import BACKBONE"] if base.name == SHIPPED else []),
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({base.name!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({'BACKBONE' if base.name == SHIPPED else repr(base.name)})",
         'routing = attach(model, "path or id of this adapter")',
         "```",
         "",
@@ -217,7 +248,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         "",
         f"{trainer.state.global_step} steps of {recipe.batch_size} packs; {trained:,} parameters trained; "
         f"{data.tokens:,} tokens of data in {len(data):,} packs. The whole recipe is in [recipe.yaml](recipe.yaml), "
-        "every step's numbers in [training_log.json](training_log.json).",
+        "what was logged in [training_log.json](training_log.json).",
         "",
     ]
     return "\n".join(lines)
@@ -271,10 +302,13 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     attention = (2 * heads + 2 * kv_heads) * routing.config.base_model.head_dim  # query, key, value, output
     layer = itemsize * tokens * (4 * hidden + 3 * attention + 3 * config.intermediate_size)
     kept = itemsize * tokens * hidden if recipe.gradient_checkpointing else layer
+    if recipe.gradient_checkpointing:  # both branches' outputs and log-sum-exps are kept
+        kept += 2 * tokens * heads * (itemsize * routing.config.base_model.head_dim + 4)
+    logits = 2 * CHUNK * config.vocab_size * (itemsize + 4)
     memory = {
         "weights": itemsize * parameters,
         "optimizer": 16 * trained,
-        "activations": kept * config.num_hidden_layers + layer,
+        "activations": kept * config.num_hidden_layers + layer + logits,
     }
     return {
         "parameters": parameters,

@@ -10,22 +10,26 @@ Shape suffixes: N sequences of a pack, S tokens of a pack, L routed layers, C ta
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import random
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from flux_attention import kernels
 from flux_attention.attach import Routing
-from flux_attention.router import gumbel_noise
-from flux_attention.training.data import PackedExamples, collate
+from flux_attention.evaluation.harness import check_head
+from flux_attention.training.data import Example, PackedExamples, collate
 from flux_attention.training.objective import SparsityObjective, temperature
 from flux_attention.training.recipe import Recipe
 
@@ -48,6 +52,28 @@ def keep_attention(device: torch.device):
 
         kept.append(triton_prefill.streaming._opoverload)
     return partial(create_selective_checkpoint_contexts, kept)
+
+
+class Steps(Dataset):
+    """
+    The packs of a whole run, in the order in which they are trained on: every pass over the data is shuffled anew.
+
+    One long epoch, so that no step is short and N processes share each step evenly.
+    """
+
+    def __init__(self, packs: PackedExamples, count: int, seed: int):
+        self.packs, self.count, self.seed, self._orders = packs, count, seed, {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> list[tuple[int, Example]]:
+        turn, place = divmod(index, len(self.packs))
+        if turn not in self._orders:
+            order = list(range(len(self.packs)))
+            random.Random(f"{self.seed}-{turn}").shuffle(order)
+            self._orders = {turn: order}
+        return self.packs[self._orders[turn][place]]
 
 
 def label_losses(head: nn.Module, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
@@ -92,6 +118,25 @@ class RoutedTraining(nn.Module):
         self.backbone = routing.model.requires_grad_(False)
         self.routers, self.objective = routing.routers, objective
         self.names = list(objective.classes)
+        check_head(routing)
+        # Checkpointing needs training mode, in which a frozen model is to compute what it computes at inference.
+        self._before = (self.backbone.training, self.backbone.config.use_cache, [])
+        for module in self.backbone.modules():
+            names = ["p"] if isinstance(module, nn.Dropout) else ["attention_dropout", "router_jitter_noise"]
+            for name in names:
+                if getattr(module, name, None):
+                    self._before[2].append((module, name, getattr(module, name)))
+                    setattr(module, name, 0.0)
+
+    def release(self) -> None:
+        """Leave the backbone as it was: its mode, its dropout, gradient checkpointing off."""
+        mode, use_cache, dropouts = self._before
+        self.backbone.train(mode)
+        self.backbone.config.use_cache = use_cache
+        if getattr(self.backbone, "is_gradient_checkpointing", False):
+            self.backbone.gradient_checkpointing_disable()
+        for module, name, value in dropouts:
+            setattr(module, name, value)
 
     @property
     def config(self):
@@ -150,8 +195,9 @@ def noise_of(seed: int, step: int, numbers: list[int], layers: int) -> torch.Ten
     """The Gumbel noise (N, L, 2) of these sequences in this step, whatever the pack or the process they are in."""
     noise = []
     for number in numbers:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_003 + number)
-        noise.append(gumbel_noise((layers, 2), generator))
+        digest = hashlib.sha256(f"{seed}-{step}-{number}".encode()).digest()
+        generator = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+        noise.append(torch.from_numpy(generator.gumbel(size=(layers, 2)).astype(np.float32)))
     return torch.stack(noise)
 
 
@@ -182,18 +228,20 @@ class RouterTrainer(Trainer):
         **kwargs,
     ):
         self.recipe, self.routing = recipe, routing
+        args = args or training_arguments(recipe)
+        if routing.model.dtype == torch.float16:
+            raise ValueError("the model is in float16, in which routers' gradients vanish: use bfloat16 or float32")
         knobs = recipe.objective
         objective = SparsityObjective(recipe.targets, knobs.multiplier_start, knobs.target_warmup)
-        device = next(routing.routers.parameters()).device
-        module = RoutedTraining(routing, objective.to(device))
+        module = RoutedTraining(routing, objective)
         if recipe.gradient_checkpointing:  # reentrant checkpointing would hide the routers' gradients
-            settings = {"use_reentrant": False, "context_fn": keep_attention(device)}
+            settings = {"use_reentrant": False, "context_fn": keep_attention(args.device)}
             routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         self._sums: torch.Tensor | None = None
         super().__init__(
             model=module,
-            args=args or training_arguments(recipe),
-            train_dataset=train_dataset,
+            args=args,
+            train_dataset=Steps(train_dataset, args.max_steps * recipe.batch_size, args.seed),
             data_collator=partial(collate, classes=objective.classes),
             **kwargs,
         )
@@ -203,6 +251,9 @@ class RouterTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             if self.pop_callback(callback):
                 self.add_callback(Progress(list(objective.classes)))
+
+    def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
+        return SequentialSampler(train_dataset or self.train_dataset)
 
     # Optimizer: descent on the routers, ascent on the multipliers.
 
@@ -243,6 +294,11 @@ class RouterTrainer(Trainer):
         outputs = model(**inputs, temperature=tau, noise=noise, progress=progress)
         self._note(inputs["classes"], outputs)
         loss = outputs["loss"]
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of step {step + 1} is {loss.item()} on sequences {numbers}: the model's hidden states have "
+                "overflowed, its weights are damaged, or the learning rate is too high; the last checkpoint is whole"
+            )
         if num_items_in_batch is not None:
             loss = loss * len(numbers) * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
@@ -251,15 +307,15 @@ class RouterTrainer(Trainer):
 
     def _note(self, classes: torch.Tensor, outputs: dict[str, torch.Tensor]) -> None:
         columns = [torch.ones_like(outputs["lm_loss_N"])[:, None], outputs["lm_loss_N"][:, None], outputs["gates_NL"]]
-        values = torch.cat(columns, dim=1).double()
+        values = torch.cat(columns, dim=1).cpu().double()
         if self._sums is None:
-            self._sums = torch.zeros(len(self.model.names), values.shape[1], dtype=torch.float64, device=values.device)
-        self._sums.index_add_(0, classes.to(values.device), values)
+            self._sums = torch.zeros(len(self.model.names), values.shape[1], dtype=torch.float64)
+        self._sums.index_add_(0, classes.cpu(), values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each class's LM loss, Ω_MSR, multipliers and FA rate of each layer since the last log."""
         if "loss" in logs and self._sums is not None:
-            sums = self.accelerator.reduce(self._sums, "sum").cpu()
+            sums = self.accelerator.reduce(self._sums.float().to(self.args.device), "sum").cpu()
             self._sums = None
             for index, name in enumerate(self.model.names):
                 count, lm_loss, *full = sums[index].tolist()
@@ -349,6 +405,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         )
     except TypeError as error:
         raise ValueError(f"training: {error}") from None
+    args._n_gpu = min(1, args.n_gpu)  # more GPUs by more processes: DataParallel cannot share packs
     if args.world_size != processes:  # each would run alone, and write the same files
         raise RuntimeError(f"{processes} processes were started, but torch.distributed joined {args.world_size}")
     return args
@@ -358,7 +415,11 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest complete checkpoint: a run that was killed while it wrote one goes on from the one before."""
     found = []
     for path in Path(folder).glob("checkpoint-*"):
-        # The trainer's state is what is written last.
-        with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
-            found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+        # The trainer's state is what is written last, but a full disk or a crash can cut any file.
+        with contextlib.suppress(Exception):
+            step = int(json.loads((path / "trainer_state.json").read_text())["global_step"])
+            load_file(path / WEIGHTS)
+            for name in ("optimizer.pt", "scheduler.pt"):
+                torch.load(path / name, map_location="cpu", weights_only=True)
+            found.append((step, path))
     return max(found)[1] if found else None
