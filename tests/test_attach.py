@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, tiny_model
+from conftest import FAMILIES, SMALL, VOCAB, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -505,6 +505,19 @@ def test_gradients_of_packed_sequences_are_those_of_each_alone(config):
     assert torch.equal(gates[0], torch.cat(gates[1:])) and 0 < gates[0].mean() < 1
     for together, alone in zip(*grads, strict=True):
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+
+
+def test_packing_is_refused_where_layers_would_mix_sequences():
+    sizes = dict(SMALL, num_hidden_layers=2, head_dim=16, layer_types=["linear_attention", "full_attention"])
+    linear = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    config = AutoConfig.for_model("qwen3_next", **sizes, **linear, **experts)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    attach(model, CONFIG)
+    with pytest.raises(UnsupportedModelError, match="would mix packed sequences"):
+        model(**packed([ids(1, 5)[0], ids(1, 7)[0]]))
+    with torch.no_grad():
+        assert model(**packed([ids(1, 5)[0]])).logits.shape == (1, 5, VOCAB)
 
 
 def test_wrong_packing_is_refused():

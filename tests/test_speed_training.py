@@ -5,9 +5,12 @@ import torch
 from conftest import tiny_model
 
 from flux_attention import FluxConfig, attach
+from flux_attention.call import Call
 from flux_attention.evaluation import speed_training
 from flux_attention.training.objective import SparsityObjective
 from flux_attention.training.trainer import RoutedTraining
+
+one = Call._one
 
 
 @pytest.fixture
@@ -29,6 +32,18 @@ def test_both_formulas_give_the_same_loss_and_gradients(routing):
         module.zero_grad()
     for plain, mixed in zip(*grads, strict=True):
         torch.testing.assert_close(mixed, plain, atol=1e-7, rtol=1e-4)
+
+
+def test_the_plain_formula_runs_each_branch_once(routing, monkeypatch):
+    """Two attentions a layer for either: the comparison is about the backward pass."""
+    runs = []
+    monkeypatch.setattr(Call, "_one", lambda self, *a: runs.append(1) or one(self, *a))
+    module = RoutedTraining(routing, SparsityObjective({"all": 0.5}))
+    for formula in (speed_training.plain_formula(), torch.enable_grad()):
+        runs.clear()
+        with formula:
+            module(**speed_training.pack_of(routing, 40))
+        assert len(runs) == 2 * 3
 
 
 def test_flops_are_those_of_the_sizes(routing, monkeypatch):

@@ -394,7 +394,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if recipe.batch_size % processes:
         raise ValueError(f"batch_size is {recipe.batch_size}, expected a multiple of the {processes} processes")
-    here = {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
+    # Every router takes part in every step, so DDP need not look for unused ones.
+    here = {"ddp_find_unused_parameters": False}
+    here |= {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
     try:
         args = TrainingArguments(
             output_dir=recipe.output,
