@@ -166,7 +166,7 @@ def test_the_report_shows_every_number(tmp_path):
     for number in ("0.875", "3.125", "0.750", "3.250", "0.500", "0.250"):
         assert number in page and number in markdown
     assert "routed (&lt;x&gt;)" in page and "<x>" not in page
-    outside = r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link"""
+    outside = r"""(src|href)\s*=\s*["'](?!#|data:)|url\((?!#)|@import|<script|<link"""
     assert re.findall(outside, page) == []
     for figure in re.findall(r"<svg.*?</svg>", page, re.S):
         xml.dom.minidom.parseString(figure)
