@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.checkpoint import noop_context_fn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from flux_attention import FluxConfig, UnsupportedModelError, attach, shipped
-from flux_attention.training import Recipe, RecipeError, SparsityObjective, load_data, train
+from flux_attention.training import Recipe, RecipeError, RouterTrainer, SparsityObjective, load_data, train
 from flux_attention.training import trainer as trainer_module
 from flux_attention.training.data import PLAIN, DataError, collate, encode_record, pack
-from flux_attention.training.run import check_output, dry_run
+from flux_attention.training.run import check_output, dry_run, load_model
 from flux_attention.training.trainer import RoutedTraining, Steps, keep_attention, last_checkpoint, noise_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -466,6 +466,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe, monkeypatch):
         train(recipe)
     assert last_checkpoint(recipe.output).name == "checkpoint-2"
     assert not (Path(recipe.output) / "routers.safetensors").exists()
+
+
+def test_multipliers_learn_at_a_constant_rate(recipe):
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    routing, tokenizer = load_model(recipe)
+    trainer = RouterTrainer(routing, recipe, load_data(recipe, tokenizer)[0], callbacks=[Watch()])
+    trainer.train()
+    assert [multipliers for _, multipliers in rates] == [0.01] * 6
+    assert max(router for router, _ in rates) == pytest.approx(3e-3) and rates[0][0] == 0.0
+    assert [group["maximize"] for group in trainer.optimizer.param_groups] == [False, True]
 
 
 def test_every_pass_is_shuffled_and_no_step_is_short(recipe, tokenizer):

@@ -227,11 +227,17 @@ class Call:
         return output
 
     def _by_sequence(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
-        """Of sequences packed into one row, each alone."""
-        outputs = []
-        for row, (start, length) in enumerate(zip(self.tokens.starts, self.tokens.lengths, strict=True)):
-            states = [states[:, :, start : start + length] for states in (query, key, value)]
-            outputs.append(self._one(View([row], routes[row], length, *states[1:], None), states[0], scale))
+        """Of sequences packed into one row, each alone; those of one route and length are computed together."""
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for row, length in enumerate(self.tokens.lengths):
+            groups.setdefault((routes[row], length), []).append(row)
+        outputs: list[torch.Tensor] = [query] * self.batch
+        for (route, length), rows in groups.items():
+            places = [slice(self.tokens.starts[row], self.tokens.starts[row] + length) for row in rows]
+            parts = [torch.cat([states[:, :, place] for place in places]) for states in (query, key, value)]
+            output = self._one(View(rows, route, length, *parts[1:], None), parts[0], scale)
+            for row, part in zip(rows, output.split(1), strict=True):
+                outputs[row] = part
         return torch.cat(outputs, dim=2)
 
     def _one(self, view: View, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:

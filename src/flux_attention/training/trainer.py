@@ -276,6 +276,14 @@ class RouterTrainer(Trainer):
             self.optimizer.register_step_post_hook(lambda *_: module.objective.clamp())
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The recipe's schedule for the routers; the multipliers' learning rate is constant."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.lr_lambdas[1] = lambda _: 1.0
+            scheduler.optimizer.param_groups[1]["lr"] = scheduler.base_lrs[1]
+        return scheduler
+
     # The loss: a mean over the sequences of all packs of a step, on all processes.
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
