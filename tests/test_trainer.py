@@ -111,6 +111,7 @@ def test_recipes_round_trip_and_default_to_the_papers(tmp_path):
         (dict(routers=dict(windows=3)), "routers: .*windows"),
         (dict(targets={"Code": 1.5}), "'Code' is 1.5"),
         (dict(batch_size=0), "batch_size is 0"),
+        (dict(max_length=100, pack_length=99), "pack_length is 99"),
         (dict(data="x.jsonl"), "expected a list of sources"),
         (dict(training=dict(output_dir="x")), "training.output_dir cannot be set"),
         (dict(dtype="int8"), "dtype is 'int8'"),
@@ -481,6 +482,14 @@ def test_multipliers_learn_at_a_constant_rate(recipe):
     assert [multipliers for _, multipliers in rates] == [0.01] * 6
     assert max(router for router, _ in rates) == pytest.approx(3e-3) and rates[0][0] == 0.0
     assert [group["maximize"] for group in trainer.optimizer.param_groups] == [False, True]
+
+
+def test_packs_may_be_longer_than_sequences(recipe, tokenizer):
+    recipe = Recipe.from_dict({**recipe.to_dict(), "pack_length": 1000})
+    data, _ = load_data(recipe, tokenizer)
+    sizes = [sum(len(example.input_ids) for _, example in items) for items in data]
+    assert max(sizes) > 192 and max(sizes) <= 1000
+    assert max(len(example.input_ids) for items in data for _, example in items) <= 192
 
 
 def test_every_pass_is_shuffled_and_no_step_is_short(recipe, tokenizer):

@@ -419,7 +419,7 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
     report.used = sum(map(len, sources))
     if not report.used:
         raise DataError(f"no usable record is left to train on\n{report}" if report.malformed else "there is no data")
-    return PackedExamples(sources, recipe.max_length, recipe.training_arguments["seed"]), report
+    return PackedExamples(sources, recipe.pack_length, recipe.training_arguments["seed"]), report
 
 
 def _generated(source: dict[str, Any], recipe: Recipe, tokenizer) -> Generated:

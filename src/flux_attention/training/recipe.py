@@ -111,7 +111,9 @@ class Recipe:
     targets : dict
         Target Ω_MSR of each task class.
     max_length : int
-        Tokens of a sequence at most, and of a pack of sequences.
+        Tokens of a sequence at most.
+    pack_length : int, optional
+        Tokens of a pack of sequences at most; default ``max_length``.
     batch_size : int
         Packs in a step, over all processes.
     dtype : {"bfloat16", "float32", "auto"}
@@ -134,6 +136,7 @@ class Recipe:
     routers: dict[str, Any] = field(default_factory=dict)
     targets: dict[str, float] = field(default_factory=lambda: dict(TARGETS))
     max_length: int = 65_536
+    pack_length: int | None = None
     batch_size: int = 48
     dtype: str = "bfloat16"
     config: dict[str, Any] = field(default_factory=dict)
@@ -155,6 +158,10 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"{name} is {value!r}, expected a whole number, at least 1")
+        if self.pack_length is None:
+            self.pack_length = self.max_length
+        if not isinstance(self.pack_length, int) or self.pack_length < self.max_length:
+            raise RecipeError(f"pack_length is {self.pack_length!r}, expected at least max_length ({self.max_length})")
         if not isinstance(self.gradient_checkpointing, bool):
             raise RecipeError(f"gradient_checkpointing is {self.gradient_checkpointing!r}, expected true or false")
         if self.dtype not in ("bfloat16", "float32", "auto"):  # in float16 the routers' gradients vanish

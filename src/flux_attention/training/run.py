@@ -109,7 +109,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     routing, tokenizer = load_model(recipe)
     data, report = load_data(recipe, tokenizer)
     if main:
-        say(f"{report}\n{len(data):,} packs of up to {recipe.max_length:,} tokens, {recipe.batch_size} in a step")
+        say(f"{report}\n{len(data):,} packs of up to {recipe.pack_length:,} tokens, {recipe.batch_size} in a step")
     if len(data) < recipe.batch_size:
         raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
     trainer = RouterTrainer(routing, recipe, data, args)
@@ -271,7 +271,7 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     dict
         ``parameters``, ``trained``, ``steps``, ``packs_per_step``, ``tokens_per_step``, and in bytes for each GPU
         ``weights``, ``optimizer`` (routers, their gradients and Adam's moments), ``activations`` (what a pack of
-        ``max_length`` tokens keeps for the backward pass, and one layer's working set) and ``total``.
+        ``pack_length`` tokens keeps for the backward pass, and one layer's working set) and ``total``.
 
     Raises
     ------
@@ -297,7 +297,7 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in routing.routers.parameters())
     itemsize = 4 if recipe.dtype == "float32" else 2
-    tokens, hidden = recipe.max_length, config.hidden_size
+    tokens, hidden = recipe.pack_length, config.hidden_size
     heads, kv_heads = routing.config.base_model.num_heads, routing.config.base_model.num_kv_heads
     attention = (2 * heads + 2 * kv_heads) * routing.config.base_model.head_dim  # query, key, value, output
     layer = itemsize * tokens * (4 * hidden + 3 * attention + 3 * config.intermediate_size)
