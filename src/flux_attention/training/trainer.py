@@ -133,7 +133,7 @@ class RoutedTraining(nn.Module):
         mode, use_cache, dropouts = self._before
         self.backbone.train(mode)
         self.backbone.config.use_cache = use_cache
-        if getattr(self.backbone, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.modules()):
             self.backbone.gradient_checkpointing_disable()
         for module, name, value in dropouts:
             setattr(module, name, value)
