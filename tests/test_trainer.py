@@ -284,6 +284,10 @@ def test_generated_questions_need_no_file(recipe, tokenizer):
     assert report.tasks == {"look-up": 4, PLAIN: 4}
     numbers = sorted(number for items in data for number, _ in items)
     assert numbers == list(range(8))
+    recipe.data = recipe.data * 2
+    twice, _ = load_data(recipe, tokenizer)
+    assert len({example.input_ids.tobytes() for items in twice for _, example in items}) == 16
+    recipe.data = recipe.data[:1]
     again, _ = load_data(recipe, tokenizer)
     for one, two in zip(data, again, strict=True):
         assert all(np.array_equal(a.input_ids, b.input_ids) for (_, a), (_, b) in zip(one, two, strict=True))

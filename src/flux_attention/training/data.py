@@ -267,18 +267,29 @@ class Generated(Sequence):
         Tokens; drawn from for each sequence.
     tasks : dict of str to str
         The task class of each family that takes part.
+    max_chars, held_out
+        See ``local_texts``; held-out names, values and text are those of evaluation.
+    seed : int
+        Sources of different seeds have no sequence in common.
     """
 
     def __init__(
-        self, tokenizer, count: int, lengths: Sequence[int], tasks: dict[str, str], max_chars: int, held_out: bool
+        self,
+        tokenizer,
+        count: int,
+        lengths: Sequence[int],
+        tasks: dict[str, str],
+        max_chars: int,
+        held_out: bool,
+        seed: int,
     ):
         from flux_attention.evaluation.tasks import Haystack
         from flux_attention.evaluation.text import local_texts
 
         self.tokenizer, self.tasks, self.held_out = tokenizer, tasks, held_out
         self.haystack = Haystack(local_texts(held_out, site_packages=True, max_chars=max_chars), tokenizer)
-        self.families = list(tasks)
-        self.lengths = [random.Random(f"length-{index}").choice(list(lengths)) for index in range(count)]
+        self.families, self.first = list(tasks), seed * 10_000_000
+        self.lengths = [random.Random(f"length-{self.first + index}").choice(list(lengths)) for index in range(count)]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -291,7 +302,9 @@ class Generated(Sequence):
         from flux_attention.evaluation.tasks import make_sample
 
         family = self.families[index % len(self.families)]
-        sample = make_sample(family, self.haystack, self.tokenizer, self.lengths[index], index, self.held_out)
+        sample = make_sample(
+            family, self.haystack, self.tokenizer, self.lengths[index], self.first + index, self.held_out
+        )
         prompt = len(sample.prompt_ids)
         return Example(sample.input_ids, prompt, prompt, self.task(index))
 
@@ -341,7 +354,7 @@ class PackedExamples(Dataset):
         digest = hashlib.sha256(json.dumps(self.packs).encode())
         for some in self.sources:
             if isinstance(some, Generated):
-                digest.update(json.dumps([some.lengths, some.tasks, some.held_out]).encode())
+                digest.update(json.dumps([some.lengths, some.tasks, some.held_out, some.first]).encode())
                 digest.update(some.haystack.tokens.tobytes())
             else:
                 for example in some:
@@ -413,7 +426,7 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
             examples: Sequence[Example] = load_records(source, tokenizer, recipe.max_length, recipe.targets, report)
             report.tasks.update(example.task for example in examples)
         else:
-            examples = _generated(source, recipe, tokenizer)
+            examples = _generated(source, recipe, tokenizer, len(sources))
             report.tasks.update(examples.task(index) for index in range(len(examples)))
         sources.append(examples)
     report.used = sum(map(len, sources))
@@ -422,7 +435,7 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
     return PackedExamples(sources, recipe.pack_length, recipe.training_arguments["seed"]), report
 
 
-def _generated(source: dict[str, Any], recipe: Recipe, tokenizer) -> Generated:
+def _generated(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> Generated:
     from flux_attention.evaluation.tasks import EVERY_FAMILY, make_sample
 
     tasks = source.get("tasks", GENERATED_TASKS)
@@ -437,7 +450,7 @@ def _generated(source: dict[str, Any], recipe: Recipe, tokenizer) -> Generated:
     if not isinstance(count, int) or count < 1 or not tasks:
         raise RecipeError(f"data: generated is {count!r} of {len(tasks)} families, expected how many sequences")
     made = Generated(
-        tokenizer, count, lengths, tasks, source.get("max_chars", 20_000_000), source.get("held_out", False)
+        tokenizer, count, lengths, tasks, source.get("max_chars", 20_000_000), source.get("held_out", False), seed
     )
     for family in tasks:  # fails now, not in the middle of the run
         make_sample(family, made.haystack, tokenizer, min(lengths), 0, made.held_out)
