@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import flux_attention.call
 from flux_attention import FluxConfig, UnsupportedModelError, attach, kv_bytes
 from flux_attention.patterns import Full
-from flux_attention.router import gumbel_noise
+from flux_attention.training.trainer import noise_of
 
 CONFIG = FluxConfig(sink=4, window=9, last_n=5, pool_size=6)
 TRIANGLE = FluxConfig(pattern="triangle", sink=4, window=9, last_n=5, pool_size=6)
@@ -492,7 +492,7 @@ def test_gradients_of_packed_sequences_are_those_of_each_alone(config):
     model = tiny_model("qwen3")
     routing = randomize(attach(model, config))
     rows, prompts = [ids(1, length, length)[0] for length in (30, 12, 44)], [30, 5, 20]
-    noise = gumbel_noise((3, 3, 2), torch.Generator().manual_seed(0))
+    noise = noise_of(0, 0, [0, 1, 2], 3)
     gates, grads = [], []
     for groups in ([[0, 1, 2]], [[0], [1], [2]]):
         routing.routers.zero_grad()

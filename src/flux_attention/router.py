@@ -98,11 +98,6 @@ def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:
     return logits_B2[:, 1] > logits_B2[:, 0]
 
 
-def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Standard Gumbel noise, float32 on the CPU."""
-    return -torch.empty(shape).exponential_(generator=generator).log()
-
-
 def soft_route(
     logits_B2: torch.Tensor, temperature: float | torch.Tensor, noise_B2: torch.Tensor | None = None
 ) -> torch.Tensor:

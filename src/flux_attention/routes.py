@@ -93,6 +93,11 @@ def _strip(row_L: torch.Tensor) -> str:
     return "".join("F" if full else "S" for full in row_L.tolist())
 
 
+def unit_name(unit: int | tuple[int, int]) -> str:
+    """What is decided on, for people: of a layer ``3``, of a KV head ``3.1``."""
+    return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))
+
+
 def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[int]) -> torch.Tensor:
     """
     The routes that ``spec`` asks for.

@@ -23,6 +23,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +34,7 @@ from flux_attention.attach import attach
 from flux_attention.evaluation.harness import Scores, check_head, evaluate
 from flux_attention.evaluation.results import write_results
 from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Sample, make_sample
+from flux_attention.routes import unit_name
 
 METHODS = ("dense", "sparse", "routed", "static", "random", "head", "head-static")
 #: Calibration samples start from this seed, the report's from 0.
@@ -188,7 +190,7 @@ class Evaluation:
                 "n": len(samples),
                 "sparsity": round(scores.msr, 4),
                 **_measures(family, scores),
-                "fa_rate": {_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
+                "fa_rate": {unit_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
                 **more,
             }
 
@@ -207,11 +209,15 @@ class Evaluation:
         count = min(len(routing.units), math.ceil(fmean(counts) - 1e-6))
         if by_head:
             if "head-static" in self.methods:
-                tell(f"{length} tokens: static heads")
-                calibration = [sample for samples in self._calibration(length) for sample in samples]
-                liked = liked_routes(routing, calibration, count)
+
+                @cache
+                def liked() -> torch.Tensor:  # asked for only if a row is not there yet
+                    tell(f"{length} tokens: static heads")
+                    calibration = [sample for samples in self._calibration(length) for sample in samples]
+                    return liked_routes(routing, calibration, count)
+
                 for family in self.families:
-                    yield row(family, "head-static", liked)
+                    yield row(family, "head-static", lambda samples: liked())
             return
         if "static" in self.methods:
             chosen = self._static(routing, adapter, length, count, have, tell)
@@ -237,10 +243,6 @@ class Evaluation:
             )
 
         return greedy_layers(loss, routing.layers, count, tell)
-
-
-def _name(unit: int | tuple[int, int]) -> str:
-    return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))
 
 
 def _measures(family: str, scores: Scores) -> dict[str, float]:
@@ -288,6 +290,7 @@ def run(evaluation: Evaluation, folder: Path, restart: bool, tell: Callable[[str
     rows: list[dict[str, Any]] = []
     for row in evaluation.rows(done, tell):
         rows.append(row)
-        later = [old for old in done if _key(old) not in set(map(_key, rows))]
+        written = set(map(_key, rows))
+        later = [old for old in done if _key(old) not in written]
         write_results(path, rows + later, settings=settings)
     return rows

@@ -59,18 +59,23 @@ def _kept(layers: int, full: int, length: int) -> int:
     return full * length + (layers - full) * min(length, PATTERN.sink + PATTERN.window)
 
 
+def body_and_head(routing: Routing) -> tuple[int, int]:
+    """Parameters between the embeddings, and of the output embedding, which may be the input's."""
+    embedding, head = routing.model.get_input_embeddings().weight, routing.model.get_output_embeddings().weight
+    outside = embedding.numel() + (0 if head is embedding else head.numel())
+    return sum(parameter.numel() for parameter in routing.model.parameters()) - outside, head.numel()
+
+
 def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
     """FLOPs of a prefill and bytes of a decode step of one sequence: attention, and everything else."""
     base = routing.config.base_model
     layers = len(routing.layers)
     full = _full_layers(layers, sparsity)
     pairs = full * Full().pairs(length) + (layers - full) * PATTERN.pairs(length)
-    embedding, head = routing.model.get_input_embeddings().weight, routing.model.get_output_embeddings().weight
-    outside = embedding.numel() + (0 if head is embedding else head.numel())
-    body = sum(parameter.numel() for parameter in routing.model.parameters()) - outside
+    body, head = body_and_head(routing)
     return {
         "flops": 4 * pairs * base.num_heads * base.head_dim + 2 * body * length,
-        "weight_bytes": 2 * (body + head.numel()),
+        "weight_bytes": 2 * (body + head),
         "kv_bytes": 4 * _kept(layers, full, length) * base.num_kv_heads * base.head_dim,
     }
 

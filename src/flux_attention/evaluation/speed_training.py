@@ -11,7 +11,7 @@ import torch
 from flux_attention.attach import Routing
 from flux_attention.call import Call
 from flux_attention.evaluation.speed import PATTERN, ceilings, measure, require_gpu, row
-from flux_attention.evaluation.speed_model import random_model
+from flux_attention.evaluation.speed_model import body_and_head, random_model
 from flux_attention.patterns import Full
 from flux_attention.training.objective import SparsityObjective
 from flux_attention.training.trainer import RoutedTraining, keep_attention
@@ -48,14 +48,12 @@ def necessary_flops(routing: Routing, length: int) -> float:
     one's backward, which takes two and a half times its forward.
     """
     base = routing.config.base_model
-    embedding, head = routing.model.get_input_embeddings().weight, routing.model.get_output_embeddings().weight
-    outside = embedding.numel() + (0 if head is embedding else head.numel())
-    body = sum(parameter.numel() for parameter in routing.model.parameters()) - outside
+    body, head = body_and_head(routing)
     full = (len(routing.layers) + 1) // 2
     pairs = {True: Full().pairs(length), False: PATTERN.pairs(length)}
     forward = len(routing.layers) * sum(pairs.values())
     backward = 2.5 * (full * pairs[True] + (len(routing.layers) - full) * pairs[False])
-    return 4 * (forward + backward) * base.num_heads * base.head_dim + 4 * (body * length + head.numel() * LABELS)
+    return 4 * (forward + backward) * base.num_heads * base.head_dim + 4 * (body * length + head * LABELS)
 
 
 def pack_of(routing: Routing, length: int) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from flux_attention import shipped
 from flux_attention.attach import Routing, attach
+from flux_attention.routes import unit_name
 from flux_attention.training.data import PackedExamples, load_data
 from flux_attention.training.recipe import Recipe, RecipeError
-from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments, unit_name
+from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
 
 #: The name that adapters give the model that comes along.
 SHIPPED = "flux-attention/shipped"
@@ -114,18 +115,18 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
         raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
     trainer = RouterTrainer(routing, recipe, data, args)
     trainer.accelerator.wait_for_everyone()
-    checkpoint = None if restart else last_checkpoint(folder)
+    checkpoint, digest = None if restart else last_checkpoint(folder), data.hash()
     if checkpoint is not None:
         if main:
             say(f"going on from {checkpoint}")
         kept = folder / "data.sha256"
-        if kept.exists() and kept.read_text().strip() != data.hash():
+        if kept.exists() and kept.read_text().strip() != digest:
             raise RecipeError(f"the data is not what {folder} was begun with: use another output, or --restart")
     trainer.accelerator.wait_for_everyone()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         recipe.to_yaml(folder / "recipe.yaml")
-        (folder / "data.sha256").write_text(data.hash() + "\n")
+        (folder / "data.sha256").write_text(digest + "\n")
     state = None if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
     try:
         if state is not None and state.global_step >= args.max_steps:  # it was stopped when all was trained
@@ -159,6 +160,11 @@ def finish(trainer: RouterTrainer, folder: Path, data: PackedExamples) -> None:
     (folder / "README.md").write_text(card(trainer, rows, data), encoding="utf-8")
 
 
+def _last(rows: list[dict[str, float]], name: str) -> list[dict[str, float]]:
+    """The rows of a task class that stand for what training reached: as many as a tenth of all."""
+    return [row for row in rows if f"{name}/msr" in row][-max(1, len(rows) // 10) :]
+
+
 def plot(rows: list[dict[str, float]], recipe: Recipe, units: list[str], path: Path) -> None:
     """Ω_MSR, loss and multipliers of each class over the steps; how often each layer or head ran full at the end."""
     import matplotlib
@@ -189,7 +195,7 @@ def plot(rows: list[dict[str, float]], recipe: Recipe, units: list[str], path: P
         axes[0, 0].legend(fontsize=8)
         rates = []
         for name in names:
-            last = [row for row in rows if f"{name}/msr" in row][-max(1, len(rows) // 10) :]
+            last = _last(rows, name)
             rates.append([sum(row[f"{name}/fa_rate_{unit}"] for row in last) / len(last) for unit in units])
         image = axes[1, 1].imshow(rates, vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axes[1, 1].set_yticks(range(len(names)), names)
@@ -235,8 +241,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, target in recipe.targets.items():
-        last = [row for row in rows if f"{name}/msr" in row][-max(1, len(rows) // 10) :]
-        if last:
+        if last := _last(rows, name):
             mean = {key: sum(row[f"{name}/{key}"] for row in last) / len(last) for key in ("msr", "lm_loss")}
             numbers = [f"{mean['msr']:.3f}", f"{mean['lm_loss']:.4f}"]
             numbers += [f"{rows[-1][f'{name}/{key}']:.3f}" for key in ("lambda1", "lambda2")]

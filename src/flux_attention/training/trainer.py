@@ -29,6 +29,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from flux_attention import kernels
 from flux_attention.attach import Routing
 from flux_attention.evaluation.harness import check_head
+from flux_attention.routes import unit_name
 from flux_attention.training.data import Example, PackedExamples, collate
 from flux_attention.training.objective import SparsityObjective, temperature
 from flux_attention.training.recipe import Recipe
@@ -383,11 +384,6 @@ class Progress(ProgressCallback):
             print(line, flush=True)
         else:
             self.training_bar.write(line)
-
-
-def unit_name(unit: int | tuple[int, int]) -> str:
-    """Of a layer ``3``, of a KV head ``3.1``."""
-    return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
