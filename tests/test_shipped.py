@@ -1,5 +1,6 @@
 """The shipped model: small, stock, and doing what README says, on inputs that are the same on every run."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -87,6 +88,9 @@ def test_the_report_covers_every_family_and_method():
     assert all(row["n"] >= 200 and 0 <= row["sparsity"] <= 1 for row in report["rows"])
     config = json.loads((ROUTERS / "flux_config.json").read_text())
     assert (report["meta"]["sink"], report["meta"]["window"]) == (config["sink"], config["window"])
+    weights = sorted([*BACKBONE.glob("*.safetensors"), *ROUTERS.glob("*.safetensors")])
+    shipped_now = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
+    assert report["meta"]["sha256"] == shipped_now
 
 
 def test_the_example_runs():
