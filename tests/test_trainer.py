@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from flux_attention import FluxConfig, UnsupportedModelError, attach, shipped
+from flux_attention import AdapterError, FluxConfig, UnsupportedModelError, attach, shipped
 from flux_attention.training import Recipe, RecipeError, RouterTrainer, SparsityObjective, load_data, train
 from flux_attention.training import trainer as trainer_module
 from flux_attention.training.data import PLAIN, DataError, collate, encode_record, pack
@@ -121,6 +121,8 @@ def test_recipes_round_trip_and_default_to_the_papers(tmp_path):
         (dict(training=dict(save_steps=5, logging_steps=2)), "multiple of logging_steps"),
         (dict(training=dict(max_steps=0)), "max_steps is 0"),
         (dict(model=""), "model is ''"),
+        (dict(start=3), "start is 3"),
+        (dict(start="x", routers=dict(sink=4)), "routers and start are both there"),
     ],
 )
 def test_wrong_recipes_are_refused(change, message):
@@ -415,6 +417,21 @@ def test_head_level_routers_train_by_the_same_recipe(recipe):
         f"{layer}.{head}" for layer in range(3) for head in range(2)
     }
     assert "6 KV heads" in (Path(recipe.output) / "README.md").read_text()
+
+
+def test_training_goes_on_from_an_adapter(recipe, tmp_path):
+    train(recipe)
+    first = Path(recipe.output)
+    values = {**recipe.to_dict(), "routers": {}, "start": str(first), "output": str(tmp_path / "second")}
+    second = Recipe.from_dict({**values, "training": {**recipe.training, "max_steps": 1, "learning_rate": 0.0}})
+    trainer = train(second)
+    assert trainer.routing.config.window == 12
+    before, after = (load_file(folder / "routers.safetensors") for folder in (first, Path(second.output)))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert dry_run(second)["trained"] == dry_run(recipe)["trained"]
+    train(second)  # which is done: the recipe that lies there is the same one
+    with pytest.raises(AdapterError, match=r"has no flux_config\.json"):
+        load_model(Recipe.from_dict({**values, "start": str(tmp_path)}))
 
 
 def test_a_restart_forgets_the_run_before(recipe):

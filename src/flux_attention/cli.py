@@ -122,7 +122,7 @@ def _load_model(model: str, device: str | None, dtype: str):
         from flux_attention import shipped
 
         logging.disable_progress_bar()
-        path = str(shipped.BACKBONE) if model == "shipped" else model
+        path = shipped.locate(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
             raise _UserError(f"device is {device!r}, expected cpu, cuda, cuda:N, mps or xpu")

@@ -13,6 +13,11 @@ BACKBONE = Path(__file__).parent / "backbone"
 ROUTERS = Path(__file__).parent / "routers"
 
 
+def locate(name: str, folder: Path = BACKBONE) -> str:
+    """``folder`` where a model (or, with ``ROUTERS``, an adapter) is called ``shipped``, any other name as it is."""
+    return str(folder) if name == "shipped" else name
+
+
 def load_shipped():
     """
     The shipped model, its tokenizer, and its routers attached.

@@ -108,6 +108,9 @@ class Recipe:
         Sources, see ``data.SOURCES``: ``path`` (JSONL, parquet or a datasets id) or ``generated``.
     routers : dict
         ``pattern, sink, window, last_n, pool_size`` of ``FluxConfig``.
+    start : str, optional
+        Adapter whose routers training goes on from, a directory or Hub id (``shipped`` for the one that comes along);
+        it says all that ``routers`` would. Multipliers start as ``objective`` says.
     targets : dict
         Target Ω_MSR of each task class.
     max_length : int
@@ -134,6 +137,7 @@ class Recipe:
     output: str
     data: list[dict[str, Any]]
     routers: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
     targets: dict[str, float] = field(default_factory=lambda: dict(TARGETS))
     max_length: int = 65_536
     pack_length: int | None = None
@@ -154,6 +158,10 @@ class Recipe:
         for name in ("routers", "targets", "training", "config"):
             if not isinstance(getattr(self, name), dict):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}, expected keys and values")
+        if self.start is not None and (not isinstance(self.start, str) or not self.start):
+            raise RecipeError(f"start is {self.start!r}, expected an adapter's directory or Hub id")
+        if self.start is not None and self.routers:
+            raise RecipeError(f"routers and start are both there: the adapter {self.start} says what `routers` would")
         for name in ("max_length", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -238,6 +246,7 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """As ``to_dict``, with the defaults within ``routers`` and ``training`` written out."""
         routers = {name: value for name, value in self.flux_config.to_dict().items() if name != "base_model"}
+        routers = routers if self.start is None else {}
         return {**self.to_dict(), "routers": routers, "training": self.training_arguments}
 
     @property

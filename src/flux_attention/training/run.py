@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from flux_attention import shipped
+from flux_attention.adapters import load_config
 from flux_attention.attach import Routing, attach
 from flux_attention.routes import unit_name
 from flux_attention.training.data import PackedExamples, load_data
@@ -23,20 +25,16 @@ from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoin
 SHIPPED = "flux-attention/shipped"
 
 
-def _locate(model: str) -> str:
-    return str(shipped.BACKBONE) if model == "shipped" else model
-
-
 def load_model(recipe: Recipe) -> tuple[Routing, Any]:
     """
-    The recipe's model with fresh routers, and its tokenizer.
+    The recipe's model with routers, fresh ones or those that it starts from, and its tokenizer.
 
     Raises
     ------
     OSError, ValueError
-        If there is no such model.
+        If there is no such model, or no such adapter for it.
     """
-    path = _locate(recipe.model)
+    path = shipped.locate(recipe.model)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype, **recipe.config)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most and recipe.max_length > most:
@@ -45,7 +43,8 @@ def load_model(recipe: Recipe) -> tuple[Routing, Any]:
             "by `config`, with rope_parameters that fit and max_position_embeddings"
         )
     model.config.name_or_path = SHIPPED if recipe.model == "shipped" else recipe.model
-    return attach(model, recipe.flux_config), AutoTokenizer.from_pretrained(path)
+    routers = recipe.flux_config if recipe.start is None else shipped.locate(recipe.start, shipped.ROUTERS)
+    return attach(model, routers), AutoTokenizer.from_pretrained(path)
 
 
 def check_output(recipe: Recipe, folder: Path) -> None:
@@ -291,13 +290,16 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         config = AutoConfig.for_model(**SHAPES[recipe.shape])
     else:
         try:
-            config = AutoConfig.from_pretrained(_locate(recipe.model))
+            config = AutoConfig.from_pretrained(shipped.locate(recipe.model))
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise RecipeError(f"cannot read the configuration of {recipe.model}: {reason}") from None
+    sizes = recipe.flux_config
+    if recipe.start is not None:
+        sizes = replace(load_config(shipped.locate(recipe.start, shipped.ROUTERS))[1], base_model=None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        routing = attach(model, recipe.flux_config)
+        routing = attach(model, sizes)
     args = recipe.training_arguments
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in routing.routers.parameters())
