@@ -97,11 +97,12 @@ def test_every_name_is_one_token(tokenizer):
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**9), length=st.sampled_from([200, 512, 1024, 3000]))
-def test_training_samples_fit_and_use_training_words(haystack, tokenizer, seed, length):
-    sample = training_sample(haystack, tokenizer, length, random.Random(seed), hint=0.3)
+@given(seed=st.integers(0, 10**9), length=st.sampled_from([200, 512, 1024, 3000]), every=st.booleans())
+def test_training_samples_fit_and_use_training_words(haystack, tokenizer, seed, length, every):
+    sample = training_sample(haystack, tokenizer, length, random.Random(seed), hint=0.3, every=every)
     assert len(sample.input_ids) == length
     decoded = tokenizer.decode(sample.input_ids)
+    assert every or not re.search("Which variables|most common|most frequent|secret codes", decoded)
     for person in re.findall(r"# (\w+) lives in", decoded):
         assert person in split_words(PEOPLE, False)
 

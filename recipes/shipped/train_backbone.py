@@ -1,6 +1,7 @@
-"""Train the shipped model's backbone from scratch: a small Qwen3 on real source text and generated tasks.
+"""Train a backbone from scratch: a small Qwen3 on real source text and generated tasks.
 
-Run: ``python recipes/shipped/train_backbone.py --tokenizer DIR --output DIR`` on one GPU; seven minutes on an H200.
+Run: ``python recipes/shipped/train_backbone.py --tokenizer DIR --output DIR`` on one GPU; seven minutes on an H200. A
+run that was stopped goes on from its last saved state.
 
 The defaults are the shipped run's: there the schedule followed a clock (``minutes`` in its log), and these step
 numbers are where that clock changed length and learning rate.
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from flux_attention.evaluation.harness import evaluate
-from flux_attention.evaluation.tasks import FAMILIES, Haystack, make_sample, training_sample
+from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack, make_sample, training_sample
 from flux_attention.evaluation.text import local_texts
 
 ANSWER_WEIGHT = 4.0  # answers are a few per cent of the tokens, and all of what is learnt slowly
@@ -30,16 +31,16 @@ ANSWER_WEIGHT = 4.0  # answers are a few per cent of the tokens, and all of what
 class Mixture(IterableDataset):
     """Endless (input_ids, weights): a share ``plain`` of the sequences real text, the others generated tasks in it."""
 
-    def __init__(self, haystack, tokenizer, args):
-        self.haystack, self.tokenizer, self.args = haystack, tokenizer, args
+    def __init__(self, haystack, tokenizer, args, first):
+        self.haystack, self.tokenizer, self.args, self.first = haystack, tokenizer, args, first
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        args, step = self.args, index
+        args, step = self.args, self.first + index
         while True:
             rng = random.Random(f"{args.seed}-{step}")
-            length = args.short_length if step < args.short_steps else args.length
+            length = next((length for length, until in args.stages if step < until), args.stages[-1][0])
             # Curriculum of the two-hop family: at first most guest lines name the city that they lead to.
             hint = 0.7 * max(0.1, 1 - step / args.hint_steps)
             ids, weights = [], []
@@ -51,7 +52,7 @@ class Mixture(IterableDataset):
                     text[0] = self.tokenizer.bos_token_id
                     ids.append(text)
                 else:
-                    sample = training_sample(self.haystack, self.tokenizer, length, rng, hint)
+                    sample = training_sample(self.haystack, self.tokenizer, length, rng, hint, args.every_family)
                     for start, end in sample.answers:
                         weight[start:end] = ANSWER_WEIGHT
                     ids.append(sample.input_ids)
@@ -60,10 +61,10 @@ class Mixture(IterableDataset):
             step += stride
 
 
-def report(model, haystack, tokenizer, length, count):
+def report(model, haystack, tokenizer, families, length, count):
     """Accuracy of each family on held-out samples; nats a token for plain text."""
     result = {}
-    for family in FAMILIES:
+    for family in families:
         samples = [make_sample(family, haystack, tokenizer, length, seed) for seed in range(count)]
         with torch.autocast(model.device.type, torch.bfloat16):
             scores = evaluate(model, samples, batch_size=16)
@@ -71,15 +72,22 @@ def report(model, haystack, tokenizer, length, count):
     return result
 
 
+def stages(text):
+    """ "1024:1446,4096:3077" as [(1024, 1446), (4096, 3077)]."""
+    pairs = [tuple(map(int, part.split(":"))) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs) or sorted(pairs, key=lambda pair: pair[1]) != pairs:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected LENGTH:UNTIL_STEP,… with rising steps")
+    return pairs
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3077)
-    parser.add_argument("--short-steps", type=int, default=1446, help="steps at the short length, at the start")
+    parser.add_argument(
+        "--stages", type=stages, default="1024:1446,4096:3077", help="sequence lengths, each up to a step"
+    )
     parser.add_argument("--hint-steps", type=int, default=2409, help="steps over which two-hop hints fade")
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--short-length", type=int, default=1024)
     parser.add_argument("--batch-tokens", type=int, default=131072)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--plain", type=float, default=0.35)
@@ -89,12 +97,16 @@ def main():
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--eval-every", type=int, default=1000)
     parser.add_argument("--eval-count", type=int, default=32)
+    parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--ffn", type=int, default=512)
+    parser.add_argument("--every-family", action="store_true", help="the families of reports too, not only the demo's")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
+    families = EVERY_FAMILY if args.every_family else FAMILIES
+    steps, longest = args.stages[-1][1], max(length for length, _ in args.stages)
 
     began = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,7 +125,7 @@ def main():
         num_attention_heads=args.width // 64,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=args.length * 2,
+        max_position_embeddings=longest * 2,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -132,6 +144,14 @@ def main():
         betas=(0.9, 0.95),
         fused=device.type == "cuda",
     )
+    args.output.mkdir(parents=True, exist_ok=True)
+    state, first = args.output / "state.pt", 0
+    if state.exists():
+        saved = torch.load(state, map_location=device)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+        print(f"going on from step {first}")
 
     def loss_of(ids, weights):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -147,14 +167,13 @@ def main():
 
     step_loss = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
     loader = DataLoader(
-        Mixture(haystack, tokenizer, args),
+        Mixture(haystack, tokenizer, args, first),
         batch_size=None,
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=8 if args.workers else None,
     )
-    args.output.mkdir(parents=True, exist_ok=True)
-    log = (args.output / "backbone_log.jsonl").open("w")
+    log = (args.output / "backbone_log.jsonl").open("a" if first else "w")
 
     def record(**row):
         log.write(json.dumps(row) + "\n")
@@ -162,12 +181,10 @@ def main():
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
     record(**{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()})
-    tick, tick_step = time.time(), 0
+    tick, tick_step = time.time(), first
     running = torch.zeros(3, device=device)
-    for step, (ids, weights) in enumerate(loader):
-        if step == args.steps:
-            break
-        progress = step / args.steps
+    for step, (ids, weights) in zip(range(first, steps), loader, strict=False):
+        progress = step / steps
         warmup = min(1.0, (step + 1) / 200)
         # Constant for the first half, then a cosine to 2 %.
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0.0, 2 * progress - 1))
@@ -197,11 +214,15 @@ def main():
                 elapsed=round(time.time() - began, 1),
             )
             tick, tick_step = time.time(), step + 1
+        if (step + 1) % args.save_every == 0:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(saved, state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)  # a kill leaves the old one whole
         if (step + 1) % args.eval_every == 0:
-            record(step=step + 1, **report(model, held_out, tokenizer, args.length, args.eval_count))
+            record(step=step + 1, **report(model, held_out, tokenizer, families, longest, args.eval_count))
             tick, tick_step = time.time(), step + 1
-    record(steps=step, tokens=step * args.batch_tokens, elapsed=round(time.time() - began, 1))
-    record(final=True, **report(model, held_out, tokenizer, args.length, 2 * args.eval_count))
+    record(steps=steps, tokens=steps * args.batch_tokens, elapsed=round(time.time() - began, 1))
+    record(final=True, **report(model, held_out, tokenizer, families, longest, 2 * args.eval_count))
     model.to(torch.bfloat16).save_pretrained(args.output / "backbone", max_shard_size="8MB")
     tokenizer.save_pretrained(args.output / "backbone")
 

@@ -359,8 +359,14 @@ def make_sample(family: str, haystack: Haystack, tokenizer, length: int, seed: i
     return compose(haystack, tokenizer, make(Words(rng, held_out), length), length, rng, family)
 
 
-def training_sample(haystack: Haystack, tokenizer, length: int, rng: random.Random, hint: float) -> Sample:
-    """A sample with many episodes and questions of all families: dense supervision for training a backbone."""
+def training_sample(
+    haystack: Haystack, tokenizer, length: int, rng: random.Random, hint: float, every: bool = False
+) -> Sample:
+    """
+    A sample with many episodes and questions: dense supervision for training a backbone.
+
+    Of all of ``FAMILIES``, with ``every`` of ``EVERY_FAMILY``; ``hint`` as in ``two_hop``.
+    """
     words = Words(rng)
     makers: list[Callable[[], Episode]] = [
         lambda: needles(words, keys=rng.randint(1, 16), questions=rng.randint(1, 8)),
@@ -370,6 +376,14 @@ def training_sample(haystack: Haystack, tokenizer, length: int, rng: random.Rand
         lambda: count(words, questions=2),
         lambda: copy(words, length=rng.randint(8, 48), questions=rng.randint(1, 2)),
     ]
+    if every:
+        makers += [
+            lambda: multi_query(words, keys=rng.randint(4, 16), asked=rng.randint(2, 4)),
+            lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4)),
+            lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4)),
+            lambda: common_words(words, rng.randint(length // 8, length // 2)),
+            lambda: frequent_words(words, rng.randint(length // 8, length // 2)),
+        ]
     # The lines of the tasks have about three characters a token.
     budget, episodes, used = rng.uniform(0.05, 0.6) * length, [], 0.0
     while used < budget:
