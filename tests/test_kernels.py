@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from flux_attention import kernels
 from flux_attention.patterns import Streaming
+from flux_attention.router import LayerRouter, pooled_slots
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
-from flux_attention.kernels import triton_decode, triton_prefill
+from flux_attention.kernels import triton_decode, triton_prefill, triton_router
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -142,7 +143,7 @@ def test_tiles_fit_every_supported_gpu(capability):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert result.returncode == 0, result.stderr[-2000:]
     used = json.loads(result.stdout.strip().split("\n")[-1])
-    assert len(used) == 12
+    assert len(used) == 18
     assert max(used.values()) <= SHARED[capability], used
 
 
@@ -289,3 +290,60 @@ def test_gradients_of_dense_prefill(dim, length):
     actual = torch.autograd.grad(output, leaves, weight)
     for a, e in zip(actual, torch.autograd.grad(expected, truth, weight.double()), strict=True):
         assert (a.double() - e).norm() < 2e-2 * e.norm() + 1e-3 * math.sqrt(a.numel())
+
+
+def check_router(device, dtype, lengths, heads, dim, pool_size, layout, seed):
+    """Logits of sequences of these lengths, and that a batch gives what its sequences do alone."""
+    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
+    router = LayerRouter(dim).to(device)
+    for parameter in router.parameters():
+        torch.nn.init.uniform_(parameter, -0.3, 0.3)
+    query = states(generator, heads, max(lengths), dim, dtype, layout).transpose(1, 2)[:1].repeat(len(lengths), 1, 1, 1)
+    query = query * torch.arange(1, len(lengths) + 1, device=device).view(-1, 1, 1, 1)
+    columns, weights = (tensor.to(device) for tensor in pooled_slots(torch.tensor(lengths), pool_size))
+    layers = [*router.encoder, *router.head]
+    actual = triton_router.logits(query, columns, weights, layers)
+    pooled = torch.einsum("bnhd,bn->bd", query.double()[torch.arange(len(lengths))[:, None], columns], weights.double())
+    truth = router.double().head(router.encoder(pooled / heads))
+    torch.testing.assert_close(actual.double(), truth, atol=1e-4, rtol=1e-4)
+    router.float()
+    for row in range(len(lengths)):
+        alone = triton_router.logits(query[row : row + 1], columns[row : row + 1], weights[row : row + 1], layers)
+        assert torch.equal(alone[0], actual[row])
+
+
+@INTERPRETED
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([16, 32]),
+    st.sampled_from([1, 5, 16, 100]),
+    st.sampled_from(["BSHD", "BHSD"]),
+    st.integers(0, 2**31),
+)
+def test_routers_by_the_interpreter(lengths, heads, dim, pool_size, layout, seed):
+    check_router("cpu", torch.float16, lengths, heads, dim, pool_size, layout, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads, dim", [(32, 128), (14, 64), (5, 16), (8, 256)])
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+def test_routers_of_every_width(heads, dim, layout):
+    check_router("cuda", torch.bfloat16, [700, 1, 100, 99], heads, dim, 100, layout, dim)
+
+
+@pytest.mark.gpu
+def test_gpus_read_prompts_with_the_router_kernel(monkeypatch):
+    seen = []
+    logits = triton_router.logits
+    monkeypatch.setattr(triton_router, "logits", lambda *args: seen.append(1) or logits(*args))
+    router = LayerRouter(64).cuda()
+    query = torch.randn(1, 30, 4, 64, device="cuda", dtype=torch.bfloat16)
+    slots = [tensor.cuda() for tensor in pooled_slots(torch.tensor([30]), 8)]
+    with torch.no_grad():
+        inference = router.read(query, *slots)
+    training = router.read(query, *slots)
+    assert seen == [1] and training.requires_grad
+    torch.testing.assert_close(inference, training, atol=1e-4, rtol=1e-4)

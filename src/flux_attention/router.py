@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flux_attention import kernels
+
 #: Bias of the last layer for [SA, FA] at initialisation: full attention with probability 0.989.
 INITIAL_BIAS = (0.0, 4.5)
 
@@ -91,6 +93,14 @@ class LayerRouter(nn.Module):
     def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
         """``logits_B2`` in float32 from pooled query states; index 1 is full attention, index 0 sparse."""
         return self.head(self.encoder(pooled_BD.float()))
+
+    def read(self, query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: torch.Tensor) -> torch.Tensor:
+        """``logits_B2`` from a layer's query states, pooled as ``pool_query`` does; by Triton where it can be."""
+        if kernels.takes(query_BSHD) and query_BSHD.stride(-1) == 1 and not torch.is_grad_enabled():
+            from flux_attention.kernels import triton_router
+
+            return triton_router.logits(query_BSHD, columns_BN, weights_BN, [*self.encoder, *self.head])
+        return self(pool_query(query_BSHD, columns_BN, weights_BN))
 
 
 def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:
