@@ -554,12 +554,12 @@ def test_prompts_beyond_the_models_positions_are_refused(recipe):
         train(recipe)
 
 
-def command(recipe, tmp_path, processes=1):
+def command(recipe, tmp_path, processes=1, program=("-m", "flux_attention.cli")):
     recipe.to_yaml(tmp_path / "recipe.yaml")
-    start = [sys.executable, "-m"]
+    start = [sys.executable]
     if processes > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    return [*start, "flux_attention.cli", "--debug", "train", str(tmp_path / "recipe.yaml")]
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, *program, "--debug", "train", str(tmp_path / "recipe.yaml")]
 
 
 def environment():
@@ -598,13 +598,40 @@ def test_a_killed_run_goes_on_to_the_same_end(recipe, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_two_processes_give_the_same_run_as_one(recipe, tmp_path):
+#: What shards the model of ``recipe``.
+FSDP = {
+    "fsdp": "full_shard",
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
+    },
+}
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_two_processes_give_the_same_run_as_one(recipe, tmp_path, sharding):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     recipe.output = str(alone)
     train(recipe)
-    recipe.output = str(shared)
-    done = subprocess.run(command(recipe, tmp_path, 2), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    recipe.output, recipe.training = str(shared), {**recipe.training, **sharding}
+    program = ("-m", "flux_attention.cli") if not sharding else (str(Path(__file__).parent / "fsdp_on_cpu.py"),)
+
+    def run():
+        both = command(recipe, tmp_path, 2, program)
+        done = subprocess.run(both, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run()
+    if sharding:  # which names what it saves; a run that was stopped goes on to the same end
+        saved = torch.load(shared / "checkpoint-4/optimizer.pt", weights_only=True)
+        assert {name.split(".")[0] for name in saved["state"]} == {"routers", "objective"}
+        before = load_file(shared / "routers.safetensors")
+        shutil.rmtree(shared / "checkpoint-6")
+        (shared / "routers.safetensors").unlink()
+        run()
+        after = load_file(shared / "routers.safetensors")
+        assert all(torch.equal(before[name], after[name]) for name in before)
     for one, two in zip(losses(alone), losses(shared), strict=True):
         assert one[0] == two[0] and one[1:3] == pytest.approx(two[1:3], abs=1e-4)
         assert one[3] == pytest.approx(two[3], abs=1e-6) if one[3] is not None else two[3] is None

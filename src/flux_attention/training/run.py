@@ -135,6 +135,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         trainer.model.release()
+    trainer.gather()
     if main:
         finish(trainer, folder, data)
         say(f"the adapter is in {folder}: attach(model, {str(folder)!r})")

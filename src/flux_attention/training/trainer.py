@@ -22,6 +22,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
@@ -36,6 +43,8 @@ from flux_attention.training.recipe import Recipe
 
 #: What a checkpoint holds of the model.
 WEIGHTS = "training.safetensors"
+#: How a sharded optimizer's state lies in a checkpoint: whole.
+SHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 #: Label positions whose logits are in memory at a time.
 CHUNK = 2048
 
@@ -53,6 +62,11 @@ def keep_attention(device: torch.device):
 
         kept.append(triton_prefill.streaming._opoverload)
     return partial(create_selective_checkpoint_contexts, kept)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP may have sharded; every process takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Steps(Dataset):
@@ -326,9 +340,10 @@ class RouterTrainer(Trainer):
         if "loss" in logs and self._sums is not None:
             sums = self.accelerator.reduce(self._sums.float().to(self.args.device), "sum").cpu()
             self._sums = None
+            multipliers_C2 = whole(self.model.objective.multipliers_C2.detach())
             for index, name in enumerate(self.model.names):
                 count, lm_loss, *full = sums[index].tolist()
-                lambda1, lambda2 = self.model.objective.multipliers_C2[index].tolist()
+                lambda1, lambda2 = multipliers_C2[index].tolist()
                 logs |= {f"{name}/lambda1": lambda1, f"{name}/lambda2": lambda2}
                 if count:
                     rates = [rate / count for rate in full]
@@ -337,30 +352,52 @@ class RouterTrainer(Trainer):
                         logs[f"{name}/fa_rate_{unit_name(unit)}"] = rate
         super().log(logs, start_time)
 
-    # Checkpoints hold routers and multipliers alone.
+    # Checkpoints hold routers and multipliers alone, put together where FSDP has sharded them.
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.model.state_dict() if state_dict is None else state_dict
-        kept = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in state.items()
-            if name.startswith(("routers.", "objective."))
-        }
-        save_file(kept, folder / WEIGHTS)
+    def _trained(self) -> dict[str, torch.Tensor]:
+        state = self.model.state_dict().items()
+        return {name: tensor for name, tensor in state if name.startswith(("routers.", "objective."))}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write routers and multipliers; every process takes part."""
+        state = {name: whole(tensor).detach().cpu().contiguous() for name, tensor in self._trained().items()}
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        own = {name for name in self.model.state_dict() if name.startswith(("routers.", "objective."))}
-        if set(state) != own:
+        if set(state) != set(self._trained()):
             raise ValueError(
                 f"the checkpoint {resume_from_checkpoint} was made for other routers or task classes; "
                 "use another output folder"
             )
-        self.model.load_state_dict(state, strict=False)
+        set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=SHARDED)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=SHARDED)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def gather(self) -> None:
+        """Give every process whole routers and multipliers, which FSDP has sharded."""
+        for module in [*self.model.routers.modules(), self.model.objective]:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if isinstance(parameter, DTensor):
+                    module.register_parameter(name, nn.Parameter(whole(parameter.detach())))
 
 
 class Progress(ProgressCallback):
