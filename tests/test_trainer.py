@@ -150,6 +150,15 @@ def test_recipes_of_the_repository_pass_a_dry_run(path):
     assert counted["total"] == counted["weights"] + counted["optimizer"] + counted["activations"]
 
 
+def test_a_dry_run_counts_the_model_itself_where_it_is_there(recipe):
+    counted = dry_run(recipe)
+    assert dry_run(Recipe.from_dict({**recipe.to_dict(), "shape": "qwen3-8b"})) == counted
+    away = Recipe.from_dict({**recipe.to_dict(), "model": "nobody/nothing", "shape": "qwen3-8b"})
+    assert dry_run(away)["parameters"] > 1000 * counted["parameters"]
+    with pytest.raises(RecipeError, match="shape is 'gpt'"):
+        dry_run(Recipe.from_dict({**recipe.to_dict(), "shape": "gpt"}))
+
+
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 

@@ -262,6 +262,22 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
 # --- Dry run ----------------------------------------------------------------------------------------------------------
 
 
+def _model_config(recipe: Recipe):
+    """The model's configuration: its own, or where that does not lie on this machine, the recipe's ``shape``."""
+    from flux_attention.evaluation.speed import SHAPES
+
+    if recipe.shape not in {None, *SHAPES}:
+        raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
+    path = shipped.locate(recipe.model)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=recipe.shape is not None, **recipe.config)
+    except OSError as error:
+        if recipe.shape is not None:
+            return AutoConfig.for_model(**{**SHAPES[recipe.shape], **recipe.config})
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"cannot read the configuration of {recipe.model}: {reason}") from None
+
+
 def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     """
     What a run would take, by arithmetic: the model is built without memory for its weights, no data is read.
@@ -283,18 +299,7 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     RecipeError
         If the model's configuration is not at hand and the recipe names no ``shape``.
     """
-    from flux_attention.evaluation.speed import SHAPES
-
-    if recipe.shape is not None:
-        if recipe.shape not in SHAPES:
-            raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
-        config = AutoConfig.for_model(**SHAPES[recipe.shape])
-    else:
-        try:
-            config = AutoConfig.from_pretrained(shipped.locate(recipe.model))
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise RecipeError(f"cannot read the configuration of {recipe.model}: {reason}") from None
+    config = _model_config(recipe)
     sizes = recipe.flux_config
     if recipe.start is not None:
         sizes = replace(load_config(shipped.locate(recipe.start, shipped.ROUTERS))[1], base_model=None)
