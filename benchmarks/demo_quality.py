@@ -39,13 +39,15 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/demo_quality.json")
     parser.add_argument("--count", type=int, default=200, help="samples a family")
     parser.add_argument("--calibration", type=int, default=32, help="samples a family to choose static layers on")
+    parser.add_argument("--static", type=int, nargs="+", help="the static layers, if an earlier search found them")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=20)
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--max-chars", type=int, default=5_000_000)
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = getattr(torch, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.backbone)
     model = AutoModelForCausalLM.from_pretrained(args.backbone, dtype=dtype).to(device).eval()
     haystack = Haystack(local_texts(True, site_packages=True, max_chars=args.max_chars), tokenizer)
@@ -95,10 +97,14 @@ def main():
         plain = -scores["plain"].perplexity if "plain" in scores else 0.0
         return fmean(scores[family].accuracy for family in RETRIEVAL), plain
 
-    # Every choice on a quarter of the samples, the ten best ones on all of them.
-    choices = list(itertools.combinations(layers, count))
-    choices.sort(key=lambda chosen: value(chosen, RETRIEVAL, max(1, args.calibration // 4)), reverse=True)
-    best = max(choices[:10], key=lambda chosen: value(chosen, FAMILIES, args.calibration))
+    best = args.static
+    if best is None:
+        # Every choice on a quarter of the samples, the ten best ones on all of them.
+        choices = list(itertools.combinations(layers, count))
+        choices.sort(key=lambda chosen: value(chosen, RETRIEVAL, max(1, args.calibration // 4)), reverse=True)
+        best = max(choices[:10], key=lambda chosen: value(chosen, FAMILIES, args.calibration))
+    elif len(best) != count:
+        parser.error(f"--static names {len(best)} layers, but the routed model uses {count} on average, rounded up")
     print(f"best static layers: {best}")
     with routing.force(list(best)):
         for family in FAMILIES:
@@ -112,7 +118,7 @@ def main():
         window=routing.config.window,
         static_choices=math.comb(len(layers), count),
         sha256=hashes(args.backbone, args.routers),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=args.dtype,
     )
 
 

@@ -102,9 +102,22 @@ def test_training_samples_fit_and_use_training_words(haystack, tokenizer, seed, 
     sample = training_sample(haystack, tokenizer, length, random.Random(seed), hint=0.3, every=every)
     assert len(sample.input_ids) == length
     decoded = tokenizer.decode(sample.input_ids)
-    assert every or not re.search("Which variables|most common|most frequent|secret codes", decoded)
+    if not every:
+        assert not re.search("Which variables|most common|most frequent|secret codes", decoded)
+    listed = Counter(word for line in re.findall(r"# Words: (.*)\n", decoded) for word in line.split())
+    if found := re.search(r"Which (\d) words are the most common .*\n# Answer: (.*)\n", decoded):
+        assert sorted(word for word, _ in listed.most_common(int(found[1]))) == found[2].split(", ")
+    if found := re.search(r"Which (\d) words are the most frequent .*\n# Answer: (.*)\n", decoded):
+        assert [word for word, _ in listed.most_common(int(found[1]))] == found[2].split(", ")
     for person in re.findall(r"# (\w+) lives in", decoded):
         assert person in split_words(PEOPLE, False)
+
+
+def test_training_samples_of_every_family_ask_all_questions(haystack, tokenizer):
+    samples = [training_sample(haystack, tokenizer, 3000, random.Random(seed), 0.0, every=True) for seed in range(30)]
+    decoded = "".join(tokenizer.decode(sample.input_ids) for sample in samples)
+    for words in ("Which variables", "most common", "most frequent", "secret codes", "In which city", "Repeat"):
+        assert words in decoded
 
 
 def test_too_short_for_its_facts(haystack, tokenizer):

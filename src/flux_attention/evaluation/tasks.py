@@ -365,7 +365,7 @@ def training_sample(
     """
     A sample with many episodes and questions: dense supervision for training a backbone.
 
-    Of all of ``FAMILIES``, with ``every`` of ``EVERY_FAMILY``; ``hint`` as in ``two_hop``.
+    Of the questions of ``FAMILIES``, with ``every`` of ``EVERY_FAMILY``; ``hint`` as in ``two_hop``.
     """
     words = Words(rng)
     makers: list[Callable[[], Episode]] = [
@@ -381,11 +381,14 @@ def training_sample(
             lambda: multi_query(words, keys=rng.randint(4, 16), asked=rng.randint(2, 4)),
             lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4)),
             lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4)),
-            lambda: common_words(words, rng.randint(length // 8, length // 2)),
-            lambda: frequent_words(words, rng.randint(length // 8, length // 2)),
         ]
+        # Lines of two lists could not be told apart, so there is one at most.
+        lists = rng.choice((common_words, frequent_words, None))
     # The lines of the tasks have about three characters a token.
     budget, episodes, used = rng.uniform(0.05, 0.6) * length, [], 0.0
+    if every and lists is not None:
+        episodes.append(lists(words, rng.randint(length // 8, length // 2)))
+        used += sum(map(len, episodes[0].facts)) / 3
     while used < budget:
         try:
             episode = rng.choice(makers)()
