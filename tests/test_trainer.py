@@ -438,6 +438,8 @@ def test_training_goes_on_from_an_adapter(recipe, tmp_path):
     before, after = (load_file(folder / "routers.safetensors") for folder in (first, Path(second.output)))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert dry_run(second)["trained"] == dry_run(recipe)["trained"]
+    with pytest.raises(RecipeError, match="made for another model: num_layers is 10, expected 3"):
+        dry_run(Recipe.from_dict({**values, "model": "shipped"}))
     train(second)  # which is done: the recipe that lies there is the same one
     with pytest.raises(AdapterError, match=r"has no flux_config\.json"):
         load_model(Recipe.from_dict({**values, "start": str(tmp_path)}))
@@ -609,7 +611,7 @@ def test_a_killed_run_goes_on_to_the_same_end(recipe, tmp_path):
 
 #: What shards the model of ``recipe``.
 FSDP = {
-    "fsdp": "full_shard",
+    "fsdp": "full_shard auto_wrap",
     "fsdp_config": {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -630,6 +632,7 @@ def test_two_processes_give_the_same_run_as_one(recipe, tmp_path, sharding):
         both = command(recipe, tmp_path, 2, program)
         done = subprocess.run(both, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     run()
     if sharding:  # which names what it saves; a run that was stopped goes on to the same end
@@ -638,7 +641,7 @@ def test_two_processes_give_the_same_run_as_one(recipe, tmp_path, sharding):
         before = load_file(shared / "routers.safetensors")
         shutil.rmtree(shared / "checkpoint-6")
         (shared / "routers.safetensors").unlink()
-        run()
+        assert f"going on from {shared / 'checkpoint-4'}" in run()
         after = load_file(shared / "routers.safetensors")
         assert all(torch.equal(before[name], after[name]) for name in before)
     for one, two in zip(losses(alone), losses(shared), strict=True):

@@ -1,7 +1,7 @@
 """Train the study's routers: every seed, sparsity target and granularity, one after the other.
 
 Run: ``python recipes/study/train_routers.py`` after the backbone (README.md here). A run that is done is left alone,
-one that was stopped goes on. A target is that of questions with several steps; look-ups have a quarter more, plain text
+one that was stopped goes on. A target is that of questions with several steps; look-ups have 0.25 more, plain text
 always 0.96.
 """
 

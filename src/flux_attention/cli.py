@@ -122,7 +122,7 @@ def _load_model(model: str, device: str | None, dtype: str):
         from flux_attention import shipped
 
         logging.disable_progress_bar()
-        path = shipped.locate(model)
+        path = shipped.model_path(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
             raise _UserError(f"device is {device!r}, expected cpu, cuda, cuda:N, mps or xpu")
@@ -145,7 +145,8 @@ def _load(model: str, routers: str | None, device: str | None, dtype: str):
     with err.status("attaching routers"):
         from flux_attention import attach, shipped
 
-        return loaded, tokenizer, attach(loaded, routers or (str(shipped.ROUTERS) if model == "shipped" else None))
+        routers = routers or ("shipped" if model == "shipped" else None)
+        return loaded, tokenizer, attach(loaded, routers and shipped.adapter_path(routers))
 
 
 def _encode(tokenizer, text: str, model, new_tokens: int = 0):
@@ -401,7 +402,7 @@ def evaluate(
     tokens = _numbers(lengths, int, 256, 2**24)
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise _UserError("matplotlib is missing, which draws the report: pip install 'flux-attention[eval]'")
-    adapters = list(routers or ([str(shipped.ROUTERS)] if model == "shipped" else []))
+    adapters = [shipped.adapter_path(name) for name in routers or (["shipped"] if model == "shipped" else [])]
     loaded, tokenizer = _load_model(model, device, dtype)
     with err.status("reading text") as status:
         texts = [_read(str(text))] if text else local_texts(True, site_packages=True, max_chars=5_000_000)

@@ -1,8 +1,8 @@
 """The layer router at inference, in Triton: pooling and the small networks in six launches.
 
 In PyTorch the same takes some fifteen, five of them matrix products with one row, which libraries of large products
-serve badly; a layer's attention waits for all of them. Rows are computed independently, so that a batch routes as its
-sequences do alone.
+serve badly; a layer's attention waits for all of them. Rows are computed independently: a batch routes as its sequences
+do alone, up to the rounding of prompts shorter than ``pool_size``.
 
 Shape suffixes: B batch, S query length, H query heads, D head dim, N pooled tokens.
 """

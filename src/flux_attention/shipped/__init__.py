@@ -13,9 +13,14 @@ BACKBONE = Path(__file__).parent / "backbone"
 ROUTERS = Path(__file__).parent / "routers"
 
 
-def locate(name: str, folder: Path = BACKBONE) -> str:
-    """``folder`` where a model (or, with ``ROUTERS``, an adapter) is called ``shipped``, any other name as it is."""
-    return str(folder) if name == "shipped" else name
+def model_path(model: str) -> str:
+    """Where the model called ``shipped`` lies; any other name as it is."""
+    return str(BACKBONE) if model == "shipped" else model
+
+
+def adapter_path(adapter: str) -> str:
+    """Where the adapter called ``shipped`` lies; any other name as it is."""
+    return str(ROUTERS) if adapter == "shipped" else adapter
 
 
 def load_shipped():

@@ -34,7 +34,7 @@ def load_model(recipe: Recipe) -> tuple[Routing, Any]:
     OSError, ValueError
         If there is no such model, or no such adapter for it.
     """
-    path = shipped.locate(recipe.model)
+    path = shipped.model_path(recipe.model)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype, **recipe.config)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most and recipe.max_length > most:
@@ -43,7 +43,7 @@ def load_model(recipe: Recipe) -> tuple[Routing, Any]:
             "by `config`, with rope_parameters that fit and max_position_embeddings"
         )
     model.config.name_or_path = SHIPPED if recipe.model == "shipped" else recipe.model
-    routers = recipe.flux_config if recipe.start is None else shipped.locate(recipe.start, shipped.ROUTERS)
+    routers = recipe.flux_config if recipe.start is None else shipped.adapter_path(recipe.start)
     return attach(model, routers), AutoTokenizer.from_pretrained(path)
 
 
@@ -268,11 +268,11 @@ def _model_config(recipe: Recipe):
 
     if recipe.shape not in {None, *SHAPES}:
         raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
-    path = shipped.locate(recipe.model)
+    path = shipped.model_path(recipe.model)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=recipe.shape is not None, **recipe.config)
     except OSError as error:
-        if recipe.shape is not None:
+        if recipe.shape is not None and not Path(path).is_dir():
             return AutoConfig.for_model(**{**SHAPES[recipe.shape], **recipe.config})
         reason = str(error).splitlines()[0]
         raise RecipeError(f"cannot read the configuration of {recipe.model}: {reason}") from None
@@ -285,7 +285,7 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     Parameters
     ----------
     processes : int
-        GPUs that share the batch; each holds the whole model.
+        GPUs that share the batch; each is counted as holding the whole model, as without FSDP.
 
     Returns
     -------
@@ -300,12 +300,15 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         If the model's configuration is not at hand and the recipe names no ``shape``.
     """
     config = _model_config(recipe)
-    sizes = recipe.flux_config
+    sizes, made_for = recipe.flux_config, None
     if recipe.start is not None:
-        sizes = replace(load_config(shipped.locate(recipe.start, shipped.ROUTERS))[1], base_model=None)
+        start = load_config(shipped.adapter_path(recipe.start))[1]
+        sizes, made_for = replace(start, base_model=None), start.base_model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         routing = attach(model, sizes)
+    if made_for is not None and (differences := made_for.differences(routing.config.base_model)):
+        raise RecipeError(f"the adapter {recipe.start} was made for another model: {'; '.join(differences)}")
     args = recipe.training_arguments
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in routing.routers.parameters())

@@ -10,6 +10,7 @@ Shape suffixes: N sequences of a pack, S tokens of a pack, L routed layers, C ta
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -260,6 +261,10 @@ class RouterTrainer(Trainer):
             data_collator=partial(collate, classes=objective.classes),
             **kwargs,
         )
+        version = getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "fsdp_version", 2)
+        if self.is_deepspeed_enabled or version != 2:
+            found = "DeepSpeed" if self.is_deepspeed_enabled else f"FSDP{version}"
+            raise ValueError(f"{found} cannot train routers: use DDP, or FSDP2 (fsdp_config: version: 2)")
         # ``compute_loss`` sees to gradient accumulation; accelerate would divide once more with older transformers.
         self.model_accepts_loss_kwargs = True
         self.accelerator.gradient_accumulation_steps = 1
@@ -365,6 +370,8 @@ class RouterTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(state, folder / WEIGHTS)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
@@ -374,6 +381,9 @@ class RouterTrainer(Trainer):
                 "use another output folder"
             )
         set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -393,7 +403,11 @@ class RouterTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def gather(self) -> None:
-        """Give every process whole routers and multipliers, which FSDP has sharded."""
+        """
+        Give every process whole routers and multipliers, which FSDP has sharded; to be called before saving them.
+
+        The backbone stays sharded: load the adapter anew to run the model.
+        """
         for module in [*self.model.routers.modules(), self.model.objective]:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if isinstance(parameter, DTensor):
@@ -444,7 +458,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             per_device_train_batch_size=1,
             gradient_accumulation_steps=recipe.batch_size // processes,
             remove_unused_columns=False,
-            **{**here, **recipe.training_arguments},
+            **{**here, **copy.deepcopy(recipe.training_arguments)},  # ``TrainingArguments`` completes dicts in place
         )
     except TypeError as error:
         raise ValueError(f"training: {error}") from None
