@@ -8,6 +8,7 @@ numbers are where that clock changed length and learning rate.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -25,6 +26,8 @@ from flux_attention.evaluation.harness import evaluate
 from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack, make_sample, training_sample
 from flux_attention.evaluation.text import local_texts
 
+#: Arguments that a run may go on with changed.
+FREE = {"output", "workers", "eval_every", "eval_count", "save_every", "no_compile"}
 ANSWER_WEIGHT = 4.0  # answers are a few per cent of the tokens, and all of what is learnt slowly
 
 
@@ -75,7 +78,7 @@ def report(model, haystack, tokenizer, families, length, count):
 def stages(text):
     """ "1024:1446,4096:3077" as [(1024, 1446), (4096, 3077)]."""
     pairs = [tuple(map(int, part.split(":"))) for part in text.split(",")]
-    if any(len(pair) != 2 for pair in pairs) or sorted(pairs, key=lambda pair: pair[1]) != pairs:
+    if any(len(pair) != 2 for pair in pairs) or any(b <= a for (_, a), (_, b) in itertools.pairwise(pairs)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected LENGTH:UNTIL_STEP,… with rising steps")
     return pairs
 
@@ -97,7 +100,7 @@ def main():
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--eval-every", type=int, default=1000)
     parser.add_argument("--eval-count", type=int, default=32)
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=500, help="a multiple of 100")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=384)
@@ -106,6 +109,8 @@ def main():
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     families = EVERY_FAMILY if args.every_family else FAMILIES
+    if args.save_every % 100:
+        parser.error("--save-every is not a multiple of 100, the steps between two lines of the log")
     steps, longest = args.stages[-1][1], max(length for length, _ in args.stages)
 
     began = time.time()
@@ -146,12 +151,18 @@ def main():
     )
     args.output.mkdir(parents=True, exist_ok=True)
     state, first = args.output / "state.pt", 0
+    # What the weights depend on.
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     if state.exists():
         saved = torch.load(state, map_location=device)
+        if changed := sorted(name for name in settings if settings[name] != saved["settings"].get(name)):
+            parser.error(f"{args.output} holds a run of another {', '.join(changed)}: use another --output")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-        print(f"going on from step {first}")
+        print(f"going on from step {first} of {steps}")
+        if first == steps and (args.output / "backbone").is_dir():
+            return
 
     def loss_of(ids, weights):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -214,9 +225,9 @@ def main():
                 elapsed=round(time.time() - began, 1),
             )
             tick, tick_step = time.time(), step + 1
-        if (step + 1) % args.save_every == 0:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(saved, state.with_suffix(".tmp"))
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**kept, "step": step + 1, "settings": settings}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)  # a kill leaves the old one whole
         if (step + 1) % args.eval_every == 0:
             record(step=step + 1, **report(model, held_out, tokenizer, families, longest, args.eval_count))
