@@ -55,9 +55,8 @@ def compiled_layer(stock):
         When first called, if the layer cannot be compiled as a whole.
     """
     prefill = torch.compile(stock, dynamic=True, fullgraph=True)
-    # A step is bound by reading the weights, which tuned reductions do faster than cuBLAS's matrix-vector products: at
-    # 128 K tokens of Qwen3-8B 6.1 ms instead of 7.1 (benchmarks/results/e2e_decode.json), for 20 s more of compilation.
-    # Its shapes are fixed for the first batch size, any from the second on.
+    # A step is bound by reading the weights, which tuned reductions do faster than cuBLAS's matrix-vector products, for
+    # half a minute more of compilation. Its shapes are fixed for the first batch size, any from the second on.
     step = torch.compile(stock, fullgraph=True, options={"coordinate_descent_tuning": True})
 
     @functools.wraps(stock)
