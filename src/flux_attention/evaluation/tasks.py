@@ -211,7 +211,8 @@ def frequent_words(words: Words, length: int, asked: int = 3) -> Episode:
     """Lists of thirty words, whose counts fall with the square of their rank."""
     pool = words.distinct()[:30]
     first = 0.3 * length / sum(1 / rank**2 for rank in range(1, len(pool) + 1))
-    counts = {word: max(1, round(first / rank**2)) for rank, word in enumerate(pool, 1)}
+    # In the shortest lists too, the words asked for differ in how often they occur.
+    counts = {word: max(1, asked + 2 - rank, round(first / rank**2)) for rank, word in enumerate(pool, 1)}
     question = f"Which {asked} words are the most frequent in the lists, the most frequent first?"
     return _word_lists(words, counts, question, pool[:asked])
 
