@@ -231,10 +231,11 @@ class Call:
         groups: dict[tuple[bool, int], list[int]] = {}
         for row, length in enumerate(self.tokens.lengths):
             groups.setdefault((routes[row], length), []).append(row)
+        # By one split: the gradient of a slice would be as large as the whole pack, for each sequence.
+        sequences = [states.split(self.tokens.lengths, dim=2) for states in (query, key, value)]
         outputs: list[torch.Tensor] = [query] * self.batch
         for (route, length), rows in groups.items():
-            places = [slice(self.tokens.starts[row], self.tokens.starts[row] + length) for row in rows]
-            parts = [torch.cat([states[:, :, place] for place in places]) for states in (query, key, value)]
+            parts = [torch.cat([states[row] for row in rows]) for states in sequences]
             output = self._one(View(rows, route, length, *parts[1:], None), parts[0], scale)
             for row, part in zip(rows, output.split(1), strict=True):
                 outputs[row] = part
