@@ -374,6 +374,28 @@ def test_a_step_that_cannot_be_captured_is_tried_once(device, monkeypatch):
         generation.decode_step(routing, 1)
 
 
+@pytest.mark.gpu
+def test_random_numbers_are_drawn_after_a_capture_that_failed(monkeypatch):
+    model, routing = routed("qwen3", "cuda")
+    step = generation.DecodeStep._step
+
+    def waits(self):
+        logits = step(self)
+        if torch.cuda.is_current_stream_capturing():
+            logits.sum().item()  # ends the capture
+        return logits
+
+    monkeypatch.setattr(generation.DecodeStep, "_step", waits)
+    prompt = ids(1, 5).to("cuda")
+    assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 8)
+    assert [type(step) for _, step in routing.steps.values()] == [str]  # it did fail
+    torch.manual_seed(3)
+    drawn = torch.rand(5, device="cuda")
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(5, device="cuda")) and len(set(drawn.tolist())) == 5
+    assert model.generate(prompt, max_new_tokens=3, do_sample=True).shape == (1, 8)
+
+
 def test_threads_route_while_a_step_is_captured(device, monkeypatch):
     model, routing = routed("qwen3", device)
     prompt = ids(1, 30).to(device)

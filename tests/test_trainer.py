@@ -1,5 +1,6 @@
 """Training as a product: recipes, data, the Trainer; resuming and sharing give the same run."""
 
+import gc
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from flux_attention import AdapterError, FluxConfig, UnsupportedModelError, attach, shipped
+from flux_attention.call import Call
 from flux_attention.training import Recipe, RecipeError, RouterTrainer, SparsityObjective, load_data, train
 from flux_attention.training import trainer as trainer_module
 from flux_attention.training.data import PLAIN, DataError, collate, encode_record, pack
@@ -368,6 +370,8 @@ def test_checkpointing_keeps_attention_and_gradients(recipe, tokenizer):
         attention = [e for e in profiler.events() if e.name == "aten::_scaled_dot_product_flash_attention_for_cpu"]
         counts.append(sum(any(child.name == "aten::empty" for child in event.cpu_children) for event in attention))
         grads.append([parameter.grad for parameter in routing.routers.parameters()])
+        gc.collect()  # a call that is kept keeps what its attention gave, in every layer
+        assert not any(isinstance(item, Call) and item.routing is routing for item in gc.get_objects())
     sequences = len(batch["sequence_lengths"])
     assert counts[:2] == [2 * 3 * sequences] * 2 and counts[2] > counts[1]
     for others in grads[1:]:

@@ -70,7 +70,11 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if compiled:
         return torch.ops.flux_attention.attend(query, key, value, scale, module.layer_idx), None
-    return call.attend(module.layer_idx, query, key, value, scale), None
+    try:
+        return call.attend(module.layer_idx, query, key, value, scale), None
+    finally:
+        if call.finished:  # computed again, by checkpointing: no hook of the decoder comes to let go of the call
+            current.set(None)
 
 
 def _mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -73,7 +74,7 @@ class DecodeStep:
     """
 
     is_step = True  # unlike a ``call.Call``
-    decides = False
+    decides = finished = False
 
     @torch.inference_mode(False)  # what is made here is written to in any mode later
     def __init__(self, routing: Routing, batch: int):
@@ -138,7 +139,7 @@ class DecodeStep:
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            with _capturing(), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.logits_BV = self._step()
         missing = sorted(set(self.routing.layers) - self.attended)
         if missing:
@@ -184,6 +185,24 @@ class DecodeStep:
             with kernels.on_device(self.ids_B1):
                 self.graph.replay()
         return self.logits_BV
+
+
+@contextlib.contextmanager
+def _capturing():
+    """Nothing but the captured work disturbs a capture, and one that fails leaves random numbers to be drawn."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()  # an old graph, destroyed meanwhile, would end the capture
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    spare = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(spare)  # the old state waits for the capture's end for ever
+        raise
+    finally:
+        if collects:
+            gc.enable()
 
 
 def unsupported(routing: Routing) -> str | None:

@@ -63,21 +63,25 @@ def _decode(
             mask=(groups < G)[:, None],
             other=0.0,
         )
-        new_key = tl.load(key_ptr + batch * key_b + kv_head * key_h + columns)
-        new_value = tl.load(value_ptr + batch * value_b + kv_head * value_h + columns)
+        begin = part * share * N
+        end = tl.minimum(begin + share * N, seen)
+        # The one program that reads the new token's place stores it first.
+        entry = tl.where(slot < sink, slot, slot - gap)
+        if (entry >= begin) & (entry < end):
+            new_key = tl.load(key_ptr + batch * key_b + kv_head * key_h + columns)
+            new_value = tl.load(value_ptr + batch * value_b + kv_head * value_h + columns)
+            tl.store(key_base + slot.to(tl.int64) * D + columns, new_key)
+            tl.store(value_base + slot.to(tl.int64) * D + columns, new_value)
+        tl.debug_barrier()  # stored before any thread reads it
         acc = tl.zeros([GROUP, D], tl.float32)
         top = tl.full([GROUP], -1e30, tl.float32)
         total = tl.zeros([GROUP], tl.float32)
-        begin = part * share * N
-        end = tl.minimum(begin + share * N, seen)
         for start in tl.range(begin, end, N):
             entry_N = start + tl.arange(0, N)
             slot_N = tl.where(entry_N < sink, entry_N, entry_N + gap)
             real_N = entry_N < end
             offsets = slot_N.to(tl.int64)[:, None] * D + columns[None, :]
-            is_new = (slot_N == slot)[:, None]
             key = tl.load(key_base + offsets, mask=real_N[:, None], other=0.0)
-            key = tl.where(is_new, new_key[None, :], key)
             score = tl.dot(query, key.T) * scale_log2
             score = tl.where(real_N[None, :], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
@@ -85,15 +89,8 @@ def _decode(
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(weight, 1)
             value = tl.load(value_base + offsets, mask=real_N[:, None], other=0.0)
-            value = tl.where(is_new, new_value[None, :], value)
             acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None])
             top = new_top
-        # The one program that reads the new token's place stores it.
-        entry = tl.where(slot < sink, slot, slot - gap)
-        if (entry >= begin) & (entry < end):
-            tl.store(key_base + slot.to(tl.int64) * D + columns, new_key)
-            tl.store(value_base + slot.to(tl.int64) * D + columns, new_value)
-
         output = output_ptr + batch * output_b + (kv_head * G + groups)[:, None] * output_h + columns[None, :]
         real = (groups < G)[:, None]
         if active == 1:
