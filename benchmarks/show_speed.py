@@ -1,7 +1,7 @@
 """Tables and plots of the speed and memory results.
 
 Run: ``python benchmarks/show_speed.py``. Reads benchmarks/results/, which ``flux-attention bench`` writes; prints the
-tables of docs/performance.md and writes its images. What has not been measured is left out.
+tables of docs/performance.md and of docs/training.md, and writes images. What has not been measured is left out.
 """
 
 import json
@@ -41,12 +41,12 @@ def draw(name, title, y_label, series, log_y=False, reference=None):
     axes.set(xlabel="tokens", ylabel=y_label)
     axes.set_title(title, size=11)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9 if len(series) < 8 else 7)
     figure.savefig(HERE.parent / f"docs/images/{name}.svg", facecolor="white", metadata={"Date": None})
     plt.close(figure)
 
 
-def of_shape(name, shape="qwen3-8b"):
+def of_shape(name, shape):
     """A result file's rows of one shape, and their baselines: {facts of a row: {baseline: speed-up}}."""
     results = load(name)
     rows, speedups = {}, {}
@@ -62,57 +62,110 @@ def times(value):
     return "" if value is None else f"{value:.2f}"
 
 
-def prefill():
-    meta, rows, speedups = of_shape("e2e_prefill")
-    if not rows:
-        return
-    print(f"\nPrefill, {meta['device']}\n\n| tokens | Ω_MSR | ms | × own dense | × vLLM dense | floor, ms | peak, GB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    series = {}
-    for key, row in rows.items():
-        if row["method"] == "routed":
-            continue
-        own, vllm = speedups[key].get("own-dense"), speedups[key].get("vllm-dense")
-        print(
-            f"| {label(row['seq_len'])} | {row['sparsity']} | {row['ms']:.0f} | {times(own)} | {times(vllm)} | "
-            f"{row['floor_ms']:.0f} | {row['peak_bytes'] / 1e9:.1f} |"
-        )
-        colour = COLOURS[row["sparsity"]]
-        for name, style, value in (("own dense", "-", own), ("vLLM dense", ":", vllm)):
-            if value is not None and row["sparsity"]:
-                points = series.setdefault(f"Ω {row['sparsity']} against {name}", (colour, style, {}))[2]
-                points[row["seq_len"]] = value
-    print("\n| tokens | routers run, ms | routes forced, ms | routers cost |\n| --- | --- | --- | --- |")
-    for row in rows.values():
-        if row["method"] == "routed":
-            cost = row["ms"] / row["baseline_ms"] - 1
-            print(f"| {label(row['seq_len'])} | {row['ms']:.1f} | {row['baseline_ms']:.1f} | {100 * cost:.1f} % |")
-    draw("prefill_speedup", f"Prefill, Qwen3-8B's shape, {meta['device']}", "speed-up", series, reference=1.0)
+SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
 
 
-def decode():
-    meta, rows, speedups = of_shape("e2e_decode")
+def table(columns, lines):
+    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    for line in lines:
+        print("| " + " | ".join(map(str, line)) + " |")
+
+
+def prefill(shape):
+    meta, rows, speedups = of_shape("e2e_prefill", shape)
     if not rows:
         return
-    print(f"\nDecode, {meta['device']}; floors at {meta['copy_tbps']:.2f} TB/s")
-    print("\n| tokens | batch | Ω_MSR | ms | floor, ms | ms / floor | × own dense | × vLLM dense |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"\nPrefill, {SHAPES[shape]}, {meta['device']}")
+    forced = {(key[0], key[2]): row for key, row in rows.items() if row["method"] != "routed"}
+    faster = {(key[0], key[2]): speedups[key] for key, row in rows.items() if row["method"] != "routed"}
+    lengths, ratios = (sorted({key[place] for key in forced}) for place in (0, 1))
+    table(
+        ["tokens", *(f"Ω {ratio}, ms" for ratio in ratios)],
+        [[label(n), *(f"{forced[n, r]['ms']:.0f}" if (n, r) in forced else "" for r in ratios)] for n in lengths],
+    )
+    table(
+        ["tokens", *(f"× at Ω {ratio}" for ratio in ratios[1:]), "floor at Ω 0.75, ms", "peak at Ω 0, 0.75, GB"],
+        [
+            [
+                label(n),
+                *(times(faster.get((n, r), {}).get("own-dense")) for r in ratios[1:]),
+                f"{forced[n, 0.75]['floor_ms']:.0f}",
+                f"{forced[n, 0.0]['peak_bytes'] / 1e9:.1f}, {forced[n, 0.75]['peak_bytes'] / 1e9:.1f}",
+            ]
+            for n in lengths
+        ],
+    )
+    table(
+        ["tokens", "routers run, ms", "routes forced, ms", "routers cost"],
+        [
+            [
+                label(row["seq_len"]),
+                f"{row['ms']:.1f}",
+                f"{row['baseline_ms']:.1f}",
+                f"{100 * (row['ms'] / row['baseline_ms'] - 1):.1f} %",
+            ]
+            for row in rows.values()
+            if row["method"] == "routed"
+        ],
+    )
+    if shape != "qwen3-8b":
+        return
     series = {}
-    for key, row in rows.items():
-        floor = row["floor_ms"]
-        own, vllm = speedups[key].get("own-dense"), speedups[key].get("vllm-dense")
-        print(
-            f"| {label(row['seq_len'])} | {row['batch']} | {row['sparsity']} | {row['ms']:.2f} | {floor:.2f} | "
-            f"{row['ms'] / floor:.2f} | {times(own)} | {times(vllm)} |"
-        )
-        if row["batch"] == 1:
-            for name, style, value in (("", "-", row["ms"]), (", floor", ":", floor)):
-                colour = COLOURS[row["sparsity"]]
-                series.setdefault(f"Ω {row['sparsity']}{name}", (colour, style, {}))[2][row["seq_len"]] = value
+    for ratio in ratios[1:]:
+        for base, name, style in (("own-dense", "own dense", "-"), ("vllm-dense", "vLLM dense", ":")):
+            points = {n: faster[n, ratio][base] for n in lengths if faster.get((n, ratio), {}).get(base)}
+            if points:
+                series[f"Ω {ratio} against {name}"] = (COLOURS[ratio], style, points)
+    draw("prefill_speedup", f"Prefill, {SHAPES[shape]}'s shape, {meta['device']}", "speed-up", series, reference=1.0)
+
+
+def decode(shape):
+    meta, rows, speedups = of_shape("e2e_decode", shape)
+    if not rows:
+        return
+    print(f"\nDecode, {SHAPES[shape]}, {meta['device']}; floors at {meta['copy_tbps']:.2f} TB/s; ms (× floor)")
+    found = {(key[1], key[0], key[2]): (row, speedups[key]) for key, row in rows.items()}
+    batches, lengths, ratios = (sorted({key[place] for key in found}) for place in range(3))
+    for batch in batches:
+        print(f"\nBatch {batch}")
+        lines = []
+        for n in lengths:
+            cells = [found.get((batch, n, ratio)) for ratio in ratios]
+            if any(cells):
+                texts = [f"{c[0]['ms']:.2f} ({c[0]['over_floor']:.2f})" if c else "" for c in cells]
+                lines.append([label(n), *texts, times(found.get((batch, n, 0.75), (0, {}))[1].get("own-dense"))])
+        table(["tokens", *(f"Ω {ratio}" for ratio in ratios), "× dense at Ω 0.75"], lines)
+    if shape != "qwen3-8b":
+        return
+    series = {}
+    for ratio in ratios:
+        own = {n: found[1, n, ratio][0] for n in lengths if (1, n, ratio) in found}
+        series[f"Ω {ratio}"] = (COLOURS[ratio], "-", {n: row["ms"] for n, row in own.items()})
+        series[f"Ω {ratio}, floor"] = (COLOURS[ratio], ":", {n: row["floor_ms"] for n, row in own.items()})
     vllm = {row["seq_len"]: row["ms"] for row in load("vllm_dense")["rows"] if row["phase"] == "decode"}
     if vllm:
         series["vLLM, dense"] = ("#009e73", "--", vllm)
-    draw("decode_floor", f"One decode step, batch 1, Qwen3-8B's shape, {meta['device']}", "ms", series)
+    draw("decode_floor", f"One decode step, batch 1, {SHAPES[shape]}'s shape, {meta['device']}", "ms", series)
+
+
+def training():
+    results = load("training")
+    print(f"\nTraining, {results['meta'].get('device')}")
+    table(
+        ["tokens", "gradients", "tokens/s", "peak, GB", "of a matrix product's rate", "paper's run on 8 GPUs, hours"],
+        [
+            [
+                label(row["seq_len"]),
+                {"flux": "one backward", "plain": "plain formula"}[row["engine"]],
+                row["tokens_per_s"],
+                f"{row['peak_bytes'] / 1e9:.1f}",
+                row["of_matmul"],
+                row["paper_hours"],
+            ]
+            for row in results["rows"]
+            if "ms" in row
+        ],
+    )
 
 
 def attention(name, heading, rate):
@@ -154,8 +207,10 @@ def memory():
 def main():
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux"})
     (HERE.parent / "docs/images").mkdir(parents=True, exist_ok=True)
-    prefill()
-    decode()
+    for shape in SHAPES:
+        prefill(shape)
+        decode(shape)
+    training()
     attention("attention_prefill", "One layer's prefill", ("tflops", "TFLOP/s"))
     attention("attention_decode", "One layer's decode step", ("tbps", "TB/s"))
     profile()

@@ -1,21 +1,29 @@
 """Layers fused by torch.compile against the same layers as they are."""
 
 import functools
+import re
+import shutil
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from test_attach import CONFIG, ids, randomize
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 from flux_attention import UnsupportedModelError, attach
+
+
+class Counter(CompileCounterWithBackend):
+    def __call__(self, graph, inputs, options=None):
+        return super().__call__(graph, inputs)
 
 
 @pytest.fixture
 def backend(monkeypatch):
     """What the compiler captures, run without code generation; counts graphs."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = Counter("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     yield counter
     torch._dynamo.reset()
@@ -113,3 +121,16 @@ def test_a_users_own_compile_still_works(family):
         expected = model(ids(2, 30)).logits
         actual = torch.compile(model, backend="eager")(ids(2, 30)).logits
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="code for a CPU is compiled by g++")
+def test_the_device_has_work_while_the_host_waits_for_the_router():
+    """A router is asked as soon as the query is there, before keys and values are computed."""
+    torch._dynamo.reset()
+    model = tiny_model("qwen3", num_hidden_layers=1)
+    attach(model, CONFIG, compile=True)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(model, ids(1, 40))
+    calls = re.findall(r"extern_kernels\.(mm)\(|ops\.flux_attention\.(\w+)\.default\(", code.partition("def call(")[2])
+    assert ["".join(names) for names in calls][:5] == ["mm", "decide", "mm", "mm", "attend"]
+    torch._dynamo.reset()

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from flux_attention import kernels
 from flux_attention.patterns import Streaming
-from flux_attention.router import LayerRouter, pooled_slots
+from flux_attention.router import LONG, LayerRouter, pooled_slots
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 from flux_attention.kernels import triton_decode, triton_prefill, triton_router
@@ -343,10 +343,12 @@ def test_gpus_read_prompts_with_the_router_kernel(monkeypatch):
     monkeypatch.setattr(triton_router, "logits", lambda *args: seen.append(1) or logits(*args))
     router = LayerRouter(64).cuda()
     torch.nn.init.normal_(router.head[-1].weight)
-    query = torch.randn(1, 30, 4, 64, device="cuda", dtype=torch.bfloat16)
-    slots = [tensor.cuda() for tensor in pooled_slots(torch.tensor([30]), 8)]
+    query = torch.randn(1, LONG, 4, 64, device="cuda", dtype=torch.bfloat16)
+    slots = [tensor.cuda() for tensor in pooled_slots(torch.tensor([LONG - 1]), 8)]
     with torch.no_grad():
         inference = router.read(query, *slots)
+        assert seen == [1]
+        router.read(query[:, 1:], *slots)
     training = router.read(query, *slots)
     assert seen == [1] and training.requires_grad
     torch.testing.assert_close(inference, training, atol=1e-4, rtol=1e-4)

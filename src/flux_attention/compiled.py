@@ -54,7 +54,9 @@ def compiled_layer(stock):
     UnsupportedModelError
         When first called, if the layer cannot be compiled as a whole.
     """
-    prefill = torch.compile(stock, dynamic=True, fullgraph=True)
+    # In the model's own order: the query comes first, and while the host waits for the router, the device has keys and
+    # values to compute. Reordering would compute those first.
+    prefill = torch.compile(stock, dynamic=True, fullgraph=True, options={"reorder_for_peak_memory": False})
     # A step is bound by reading the weights, which tuned reductions do faster than cuBLAS's matrix-vector products, for
     # half a minute more of compilation. Its shapes are fixed for the first batch size, any from the second on.
     step = torch.compile(stock, fullgraph=True, options={"coordinate_descent_tuning": True})

@@ -13,6 +13,9 @@ from flux_attention import kernels
 
 #: Bias of the last layer for [SA, FA] at initialisation: full attention with probability 0.989.
 INITIAL_BIAS = (0.0, 4.5)
+#: Tokens from which on routers run as Triton kernels: those take the host longer to launch than PyTorch's, and the
+#: device less time. In shorter prompts the host is what takes time.
+LONG = 8192
 
 
 def pool_query(query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: torch.Tensor) -> torch.Tensor:
@@ -95,8 +98,9 @@ class LayerRouter(nn.Module):
         return self.head(self.encoder(pooled_BD.float()))
 
     def read(self, query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: torch.Tensor) -> torch.Tensor:
-        """``logits_B2`` from a layer's query states, pooled as ``pool_query`` does; by Triton where it can be."""
-        if kernels.takes(query_BSHD) and query_BSHD.stride(-1) == 1 and not torch.is_grad_enabled():
+        """``logits_B2`` from a layer's query states, pooled as ``pool_query`` does; by Triton where that is faster."""
+        long = query_BSHD.shape[1] >= LONG and not torch.is_grad_enabled()
+        if long and kernels.takes(query_BSHD) and query_BSHD.stride(-1) == 1:
             from flux_attention.kernels import triton_router
 
             return triton_router.logits(query_BSHD, columns_BN, weights_BN, [*self.encoder, *self.head])

@@ -7,6 +7,7 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -81,13 +82,19 @@ def measure(
         run()
     torch.cuda.synchronize()
     times: list[float] = []
-    while len(times) < most and (len(times) < least or sum(times) < 1000 * seconds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
+    collects = gc.isenabled()
+    gc.disable()  # a collection takes hundreds of milliseconds of the host's time
+    try:
+        while len(times) < most and (len(times) < least or sum(times) < 1000 * seconds):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    finally:
+        if collects:
+            gc.enable()
     return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "repeats": len(times)}
 
 

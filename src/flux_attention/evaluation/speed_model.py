@@ -123,7 +123,8 @@ def prefill(
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             held = kv_bytes(run(ids))
-            return measure(lambda: run(ids), least=repeats, warm=0), torch.cuda.max_memory_allocated(), held
+            times = measure(lambda: run(ids), seconds=1.0, least=repeats, warm=0)
+            return times, torch.cuda.max_memory_allocated(), held
 
         facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
         dense = None
