@@ -1,0 +1,134 @@
+"""The study after its backbone: train routers at every sparsity target, then judge all methods with them.
+
+Run: ``python recipes/study/run.py routers``, then ``python recipes/study/run.py evaluate`` (README.md here). Several
+runs go at a time, ``--jobs`` of them, spread over the GPUs; each writes a log of its own. What is done is left alone,
+what was stopped goes on.
+
+A target is that of questions with several steps; look-ups have 0.25 more, plain text always 0.96.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flux_attention.evaluation.report import write_report
+from flux_attention.training import Recipe
+
+CLI = [sys.executable, "-m", "flux_attention.cli"]
+
+
+def run_all(commands: dict[str, list[str]], jobs: int, logs: Path) -> None:
+    """Run commands by name, ``jobs`` at a time; exits if one fails, after the others."""
+    logs.mkdir(parents=True, exist_ok=True)
+    gpus, slots, failed = torch.cuda.device_count(), queue.SimpleQueue(), []
+    for slot in range(jobs):
+        slots.put(slot)
+
+    def run(name):
+        slot = slots.get()
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {})}
+        print(f"{name}: begun, log {logs / name}.log", flush=True)
+        with (logs / f"{name}.log").open("a") as log:
+            code = subprocess.run(commands[name], stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        slots.put(slot)
+        print(f"{name}: {'done' if code == 0 else f'failed with {code}'}", flush=True)
+        if code:
+            failed.append(name)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, commands))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; their logs are in {logs}")
+
+
+def routers(args, names):
+    base, commands = Recipe.from_yaml(args.recipe), {}
+    for name, (seed, target, granularity) in names.items():
+        folder = args.folder / "routers" / name
+        if (folder / "README.md").exists():  # the last thing that a run writes
+            print(f"{folder} is there", flush=True)
+            continue
+        recipe = replace(
+            base,
+            model=str(args.model or args.folder / "backbone"),
+            output=str(folder),
+            routers={**base.routers, "granularity": granularity},
+            targets={**base.targets, "multi-step": target, "look-up": round(target + 0.25, 4)},
+            training={**base.training, "seed": seed, **({"max_steps": args.steps} if args.steps else {})},
+        )
+        path = args.folder / "recipes" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recipe.to_yaml(path)
+        commands[name] = [*CLI, "train", str(path)]
+    run_all(commands, args.jobs, args.folder / "logs")
+
+
+def evaluate(args, names):
+    model, commands = str(args.model or args.folder / "backbone"), {}
+    for name, (_, _, granularity) in names.items():
+        methods = "routed,static,random" if granularity == "layer" else "head,head-static"
+        if name == next(iter(names)):  # what does not depend on routers, once
+            methods = f"dense,sparse,{methods}"
+        options = {
+            "--routers": args.folder / "routers" / name,
+            "--output": args.folder / "eval" / name,
+            "--methods": methods,
+            "--lengths": args.lengths,
+            "--samples": args.samples,
+            "--batch-size": args.batch_size,
+        }
+        commands[name] = [*CLI, "eval", model, *map(str, itertools.chain.from_iterable(options.items()))]
+    try:
+        run_all(commands, args.jobs, args.folder / "eval" / "logs")
+    finally:
+        merge([args.folder / "eval" / name / "quality.json" for name in names], args.folder / "eval" / "quality.json")
+
+
+def merge(parts: list[Path], path: Path) -> None:
+    """One result file of those that are there, and its report."""
+    found = [json.loads(part.read_text()) for part in parts if part.exists()]
+    if not found:
+        return
+    meta = found[0]["meta"]
+    if len(devices := {part["meta"]["device"] for part in found}) > 1:
+        sys.exit(f"measured on {sorted(devices)}: evaluate all on one device")
+    meta["settings"]["adapters"] = [adapter for part in found for adapter in part["meta"]["settings"]["adapters"]]
+    rows = [row for part in found for row in part["rows"]]
+    path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    page, _ = write_report(path, path.parent)
+    print(f"{len(rows)} rows in {path}, the report is {page}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["routers", "evaluate"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="holds backbone/, gets the rest")
+    parser.add_argument("--model", type=Path, help="instead of the folder's backbone")
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).parent / "routers.yaml")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.35, 0.65, 0.2])
+    parser.add_argument("--granularities", nargs="+", choices=["layer", "head"], default=["layer", "head"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=max(1, torch.cuda.device_count()), help="runs at a time")
+    parser.add_argument("--steps", type=int, help="routers: instead of the recipe's")
+    parser.add_argument("--lengths", default="4K,8K", help="evaluate: tokens of a sample")
+    parser.add_argument("--samples", type=int, default=100, help="evaluate: of each family and length")
+    parser.add_argument("--batch-size", type=int, default=8, help="evaluate: samples at a time")
+    args = parser.parse_args()
+    names = {
+        f"{granularity}-{target}-{seed}": (seed, target, granularity)
+        for seed, target, granularity in itertools.product(args.seeds, args.targets, args.granularities)
+    }
+    {"routers": routers, "evaluate": evaluate}[args.what](args, names)
+
+
+if __name__ == "__main__":
+    main()
