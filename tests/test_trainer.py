@@ -347,6 +347,28 @@ def test_the_loss_of_a_pack_is_the_plain_formula(recipe, tokenizer):
     torch.testing.assert_close(outputs["loss"], torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_checkpointing_keeps_nothing_for_longer_than_needed(recipe, tokenizer, granularity, monkeypatch):
+    data, _ = load_data(recipe, tokenizer)
+    model = tiny_model("qwen3", vocab_size=len(tokenizer)).train()
+    settings = {"use_reentrant": False, "context_fn": keep_attention(torch.device("cpu"))}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    routing = attach(model, FluxConfig(sink=60, window=100, pool_size=6, granularity=granularity))
+    begin, calls = routing._begin, []
+    monkeypatch.setattr(routing, "_begin", lambda kwargs: calls.append(begin(kwargs)) or calls[-1])
+    objective = SparsityObjective(recipe.targets, initial=0.7)
+    batch = collate([data[0]], objective.classes)
+    noise = noise_of(0, 3, batch.pop("numbers").tolist(), len(routing.units))
+    left = []
+    for number, layer in enumerate(model.model.layers):  # the layers behind it have been computed again, and are done
+        layer.register_full_backward_pre_hook(lambda *_, number=number: left.append((number, set(calls[-1].gates))))
+    loss = RoutedTraining(routing, objective)(**batch, temperature=2.0, noise=noise, progress=1.0)["loss"]
+    assert set(calls[-1].gates) == set(routing.units)
+    loss.backward()
+    behind = [{unit for unit in gates if (unit if granularity == "layer" else unit[0]) > n} for n, gates in left]
+    assert len(left) == 3 and behind == [set()] * 3 and not calls[-1].gates
+
+
 def test_checkpointing_keeps_attention_and_gradients(recipe, tokenizer):
     """Attention runs once a branch and layer; all else twice."""
     data, _ = load_data(recipe, tokenizer)

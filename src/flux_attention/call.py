@@ -136,6 +136,10 @@ class Call:
             return
         self._set(layer, _Decision(layer, logits.detach()))
 
+    def forget(self, layer: int) -> None:
+        """Drop the gate of a layer that was computed again: it would keep all that its router's input is made of."""
+        self.gates.pop(layer, None)
+
     def _set(self, layer: int, routes: list[bool] | _Decision) -> None:
         self.routes[layer] = routes
         if layer in self.layers:
