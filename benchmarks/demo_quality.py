@@ -116,7 +116,7 @@ def main():
         seq_len=args.length,
         sink=routing.config.sink,
         window=routing.config.window,
-        static_choices=math.comb(len(layers), count),
+        static_choices=math.comb(len(layers), count) if args.static is None else None,  # that were searched
         sha256=hashes(args.backbone, args.routers),
         dtype=args.dtype,
     )

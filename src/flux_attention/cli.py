@@ -102,14 +102,9 @@ def _read(source: str | None) -> str:
 
 
 def _force(spec: str | None) -> Any:
-    if spec is None or spec in ("full", "sparse"):
-        return spec
-    try:
-        return float(spec) if "." in spec else [int(layer) for layer in spec.split(",")]
-    except ValueError:
-        raise _UserError(
-            f"cannot force {spec!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3,7"
-        ) from None
+    from flux_attention.routes import read_spec
+
+    return None if spec is None else read_spec(spec)
 
 
 def _load_model(model: str, device: str | None, dtype: str):

@@ -98,6 +98,25 @@ def unit_name(unit: int | tuple[int, int]) -> str:
     return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))
 
 
+def read_spec(text: str, separator: str = ",") -> RouteSpec:
+    """
+    A ``RouteSpec`` from text: ``full``, ``sparse``, a ratio such as 0.75, or layers such as 3,7.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+    """
+    if text in ("full", "sparse"):
+        return text
+    try:
+        return float(text) if "." in text else [int(layer) for layer in text.split(separator)]
+    except ValueError:
+        raise ValueError(
+            f"cannot force {text!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3{separator}7"
+        ) from None
+
+
 def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[int]) -> torch.Tensor:
     """
     The routes that ``spec`` asks for.

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flux_attention import __version__
 from flux_attention.attach import attach
 from flux_attention.config import FluxConfig
-from flux_attention.routes import RouteSpec, parse_routes
+from flux_attention.routes import RouteSpec, parse_routes, read_spec
 
 try:
     from lm_eval.api.registry import register_model
@@ -170,15 +170,7 @@ class FluxLM(HFLM):
 
 def _parse_force(force: Any) -> RouteSpec | None:
     """What ``Routing.force`` takes, from what lm-eval makes of ``force=…``: it parses numbers, and splits at commas."""
-    if not isinstance(force, (str, int)) or force in ("full", "sparse"):
-        return force
-    text = str(force)
-    try:
-        return float(text) if "." in text else [int(layer) for layer in text.split(";")]
-    except ValueError:
-        raise ValueError(
-            f"cannot force {force!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3;7"
-        ) from None
+    return read_spec(str(force), ";") if isinstance(force, (str, int)) else force
 
 
 def main() -> None:
