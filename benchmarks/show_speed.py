@@ -89,8 +89,8 @@ def prefill(shape):
             [
                 label(n),
                 *(times(faster.get((n, r), {}).get("own-dense")) for r in ratios[1:]),
-                f"{forced[n, 0.75]['floor_ms']:.0f}",
-                f"{forced[n, 0.0]['peak_bytes'] / 1e9:.1f}, {forced[n, 0.75]['peak_bytes'] / 1e9:.1f}",
+                f"{forced[n, 0.75]['floor_ms']:.0f}" if (n, 0.75) in forced else "",
+                ", ".join(f"{forced[n, r]['peak_bytes'] / 1e9:.1f}" for r in (0.0, 0.75) if (n, r) in forced),
             ]
             for n in lengths
         ],

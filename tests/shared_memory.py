@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flux_attention.kernels import triton_decode, triton_prefill, triton_router
+from flux_attention.kernels import triton_decode, triton_prefill
 
 TYPES = {
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "table_ptr": "*i64", "lengths_ptr": "*i32", "part_ptr": "*fp32",
@@ -60,11 +60,6 @@ def main(capability, limit):
         tile = triton_decode.decode_tile(dim, limit)
         constants = dict(shape, GROUP=16, MOST=64, N=tile.pop("N"))
         used[f"decode {dim}"] = shared(triton_decode._decode, capability, constants, **tile)
-        options = dict(num_warps=4, num_stages=3)  # Triton's own
-        constants = dict(H=32, HEADS=32, D=dim, COUNT=triton_router.TOKENS)
-        used[f"pool {dim}"] = shared(triton_router._pool, capability, constants, **options)
-        constants = dict(INPUTS=8 * dim, ROWS=triton_router.WEIGHTS // (8 * dim), SILU=True)
-        used[f"linear {dim}"] = shared(triton_router._linear, capability, constants, **options)
     print(json.dumps(used))
 
 

@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from flux_attention import kernels
 from flux_attention.patterns import Streaming
-from flux_attention.router import LONG, LayerRouter, pooled_slots
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
-from flux_attention.kernels import triton_decode, triton_prefill, triton_router
+from flux_attention.kernels import triton_decode, triton_prefill
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -290,65 +289,3 @@ def test_gradients_of_dense_prefill(dim, length):
     actual = torch.autograd.grad(output, leaves, weight)
     for a, e in zip(actual, torch.autograd.grad(expected, truth, weight.double()), strict=True):
         assert (a.double() - e).norm() < 2e-2 * e.norm() + 1e-3 * math.sqrt(a.numel())
-
-
-def check_router(device, dtype, lengths, heads, dim, pool_size, layout, seed):
-    """Logits of sequences of these lengths, and that a batch gives what its sequences do alone."""
-    generator = torch.Generator(device).manual_seed(seed)
-    torch.manual_seed(seed)
-    router = LayerRouter(dim).to(device)
-    for parameter in router.parameters():
-        torch.nn.init.uniform_(parameter, -0.3, 0.3)
-    sizes = (heads, max(lengths)) if layout == "BHSD" else (max(lengths), heads)
-    query = torch.randn(len(lengths), *sizes, 2 * dim, generator=generator, device=device).to(dtype)[..., :dim]
-    query = query.transpose(1, 2) if layout == "BHSD" else query  # neither is contiguous
-    columns, weights = (tensor.to(device) for tensor in pooled_slots(torch.tensor(lengths), pool_size))
-    layers = [*router.encoder, *router.head]
-    actual = triton_router.logits(query, columns, weights, layers)
-    pooled = torch.einsum("bnhd,bn->bd", query.double()[torch.arange(len(lengths))[:, None], columns], weights.double())
-    truth = router.double().head(router.encoder(pooled / heads))
-    torch.testing.assert_close(actual.double(), truth, atol=1e-4, rtol=1e-4)
-    router.float()
-    for row, length in enumerate(lengths):
-        slots = [tensor.to(device) for tensor in pooled_slots(torch.tensor([length]), pool_size)]
-        alone = triton_router.logits(query[row : row + 1], *slots, layers)
-        torch.testing.assert_close(alone[0], actual[row], atol=1e-5, rtol=1e-5)
-
-
-@INTERPRETED
-@settings(max_examples=15, deadline=None)
-@given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=3),
-    st.sampled_from([1, 3, 8]),
-    st.sampled_from([16, 32]),
-    st.sampled_from([1, 5, 16, 100]),
-    st.sampled_from(["BSHD", "BHSD"]),
-    st.integers(0, 2**31),
-)
-def test_routers_by_the_interpreter(lengths, heads, dim, pool_size, layout, seed):
-    check_router("cpu", torch.float16, lengths, heads, dim, pool_size, layout, seed)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("heads, dim", [(32, 128), (14, 64), (5, 16), (8, 256)])
-@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
-def test_routers_of_every_width(heads, dim, layout):
-    check_router("cuda", torch.bfloat16, [700, 1, 100, 99], heads, dim, 100, layout, dim)
-
-
-@pytest.mark.gpu
-def test_gpus_read_prompts_with_the_router_kernel(monkeypatch):
-    seen = []
-    logits = triton_router.logits
-    monkeypatch.setattr(triton_router, "logits", lambda *args: seen.append(1) or logits(*args))
-    router = LayerRouter(64).cuda()
-    torch.nn.init.normal_(router.head[-1].weight)
-    query = torch.randn(1, LONG, 4, 64, device="cuda", dtype=torch.bfloat16)
-    slots = [tensor.cuda() for tensor in pooled_slots(torch.tensor([LONG - 1]), 8)]
-    with torch.no_grad():
-        inference = router.read(query, *slots)
-        assert seen == [1]
-        router.read(query[:, 1:], *slots)
-    training = router.read(query, *slots)
-    assert seen == [1] and training.requires_grad
-    torch.testing.assert_close(inference, training, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,7 @@
 """The study after its backbone: train routers at every sparsity target, then judge all methods with them.
 
 Run: ``python recipes/study/run.py routers``, then ``python recipes/study/run.py evaluate`` (README.md here). Several
-runs go at a time, ``--jobs`` of them, spread over the GPUs; each writes a log of its own. What is done is left alone,
+runs go at a time, ``--jobs`` of them on each GPU; each writes a log of its own. What is done is left alone,
 what was stopped goes on.
 
 A target is that of questions with several steps; look-ups have 0.25 more, plain text always 0.96.
@@ -27,24 +27,28 @@ CLI = [sys.executable, "-m", "flux_attention.cli"]
 
 
 def run_all(commands: dict[str, list[str]], jobs: int, logs: Path) -> None:
-    """Run commands by name, ``jobs`` at a time; exits if one fails, after the others."""
+    """Run commands by name, ``jobs`` at a time on each GPU; exits if one fails, after the others."""
     logs.mkdir(parents=True, exist_ok=True)
-    gpus, slots, failed = torch.cuda.device_count(), queue.SimpleQueue(), []
-    for slot in range(jobs):
-        slots.put(slot)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    slots, failed = queue.SimpleQueue(), []
+    for gpu in gpus * jobs:
+        slots.put(gpu)
 
     def run(name):
-        slot = slots.get()
-        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {})}
+        gpu = slots.get()
         print(f"{name}: begun, log {logs / name}.log", flush=True)
-        with (logs / f"{name}.log").open("a") as log:
-            code = subprocess.run(commands[name], stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-        slots.put(slot)
-        print(f"{name}: {'done' if code == 0 else f'failed with {code}'}", flush=True)
-        if code:
+        try:
+            with (logs / f"{name}.log").open("a") as log:
+                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+                subprocess.run(commands[name], stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
+            print(f"{name}: done", flush=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"{name}: {error}", flush=True)
             failed.append(name)
+        finally:
+            slots.put(gpu)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(len(gpus) * jobs) as pool:
         list(pool.map(run, commands))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; their logs are in {logs}")
@@ -54,9 +58,6 @@ def routers(args, names):
     base, commands = Recipe.from_yaml(args.recipe), {}
     for name, (seed, target, granularity) in names.items():
         folder = args.folder / "routers" / name
-        if (folder / "README.md").exists():  # the last thing that a run writes
-            print(f"{folder} is there", flush=True)
-            continue
         recipe = replace(
             base,
             model=str(args.model or args.folder / "backbone"),
@@ -65,6 +66,11 @@ def routers(args, names):
             targets={**base.targets, "multi-step": target, "look-up": round(target + 0.25, 4)},
             training={**base.training, "seed": seed, **({"max_steps": args.steps} if args.steps else {})},
         )
+        if (folder / "README.md").exists():  # the last thing that a run writes
+            if Recipe.from_yaml(folder / "recipe.yaml").resolved != recipe.resolved:
+                sys.exit(f"{folder} was trained by another recipe: use another --folder")
+            print(f"{folder} is there", flush=True)
+            continue
         path = args.folder / "recipes" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe.to_yaml(path)
@@ -87,17 +93,13 @@ def evaluate(args, names):
             "--batch-size": args.batch_size,
         }
         commands[name] = [*CLI, "eval", model, *map(str, itertools.chain.from_iterable(options.items()))]
-    try:
-        run_all(commands, args.jobs, args.folder / "eval" / "logs")
-    finally:
-        merge([args.folder / "eval" / name / "quality.json" for name in names], args.folder / "eval" / "quality.json")
+    run_all(commands, args.jobs, args.folder / "eval" / "logs")
+    merge([args.folder / "eval" / name / "quality.json" for name in names], args.folder / "eval" / "quality.json")
 
 
 def merge(parts: list[Path], path: Path) -> None:
-    """One result file of those that are there, and its report."""
-    found = [json.loads(part.read_text()) for part in parts if part.exists()]
-    if not found:
-        return
+    """One result file of all, and its report."""
+    found = [json.loads(part.read_text()) for part in parts]
     meta = found[0]["meta"]
     if len(devices := {part["meta"]["device"] for part in found}) > 1:
         sys.exit(f"measured on {sorted(devices)}: evaluate all on one device")
@@ -117,7 +119,7 @@ def main():
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.35, 0.65, 0.2])
     parser.add_argument("--granularities", nargs="+", choices=["layer", "head"], default=["layer", "head"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--jobs", type=int, default=max(1, torch.cuda.device_count()), help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on each GPU")
     parser.add_argument("--steps", type=int, help="routers: instead of the recipe's")
     parser.add_argument("--lengths", default="4K,8K", help="evaluate: tokens of a sample")
     parser.add_argument("--samples", type=int, default=100, help="evaluate: of each family and length")

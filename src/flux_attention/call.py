@@ -17,7 +17,7 @@ import torch
 from flux_attention import kernels
 from flux_attention.cache import RoutedLayer, Tokens, View, prompt_views, take_rows
 from flux_attention.patterns import Full, Streaming
-from flux_attention.router import hard_route, pooled_slots, soft_route
+from flux_attention.router import hard_route, pool_query, pooled_slots, soft_route
 from flux_attention.routes import Routes, parse_routes
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Call:
         if next(router.parameters()).device != device:
             router.to(device)
         columns, weights = self._pooled_columns(device)
-        logits = router.read(query_BSHD, columns, weights)
+        logits = router(pool_query(query_BSHD, columns, weights))
         if self.soft:
             self.logits[layer] = logits.detach()
             noise = None if self.noise is None else self.noise[:, self.routing.units.index(layer)]
@@ -184,6 +184,7 @@ class Call:
                 )
             routing.gates = torch.stack([self.gates[unit].cpu() for unit in routing.units], dim=1)
             decided = routing.gates.detach() > 0.5
+            self.gates = {}  # whose graph holds the checkpoints, which hold this call
         else:
             decided = torch.tensor([self.routes_of(unit) for unit in routing.units]).T
         logits = None

@@ -187,22 +187,27 @@ class DecodeStep:
         return self.logits_BV
 
 
+#: One capture at a time: garbage collection is off for all of them.
+_CAPTURE = threading.Lock()
+
+
 @contextlib.contextmanager
 def _capturing():
     """Nothing but the captured work disturbs a capture, and one that fails leaves random numbers to be drawn."""
-    gc.collect()
-    collects = gc.isenabled()
-    gc.disable()  # an old graph, destroyed meanwhile, would end the capture
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    spare = generator.clone_state()
-    try:
-        yield
-    except BaseException:
-        generator.graphsafe_set_state(spare)  # the old state waits for the capture's end for ever
-        raise
-    finally:
-        if collects:
-            gc.enable()
+    with _CAPTURE:
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()  # an old graph, destroyed meanwhile, would end the capture
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        spare = generator.clone_state()
+        try:
+            yield
+        except BaseException:
+            generator.graphsafe_set_state(spare)  # the old state waits for the capture's end for ever
+            raise
+        finally:
+            if collects:
+                gc.enable()
 
 
 def unsupported(routing: Routing) -> str | None:

@@ -9,13 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flux_attention import kernels
-
 #: Bias of the last layer for [SA, FA] at initialisation: full attention with probability 0.989.
 INITIAL_BIAS = (0.0, 4.5)
-#: Tokens from which on routers run as Triton kernels: those take the host longer to launch than PyTorch's, and the
-#: device less time. In shorter prompts the host is what takes time.
-LONG = 8192
 
 
 def pool_query(query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: torch.Tensor) -> torch.Tensor:
@@ -96,15 +91,6 @@ class LayerRouter(nn.Module):
     def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
         """``logits_B2`` in float32 from pooled query states; index 1 is full attention, index 0 sparse."""
         return self.head(self.encoder(pooled_BD.float()))
-
-    def read(self, query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: torch.Tensor) -> torch.Tensor:
-        """``logits_B2`` from a layer's query states, pooled as ``pool_query`` does; by Triton where that is faster."""
-        long = query_BSHD.shape[1] >= LONG and not torch.is_grad_enabled()
-        if long and kernels.takes(query_BSHD) and query_BSHD.stride(-1) == 1:
-            from flux_attention.kernels import triton_router
-
-            return triton_router.logits(query_BSHD, columns_BN, weights_BN, [*self.encoder, *self.head])
-        return self(pool_query(query_BSHD, columns_BN, weights_BN))
 
 
 def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:

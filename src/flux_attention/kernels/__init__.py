@@ -36,14 +36,9 @@ def has_triton(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def takes(states: torch.Tensor) -> bool:
-    """Whether the Triton kernels can take these query states, of whatever layout with D last."""
-    return states.dtype in DTYPES and states.shape[-1] in HEAD_DIMS and has_triton(states.device)
-
-
 def _triton(query_BHSD: torch.Tensor):
     """The Triton prefill kernels, where they can take these states."""
-    if not takes(query_BHSD):
+    if query_BHSD.dtype not in DTYPES or query_BHSD.shape[-1] not in HEAD_DIMS or not has_triton(query_BHSD.device):
         return None
     from flux_attention.kernels import triton_prefill
 
