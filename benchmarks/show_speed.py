@@ -13,6 +13,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
 COLOURS = {0.0: "#777777", 0.25: "#56b4e9", 0.5: "#0072b2", 0.75: "#d55e00", 0.9: "#cc79a7"}
 
 
@@ -46,6 +47,12 @@ def draw(name, title, y_label, series, log_y=False, reference=None):
     plt.close(figure)
 
 
+def table(columns, lines):
+    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    for line in lines:
+        print("| " + " | ".join(map(str, line)) + " |")
+
+
 def of_shape(name, shape):
     """A result file's rows of one shape, and their baselines: {facts of a row: {baseline: speed-up}}."""
     results = load(name)
@@ -60,15 +67,6 @@ def of_shape(name, shape):
 
 def times(value):
     return "" if value is None else f"{value:.2f}"
-
-
-SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
-
-
-def table(columns, lines):
-    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
-    for line in lines:
-        print("| " + " | ".join(map(str, line)) + " |")
 
 
 def prefill(shape):
@@ -173,34 +171,49 @@ def attention(name, heading, rate):
     if not results["rows"]:
         return
     print(f"\n{heading}, {results['meta']['device']}")
-    print(f"\n| tokens | batch | engine, method | ms | {rate[1]} | baseline | its ms | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in results["rows"]:
-        base = "" if "baseline" not in row else f"{row['baseline_ms']:.4f}"
-        print(
-            f"| {label(row['seq_len'])} | {row['batch']} | {row['engine']}, {row['method']} | {row['ms']:.4f} | "
-            f"{row.get(rate[0], '')} | {row.get('baseline', '')} | {base} | {times(row.get('speedup'))} |"
-        )
+    table(
+        ["tokens", "batch", "engine, method", "ms", rate[1], "baseline", "its ms", "ratio"],
+        [
+            [
+                label(row["seq_len"]),
+                row["batch"],
+                f"{row['engine']}, {row['method']}",
+                f"{row['ms']:.4f}",
+                row.get(rate[0], ""),
+                row.get("baseline", ""),
+                f"{row['baseline_ms']:.4f}" if "baseline" in row else "",
+                times(row.get("speedup")),
+            ]
+            for row in results["rows"]
+        ],
+    )
 
 
 def profile():
     results = load("profile")
     for row in results["rows"]:
         print(f"\nA {row['phase']} at {label(row['seq_len'])}, Ω {row['sparsity']}: {row['ms']:.2f} ms")
-        print("\n| kind | ms | share |\n| --- | --- | --- |")
-        for kind, ms in {**row["kinds"], "idle": row["idle_ms"]}.items():
-            print(f"| {kind} | {ms:.2f} | {100 * ms / row['ms']:.1f} % |")
+        kinds = {**row["kinds"], "idle": row["idle_ms"]}
+        table(
+            ["kind", "ms", "share"],
+            [[kind, f"{ms:.2f}", f"{100 * ms / row['ms']:.1f} %"] for kind, ms in kinds.items()],
+        )
 
 
 def memory():
     rows = [row for row in load("memory")["rows"] if row["shape"] == "qwen3-8b"]
-    print("\n| Ω_MSR | KV cache at 128 K, GB | longest context beside the weights in 141 GB |\n| --- | --- | --- |")
+    table(
+        ["Ω_MSR", "KV cache at 128 K, GB", "longest context beside the weights in 141 GB"],
+        [
+            [row["sparsity"], f"{row['kv_bytes'] / 1e9:.2f}", f"{row['longest_context'] / 1e6:.2f} M"]
+            for row in rows
+            if row["seq_len"] == 2**17
+        ],
+    )
     series = {}
     for row in rows:
         colour = COLOURS[row["sparsity"]]
         series.setdefault(f"Ω {row['sparsity']}", (colour, "-", {}))[2][row["seq_len"]] = row["kv_bytes"] / 1e9
-        if row["seq_len"] == 2**17:
-            print(f"| {row['sparsity']} | {row['kv_bytes'] / 1e9:.2f} | {row['longest_context'] / 1e6:.2f} M |")
     draw("kv_bytes", "KV cache of one sequence, Qwen3-8B's shape, bf16", "GB", series, log_y=True)
 
 

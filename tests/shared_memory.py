@@ -12,8 +12,6 @@ from flux_attention.kernels import triton_decode, triton_prefill
 TYPES = {
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "table_ptr": "*i64", "lengths_ptr": "*i32", "part_ptr": "*fp32",
     "top_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32", "scale": "fp32", "scale_log2": "fp32",
-    "columns_ptr": "*i64", "weights_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "x_ptr": "*fp32",
-    "y_ptr": "*fp32",
 }  # fmt: skip
 
 

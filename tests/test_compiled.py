@@ -123,7 +123,9 @@ def test_a_users_own_compile_still_works(family):
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="code for a CPU is compiled by g++")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++ is not installed, and torch.compile builds code for a CPU with it"
+)
 def test_the_device_has_work_while_the_host_waits_for_the_router():
     """A router is asked as soon as the query is there, before keys and values are computed."""
     torch._dynamo.reset()

@@ -347,6 +347,12 @@ def test_the_loss_of_a_pack_is_the_plain_formula(recipe, tokenizer):
     torch.testing.assert_close(outputs["loss"], torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
 
 
+def calls_of(routing):
+    """The forward calls that are still in memory."""
+    gc.collect()
+    return [item for item in gc.get_objects() if issubclass(type(item), Call) and item.routing is routing]
+
+
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_checkpointing_keeps_nothing_for_longer_than_needed(recipe, tokenizer, granularity, monkeypatch):
     data, _ = load_data(recipe, tokenizer)
@@ -371,8 +377,7 @@ def test_checkpointing_keeps_nothing_for_longer_than_needed(recipe, tokenizer, g
         module(**batch, temperature=2.0, noise=noise, progress=1.0)
     routing.gates = None
     calls.clear()
-    gc.collect()
-    assert not any(issubclass(type(item), Call) and item.routing is routing for item in gc.get_objects())
+    assert not calls_of(routing)
 
 
 def test_checkpointing_keeps_attention_and_gradients(recipe, tokenizer):
@@ -398,8 +403,7 @@ def test_checkpointing_keeps_attention_and_gradients(recipe, tokenizer):
         attention = [e for e in profiler.events() if e.name == "aten::_scaled_dot_product_flash_attention_for_cpu"]
         counts.append(sum(any(child.name == "aten::empty" for child in event.cpu_children) for event in attention))
         grads.append([parameter.grad for parameter in routing.routers.parameters()])
-        gc.collect()  # a call that is kept keeps what its attention gave, in every layer
-        assert not any(issubclass(type(item), Call) and item.routing is routing for item in gc.get_objects())
+        assert not calls_of(routing)  # one that is kept keeps what its attention gave, in every layer
     sequences = len(batch["sequence_lengths"])
     assert counts[:2] == [2 * 3 * sequences] * 2 and counts[2] > counts[1]
     for others in grads[1:]:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from flux_attention.evaluation.report import write_report
+from flux_attention.evaluation.results import write_results
 from flux_attention.training import Recipe
 
 CLI = [sys.executable, "-m", "flux_attention.cli"]
@@ -105,7 +106,7 @@ def merge(parts: list[Path], path: Path) -> None:
         sys.exit(f"measured on {sorted(devices)}: evaluate all on one device")
     meta["settings"]["adapters"] = [adapter for part in found for adapter in part["meta"]["settings"]["adapters"]]
     rows = [row for part in found for row in part["rows"]]
-    path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    write_results(path, rows, **meta)
     page, _ = write_report(path, path.parent)
     print(f"{len(rows)} rows in {path}, the report is {page}")
 

@@ -75,7 +75,6 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     finally:
         if call.finished:  # computed again, by checkpointing: no hook of the decoder comes to let go of the call
             current.set(None)
-            call.forget(module.layer_idx)
 
 
 def _mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):

@@ -136,10 +136,6 @@ class Call:
             return
         self._set(layer, _Decision(layer, logits.detach()))
 
-    def forget(self, layer: int) -> None:
-        """Drop the gate of a layer that was computed again: it would keep all that its router's input is made of."""
-        self.gates.pop(layer, None)
-
     def _set(self, layer: int, routes: list[bool] | _Decision) -> None:
         self.routes[layer] = routes
         if layer in self.layers:
@@ -264,6 +260,8 @@ class Call:
         needed for the gate's gradient, ⟨∂L/∂O, FA − SA⟩, and so forward only.
         """
         gate = self.gates[layer].to(query.dtype)[:, None, None, None]
+        if self.finished:  # computed again, by checkpointing: it would keep all that its router's input is made of
+            del self.gates[layer]
         if self.tokens.starts is not None:  # (1, 1, S, 1): each token has its sequence's gate
             lengths = torch.tensor(self.tokens.lengths, device=gate.device)
             gate = gate.repeat_interleave(lengths, output_size=self.tokens.width).view(1, 1, -1, 1)

@@ -192,22 +192,30 @@ _CAPTURE = threading.Lock()
 
 
 @contextlib.contextmanager
+def without_collection():
+    """Python's garbage collection off, and on again afterwards if it was on."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def _capturing():
     """Nothing but the captured work disturbs a capture, and one that fails leaves random numbers to be drawn."""
     with _CAPTURE:
         gc.collect()
-        collects = gc.isenabled()
-        gc.disable()  # an old graph, destroyed meanwhile, would end the capture
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         spare = generator.clone_state()
-        try:
-            yield
-        except BaseException:
-            generator.graphsafe_set_state(spare)  # the old state waits for the capture's end for ever
-            raise
-        finally:
-            if collects:
-                gc.enable()
+        with without_collection():  # an old graph, destroyed meanwhile, would end the capture
+            try:
+                yield
+            except BaseException:
+                generator.graphsafe_set_state(spare)  # the old state waits for the capture's end for ever
+                raise
 
 
 def unsupported(routing: Routing) -> str | None:

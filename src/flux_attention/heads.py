@@ -26,11 +26,6 @@ class HeadCall(Call):
         for unit, query in zip(self._units(layer), query_BSHD.chunk(self._heads, dim=2), strict=True):
             super().decide(unit, query)
 
-    def forget(self, layer: int) -> None:
-        """Drop the gates of a layer's KV heads."""
-        for unit in self._units(layer):
-            super().forget(unit)
-
     def attend(self, layer: int, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
         """Attention output (B, S, H, D) of one layer."""
         states = (states.chunk(self._heads, dim=1) for states in (query_BHSD, key_BKSD, value_BKSD))

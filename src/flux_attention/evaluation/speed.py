@@ -7,7 +7,6 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flux_attention import kernels
+from flux_attention.generation import without_collection
 from flux_attention.patterns import Full, Streaming
 
 #: Models whose sizes are measured, with random weights: what ``AutoConfig.for_model`` takes.
@@ -82,9 +82,7 @@ def measure(
         run()
     torch.cuda.synchronize()
     times: list[float] = []
-    collects = gc.isenabled()
-    gc.disable()  # a collection takes hundreds of milliseconds of the host's time
-    try:
+    with without_collection():  # which takes hundreds of milliseconds of the host's time
         while len(times) < most and (len(times) < least or sum(times) < 1000 * seconds):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -92,9 +90,6 @@ def measure(
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-    finally:
-        if collects:
-            gc.enable()
     return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "repeats": len(times)}
 
 
