@@ -128,7 +128,8 @@ def main():
     args = parser.parse_args()
     names = {
         f"{granularity}-{target}-{seed}": (seed, target, granularity)
-        for seed, target, granularity in itertools.product(args.seeds, args.targets, args.granularities)
+        # So that neighbours, which go to different GPUs, are alike: judging layers takes longer than judging heads.
+        for seed, granularity, target in itertools.product(args.seeds, args.granularities, args.targets)
     }
     {"routers": routers, "evaluate": evaluate}[args.what](args, names)
 
