@@ -1,7 +1,8 @@
 """Train a backbone from scratch: a small Qwen3 on real source text and generated tasks.
 
-Run: ``python recipes/shipped/train_backbone.py --tokenizer DIR --output DIR`` on one GPU; seven minutes on an H200. A
-run that was stopped goes on from its last saved state.
+Run: ``python recipes/shipped/train_backbone.py --tokenizer DIR --output DIR`` on one GPU; seven minutes on an H200. On
+several: ``torchrun --nproc-per-node N`` instead of ``python``; they share a batch. A run that was stopped goes on from
+its last saved state.
 
 The defaults are the shipped run's: there the schedule followed a clock (``minutes`` in its log), and these step
 numbers are where that clock changed length and learning rate.
@@ -11,6 +12,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ from statistics import fmean
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -34,20 +38,21 @@ ANSWER_WEIGHT = 4.0  # answers are a few per cent of the tokens, and all of what
 class Mixture(IterableDataset):
     """Endless (input_ids, weights): a share ``plain`` of the sequences real text, the others generated tasks in it."""
 
-    def __init__(self, haystack, tokenizer, args, first):
+    def __init__(self, haystack, tokenizer, args, first, rank, world):
         self.haystack, self.tokenizer, self.args, self.first = haystack, tokenizer, args, first
+        self.rank, self.world = rank, world
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         args, step = self.args, self.first + index
         while True:
-            rng = random.Random(f"{args.seed}-{step}")
+            rng = random.Random(f"{args.seed}-{step}" + (f"-{self.rank}" if self.rank else ""))
             length = next((length for length, until in args.stages if step < until), args.stages[-1][0])
             # Curriculum of the two-hop family: at first most guest lines name the city that they lead to.
             hint = 0.7 * max(0.1, 1 - step / args.hint_steps)
             ids, weights = [], []
-            for _ in range(args.batch_tokens // length):
+            for _ in range(args.batch_tokens // length // self.world):
                 weight = np.ones(length, dtype=np.float32)
                 if rng.random() < args.plain:
                     text, _ = self.haystack.window(rng, length)
@@ -62,6 +67,26 @@ class Mixture(IterableDataset):
                 weights.append(weight)
             yield torch.from_numpy(np.stack(ids).astype(np.int64)), torch.from_numpy(np.stack(weights))
             step += stride
+
+
+class Losses(nn.Module):
+    """Of a batch: what is minimised, and text's and answers' mean loss."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, weights):
+        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden[:, :-1]).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = weights[:, 1:].flatten()
+        answers = weights > 1
+        return (
+            (losses * weights).sum() / weights.sum(),
+            (losses * ~answers).sum() / (~answers).sum(),
+            (losses * answers).sum() / answers.sum().clamp(min=1),
+        )
 
 
 def report(model, haystack, tokenizer, families, length, count):
@@ -115,6 +140,13 @@ def main():
 
     began = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun's
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        distributed.init_process_group()
+    if any(args.batch_tokens % (length * world) for length, _ in args.stages):
+        parser.error(f"--batch-tokens are not whole sequences of every stage for each of {world} processes")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
@@ -164,29 +196,23 @@ def main():
         if first == steps and (args.output / "backbone").is_dir():
             return
 
-    def loss_of(ids, weights):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1]).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        weights = weights[:, 1:].flatten()
-        answers = weights > 1
-        return (
-            (losses * weights).sum() / weights.sum(),
-            (losses * ~answers).sum() / (~answers).sum(),
-            (losses * answers).sum() / answers.sum().clamp(min=1),
-        )
-
-    step_loss = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
+    step_losses = Losses(model)
+    if not args.no_compile:
+        step_losses = torch.compile(step_losses, dynamic=False)
+    if world > 1:
+        step_losses = DistributedDataParallel(step_losses)
     loader = DataLoader(
-        Mixture(haystack, tokenizer, args, first),
+        Mixture(haystack, tokenizer, args, first, rank, world),
         batch_size=None,
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=8 if args.workers else None,
     )
-    log = (args.output / "backbone_log.jsonl").open("a" if first else "w")
+    log = (args.output / "backbone_log.jsonl").open("a" if first else "w") if rank == 0 else None
 
     def record(**row):
+        if log is None:
+            return
         log.write(json.dumps(row) + "\n")
         log.flush()
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
@@ -204,7 +230,7 @@ def main():
             group["lr"] = rate
         ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16):
-            losses = step_loss(ids, weights)
+            losses = step_losses(ids, weights)
         losses[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -225,13 +251,17 @@ def main():
                 elapsed=round(time.time() - began, 1),
             )
             tick, tick_step = time.time(), step + 1
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
             kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**kept, "step": step + 1, "settings": settings}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)  # a kill leaves the old one whole
-        if (step + 1) % args.eval_every == 0:
+        if rank == 0 and (step + 1) % args.eval_every == 0:
             record(step=step + 1, **report(model, held_out, tokenizer, families, longest, args.eval_count))
             tick, tick_step = time.time(), step + 1
+    if world > 1:
+        distributed.destroy_process_group()
+    if rank:
+        return
     record(steps=steps, tokens=steps * args.batch_tokens, elapsed=round(time.time() - began, 1))
     record(final=True, **report(model, held_out, tokenizer, families, longest, 2 * args.eval_count))
     model.to(torch.bfloat16).save_pretrained(args.output / "backbone", max_shard_size="8MB")

@@ -22,6 +22,7 @@ import torch
 
 from flux_attention.evaluation.report import write_report
 from flux_attention.evaluation.results import write_results
+from flux_attention.evaluation.text import local_texts
 from flux_attention.training import Recipe
 
 CLI = [sys.executable, "-m", "flux_attention.cli"]
@@ -79,7 +80,19 @@ def routers(args, names):
     run_all(commands, args.jobs, args.folder / "logs")
 
 
+def held_out_text(folder: Path) -> Path:
+    """A file of the text that ``flux-attention eval`` hides questions in, read once for all runs."""
+    path = folder / "text.txt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(local_texts(True, site_packages=True, max_chars=5_000_000)), encoding="utf-8")
+        partial.replace(path)
+    return path
+
+
 def evaluate(args, names):
+    text = held_out_text(args.folder)
     model, commands = str(args.model or args.folder / "backbone"), {}
     for name, (_, _, granularity) in names.items():
         methods = "routed,static,random" if granularity == "layer" else "head,head-static"
@@ -91,16 +104,19 @@ def evaluate(args, names):
             "--methods": methods,
             "--lengths": args.lengths,
             "--samples": args.samples,
+            "--calibration": args.calibration,
+            "--text": text,
             "--batch-size": args.batch_size,
         }
         commands[name] = [*CLI, "eval", model, *map(str, itertools.chain.from_iterable(options.items()))]
     run_all(commands, args.jobs, args.folder / "eval" / "logs")
-    merge([args.folder / "eval" / name / "quality.json" for name in names], args.folder / "eval" / "quality.json")
+    merge(args.folder / "eval")
 
 
-def merge(parts: list[Path], path: Path) -> None:
-    """One result file of all, and its report."""
-    found = [json.loads(part.read_text()) for part in parts]
+def merge(folder: Path) -> None:
+    """One result file of all that were judged so far, and its report."""
+    path = folder / "quality.json"
+    found = [json.loads(part.read_text()) for part in sorted(folder.glob("*/quality.json"))]
     meta = found[0]["meta"]
     if len(devices := {part["meta"]["device"] for part in found}) > 1:
         sys.exit(f"measured on {sorted(devices)}: evaluate all on one device")
@@ -124,6 +140,7 @@ def main():
     parser.add_argument("--steps", type=int, help="routers: instead of the recipe's")
     parser.add_argument("--lengths", default="4K,8K", help="evaluate: tokens of a sample")
     parser.add_argument("--samples", type=int, default=100, help="evaluate: of each family and length")
+    parser.add_argument("--calibration", type=int, default=8, help="evaluate: samples of each family for static layers")
     parser.add_argument("--batch-size", type=int, default=8, help="evaluate: samples at a time")
     args = parser.parse_args()
     names = {
