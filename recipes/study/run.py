@@ -93,6 +93,10 @@ def held_out_text(folder: Path) -> Path:
 
 def evaluate(args, names):
     text = held_out_text(args.folder)
+    names = {name: parts for name, parts in names.items() if (args.folder / "routers" / name / "README.md").exists()}
+    if not names:
+        sys.exit(f"no trained routers in {args.folder / 'routers'}: run.py routers trains them")
+    print(f"judging {', '.join(names)}", flush=True)
     model, commands = str(args.model or args.folder / "backbone"), {}
     for name, (_, _, granularity) in names.items():
         methods = "routed,static,random" if granularity == "layer" else "head,head-static"
@@ -110,13 +114,12 @@ def evaluate(args, names):
         }
         commands[name] = [*CLI, "eval", model, *map(str, itertools.chain.from_iterable(options.items()))]
     run_all(commands, args.jobs, args.folder / "eval" / "logs")
-    merge(args.folder / "eval")
+    merge([args.folder / "eval" / name / "quality.json" for name in names], args.folder / "eval" / "quality.json")
 
 
-def merge(folder: Path) -> None:
-    """One result file of all that were judged so far, and its report."""
-    path = folder / "quality.json"
-    found = [json.loads(part.read_text()) for part in sorted(folder.glob("*/quality.json"))]
+def merge(parts: list[Path], path: Path) -> None:
+    """One result file of all, and its report."""
+    found = [json.loads(part.read_text()) for part in parts]
     meta = found[0]["meta"]
     if len(devices := {part["meta"]["device"] for part in found}) > 1:
         sys.exit(f"measured on {sorted(devices)}: evaluate all on one device")
