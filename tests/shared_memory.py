@@ -56,7 +56,7 @@ def main(capability, limit):
             triton_prefill._key_gradient, capability, dict(shape, FAR=False, **sizes), **options
         )
         tile = triton_decode.decode_tile(dim, limit)
-        constants = dict(shape, GROUP=16, HEADS=4, CHUNK=triton_decode.CHUNK, N=tile.pop("N"))
+        constants = dict(shape, GROUP=16, MOST=64, N=tile.pop("N"))
         used[f"decode {dim}"] = shared(triton_decode._decode, capability, constants, **tile)
     print(json.dumps(used))
 

@@ -24,8 +24,6 @@ from flux_attention.kernels.triton_prefill import LOG2E, shared_memory
 MOST_PARTS = 64
 #: Keys by which work is shared out; a tile has as many, or half.
 BLOCK = 64
-#: Parts that are combined at a time.
-CHUNK = 8
 
 
 @triton.jit
@@ -33,8 +31,7 @@ def _decode(
     query_ptr, key_ptr, value_ptr, output_ptr, table_ptr, lengths_ptr, part_ptr, top_ptr, total_ptr, count_ptr,
     query_b, query_h, key_b, key_h, value_b, value_h, output_b, output_h,
     sink, window, scale_log2,
-    G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    CHUNK: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     kv_head, program = tl.program_id(0), tl.program_id(1)
     element = key_ptr.dtype.element_ty
@@ -109,29 +106,22 @@ def _decode(
             done = tl.atomic_add(count_ptr + place, 1, sem="acq_rel", scope="gpu")
             if done == active - 1:
                 tl.debug_barrier()
-                # CHUNK parts at a time, of the real heads alone: the loop waits for memory once a chunk.
-                others, heads = tl.arange(0, CHUNK), tl.arange(0, HEADS)
-                mixed = tl.zeros([HEADS, D], tl.float32)
-                best = tl.full([HEADS], -1e30, tl.float32)
-                weights = tl.zeros([HEADS], tl.float32)
-                for start in tl.range(0, active, CHUNK):
-                    rows = ((first + start + others) * tl.num_programs(0) + kv_head)[:, None] * GROUP + heads[None, :]
-                    there = (start + others < active)[:, None]
-                    tops = tl.load(top_ptr + rows, mask=there, other=-1e30, cache_modifier=".cg")
-                    totals = tl.load(total_ptr + rows, mask=there, other=0.0, cache_modifier=".cg")
-                    places = rows[:, :, None] * D + columns[None, None, :]
-                    pieces = tl.load(part_ptr + places, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-                    new_best = tl.maximum(best, tl.max(tops, 0))
-                    shares = tl.exp2(tops - new_best[None, :])
-                    shrink = tl.exp2(best - new_best)
-                    weights = weights * shrink + tl.sum(totals * shares, 0)
-                    mixed = mixed * shrink[:, None] + tl.sum(pieces * shares[:, :, None], 0)
-                    best = new_best
-                tl.store(
-                    output_ptr + batch * output_b + (kv_head * G + heads)[:, None] * output_h + columns[None, :],
-                    (mixed / weights[:, None]).to(output_ptr.dtype.element_ty),
-                    mask=(heads < G)[:, None],
-                )
+                others = tl.arange(0, MOST)
+                rows = ((first + others) * tl.num_programs(0) + kv_head)[:, None] * GROUP + groups[None, :]
+                mask = (others < active)[:, None]
+                tops = tl.load(top_ptr + rows, mask=mask, other=-1e30, cache_modifier=".cg")
+                totals = tl.load(total_ptr + rows, mask=mask, other=0.0, cache_modifier=".cg")
+                best = tl.max(tops, 0)
+                total = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
+                acc = tl.zeros([GROUP, D], tl.float32)
+                for other in tl.range(0, active):
+                    row = ((first + other) * tl.num_programs(0) + kv_head) * GROUP + groups
+                    share_G = tl.exp2(tl.load(top_ptr + row, cache_modifier=".cg") - best)
+                    piece = tl.load(
+                        part_ptr + row[:, None] * D + columns[None, :], mask=real, other=0.0, cache_modifier=".cg"
+                    )
+                    acc += piece * share_G[:, None]
+                tl.store(output, (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=real)
                 tl.store(count_ptr + place, 0)
 
 
@@ -240,7 +230,7 @@ def attend(
             query_BHD, key_BKD, value_BKD, output, table_W7, lengths_B, space.part, space.top, space.total, space.count,
             *query_BHD.stride()[:2], *key_BKD.stride()[:2], *value_BKD.stride()[:2], *output.stride()[:2],
             sink, window, scale * LOG2E.value,
-            G=heads // kv_heads, GROUP=space.group, HEADS=triton.next_power_of_2(heads // kv_heads), D=dim, CHUNK=CHUNK,
+            G=heads // kv_heads, GROUP=space.group, D=dim, MOST=triton.next_power_of_2(min(MOST_PARTS, space.programs)),
             **decode_tile(dim, shared_memory(query_BHD.device)),
         )  # fmt: skip
     return output
