@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from flux_attention.evaluation import text
-from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Words, make_sample, training_sample
+from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack, Words, make_sample, training_sample
 from flux_attention.evaluation.words import ADJECTIVES, CITIES, NOUNS, PEOPLE, split_words
 from flux_attention.shipped import BACKBONE
 
@@ -96,15 +96,33 @@ def test_every_name_is_one_token(tokenizer):
         assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1, word
 
 
+QUESTIONS = {
+    "multi_value": "List all codes",
+    "two_hop": "In which city",
+    "count": "How many times",
+    "copy": "Repeat passage",
+    "multi_query": "What are the secret codes",
+    "variable_tracking": "Which variables",
+    "common_words": "Which 5 words are the most common",
+    "frequent_words": "Which 3 words are the most frequent",
+}
+
+
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**9), length=st.sampled_from([200, 512, 1024, 3000]), every=st.booleans())
-@example(seed=7715, length=200, every=True)  # a list so short that its words once occurred equally often
-def test_training_samples_fit_and_use_training_words(haystack, tokenizer, seed, length, every):
-    sample = training_sample(haystack, tokenizer, length, random.Random(seed), hint=0.3, every=every)
+@given(
+    seed=st.integers(0, 10**9),
+    length=st.sampled_from([200, 512, 1024, 3000]),
+    families=st.sets(st.sampled_from(list(EVERY_FAMILY)), min_size=1),
+)
+@example(
+    seed=7715, length=200, families=set(EVERY_FAMILY)
+)  # a list so short that its words once occurred equally often
+def test_training_samples_fit_and_use_training_words(haystack, tokenizer, seed, length, families):
+    sample = training_sample(haystack, tokenizer, length, random.Random(seed), 0.3, families)
     assert len(sample.input_ids) == length
     decoded = tokenizer.decode(sample.input_ids)
-    if not every:
-        assert not re.search("Which variables|most common|most frequent|secret codes", decoded)
+    for family, question in QUESTIONS.items():
+        assert family in families or not re.search(f"# Question: {question}", decoded)
     listed = Counter(word for line in re.findall(r"# Words: (.*)\n", decoded) for word in line.split())
     if found := re.search(r"Which (\d) words are the most common .*\n# Answer: (.*)\n", decoded):
         assert sorted(word for word, _ in listed.most_common(int(found[1]))) == found[2].split(", ")
@@ -114,11 +132,12 @@ def test_training_samples_fit_and_use_training_words(haystack, tokenizer, seed, 
         assert person in split_words(PEOPLE, False)
 
 
-def test_training_samples_of_every_family_ask_all_questions(haystack, tokenizer):
-    samples = [training_sample(haystack, tokenizer, 3000, random.Random(seed), 0.0, every=True) for seed in range(30)]
-    decoded = "".join(tokenizer.decode(sample.input_ids) for sample in samples)
-    for words in ("Which variables", "most common", "most frequent", "secret codes", "In which city", "Repeat"):
-        assert words in decoded
+def test_training_samples_ask_the_questions_of_their_families(haystack, tokenizer):
+    for families in (list(FAMILIES), list(EVERY_FAMILY)):
+        samples = [training_sample(haystack, tokenizer, 3000, random.Random(s), 0.0, families) for s in range(30)]
+        decoded = "".join(tokenizer.decode(sample.input_ids) for sample in samples)
+        found = {family for family, question in QUESTIONS.items() if re.search(f"# Question: {question}", decoded)}
+        assert found == set(QUESTIONS) & set(families)
 
 
 def test_too_short_for_its_facts(haystack, tokenizer):

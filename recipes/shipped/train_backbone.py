@@ -60,7 +60,7 @@ class Mixture(IterableDataset):
                     text[0] = self.tokenizer.bos_token_id
                     ids.append(text)
                 else:
-                    sample = training_sample(self.haystack, self.tokenizer, length, rng, hint, args.every_family)
+                    sample = training_sample(self.haystack, self.tokenizer, length, rng, hint, args.families)
                     for start, end in sample.answers:
                         weight[start:end] = ANSWER_WEIGHT
                     ids.append(sample.input_ids)
@@ -130,10 +130,10 @@ def main():
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--ffn", type=int, default=512)
-    parser.add_argument("--every-family", action="store_true", help="the families of reports too, not only the demo's")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--families", nargs="+", choices=EVERY_FAMILY, default=list(FAMILIES), help="of questions")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
-    families = EVERY_FAMILY if args.every_family else FAMILIES
     if args.save_every % 100:
         parser.error("--save-every is not a multiple of 100, the steps between two lines of the log")
     steps, longest = args.stages[-1][1], max(length for length, _ in args.stages)
@@ -159,9 +159,9 @@ def main():
         hidden_size=args.width,
         intermediate_size=args.ffn,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
+        num_attention_heads=args.width // args.head_dim,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=args.head_dim,
         max_position_embeddings=longest * 2,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
@@ -256,14 +256,14 @@ def main():
             torch.save({**kept, "step": step + 1, "settings": settings}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)  # a kill leaves the old one whole
         if rank == 0 and (step + 1) % args.eval_every == 0:
-            record(step=step + 1, **report(model, held_out, tokenizer, families, longest, args.eval_count))
+            record(step=step + 1, **report(model, held_out, tokenizer, args.families, longest, args.eval_count))
             tick, tick_step = time.time(), step + 1
     if world > 1:
         distributed.destroy_process_group()
     if rank:
         return
     record(steps=steps, tokens=steps * args.batch_tokens, elapsed=round(time.time() - began, 1))
-    record(final=True, **report(model, held_out, tokenizer, families, longest, 2 * args.eval_count))
+    record(final=True, **report(model, held_out, tokenizer, args.families, longest, 2 * args.eval_count))
     model.to(torch.bfloat16).save_pretrained(args.output / "backbone", max_shard_size="8MB")
     tokenizer.save_pretrained(args.output / "backbone")
 

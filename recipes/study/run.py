@@ -97,6 +97,8 @@ def evaluate(args, names):
     if not names:
         sys.exit(f"no trained routers in {args.folder / 'routers'}: run.py routers trains them")
     print(f"judging {', '.join(names)}", flush=True)
+    # Those that routers were trained on: the backbone was, too.
+    families = list(itertools.chain.from_iterable(source["tasks"] for source in Recipe.from_yaml(args.recipe).data))
     model, commands = str(args.model or args.folder / "backbone"), {}
     for name, (_, _, granularity) in names.items():
         methods = "routed,static,random" if granularity == "layer" else "head,head-static"
@@ -106,6 +108,7 @@ def evaluate(args, names):
             "--routers": args.folder / "routers" / name,
             "--output": args.folder / "eval" / name,
             "--methods": methods,
+            "--families": ",".join(families),
             "--lengths": args.lengths,
             "--samples": args.samples,
             "--calibration": args.calibration,

@@ -361,38 +361,39 @@ def make_sample(family: str, haystack: Haystack, tokenizer, length: int, seed: i
 
 
 def training_sample(
-    haystack: Haystack, tokenizer, length: int, rng: random.Random, hint: float, every: bool = False
+    haystack: Haystack, tokenizer, length: int, rng: random.Random, hint: float, families: Sequence[str] = RETRIEVAL
 ) -> Sample:
     """
-    A sample with many episodes and questions: dense supervision for training a backbone.
+    A sample with many episodes and questions of ``families``: dense supervision for training a backbone.
 
-    Of the questions of ``FAMILIES``, with ``every`` of ``EVERY_FAMILY``; ``hint`` as in ``two_hop``.
+    ``hint`` as in ``two_hop``.
     """
     words = Words(rng)
-    makers: list[Callable[[], Episode]] = [
-        lambda: needles(words, keys=rng.randint(1, 16), questions=rng.randint(1, 8)),
-        lambda: needles(words, keys=rng.randint(1, 6), values=rng.randint(2, 4), questions=rng.randint(1, 2)),
-        lambda: two_hop(words, pairs=rng.randint(2, 8), questions=8, hint=hint),
-        lambda: two_hop(words, pairs=rng.randint(2, 8), questions=8, hint=hint),
-        lambda: count(words, questions=2),
-        lambda: copy(words, length=rng.randint(8, 48), questions=rng.randint(1, 2)),
+    # Families that are learnt slowly stand here twice.
+    makers: list[tuple[str, Callable[[], Episode]]] = [
+        ("multi_key", lambda: needles(words, keys=rng.randint(1, 16), questions=rng.randint(1, 8))),
+        ("multi_value", lambda: needles(words, rng.randint(1, 6), rng.randint(2, 4), rng.randint(1, 2))),
+        ("two_hop", lambda: two_hop(words, pairs=rng.randint(2, 8), questions=8, hint=hint)),
+        ("two_hop", lambda: two_hop(words, pairs=rng.randint(2, 8), questions=8, hint=hint)),
+        ("count", lambda: count(words, questions=2)),
+        ("copy", lambda: copy(words, length=rng.randint(8, 48), questions=rng.randint(1, 2))),
+        ("multi_query", lambda: multi_query(words, keys=rng.randint(4, 16), asked=rng.randint(2, 4))),
+        ("variable_tracking", lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4))),
+        ("variable_tracking", lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4))),
     ]
-    if every:
-        makers += [
-            lambda: multi_query(words, keys=rng.randint(4, 16), asked=rng.randint(2, 4)),
-            lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4)),
-            lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4)),
-        ]
-        # Lines of two lists could not be told apart, so there is one at most.
-        lists = rng.choice((common_words, frequent_words, None))
+    # A single needle is a multi_key episode of one key.
+    asked = {"multi_key" if family == "single_needle" else family for family in families}
+    chosen = [make for family, make in makers if family in asked]
+    # Lines of two lists could not be told apart, so there is one at most, in some samples none.
+    lists = [EVERY_FAMILY[family] for family in ("common_words", "frequent_words") if family in asked]
     # The lines of the tasks have about three characters a token.
     budget, episodes, used = rng.uniform(0.05, 0.6) * length, [], 0.0
-    if every and lists is not None:
-        episodes.append(lists(words, rng.randint(length // 8, length // 2)))
+    if lists and (make := rng.choice([*lists, None])) is not None:
+        episodes.append(make(words, rng.randint(length // 8, length // 2)))
         used += sum(map(len, episodes[0].facts)) / 3
     while used < budget:
         try:
-            episode = rng.choice(makers)()
+            episode = rng.choice(chosen)()
         except IndexError:  # the names are used up
             break
         episodes.append(episode)
