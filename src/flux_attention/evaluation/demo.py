@@ -146,8 +146,8 @@ def run_demo(count: int, length: int, seed: int | None, console: Console) -> lis
 
 
 def _print_table(console: Console, rows: list[dict[str, Any]], count: int, elapsed: float) -> None:
-    table = Table(title=f"\n{count} samples of each kind, exact answers (plain: perplexity)", title_justify="left")
-    for name in ("", "dense", "routed", "all sparse", "Ω_MSR routed", "KV cache routed / dense"):
+    table = Table(title=f"\nexact answers, {count} of each kind (source code: perplexity)", title_justify="left")
+    for name in ("", "dense", "routed", "sparse", "Ω_MSR", "KV ÷ dense"):
         table.add_column(name, justify="left" if not name else "right")
     by = {(row["task"], row["method"]): row for row in rows}
     for family in FAMILIES:
