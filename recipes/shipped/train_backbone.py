@@ -184,7 +184,7 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     state, first = args.output / "state.pt", 0
     # What the weights depend on.
-    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE} | {"processes": str(world)}
     if state.exists():
         saved = torch.load(state, map_location=device)
         if changed := sorted(name for name in settings if settings[name] != saved["settings"].get(name)):

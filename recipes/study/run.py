@@ -127,8 +127,9 @@ def merge(parts: list[Path], path: Path) -> None:
     if len(devices := {part["meta"]["device"] for part in found}) > 1:
         sys.exit(f"measured on {sorted(devices)}: evaluate all on one device")
     meta["settings"]["adapters"] = [adapter for part in found for adapter in part["meta"]["settings"]["adapters"]]
-    rows = [row for part in found for row in part["rows"]]
-    write_results(path, rows, **meta)
+    # A run that was extended may hold what does not depend on routers twice.
+    rows = {(r["task"], r["method"], r["seq_len"], r["routers"]): r for part in found for r in part["rows"]}.values()
+    write_results(path, list(rows), **meta)
     page, _ = write_report(path, path.parent)
     print(f"{len(rows)} rows in {path}, the report is {page}")
 

@@ -387,7 +387,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = "auto",
 ):
-    """Score a model on generated long-context questions, dense, sparse, routed, static and random; write a report."""
+    """Score a model on generated questions by every way of choosing full layers or heads; write a report."""
     from flux_attention import shipped
     from flux_attention.evaluation import quality
     from flux_attention.evaluation.report import label, short_names, summary, write_report

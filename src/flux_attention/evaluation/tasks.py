@@ -13,7 +13,7 @@ plain          no question: real text, scored by perplexity
 ============== ==================================================================================
 
 The first six are retrieval-intensive, ``plain`` is context-holistic (the paper's task classes). The shipped model was
-trained on them. Four more, in the style of RULER, are for evaluating any model:
+trained on them. Four more, in the style of RULER, it was not trained on:
 
 ================= ===============================================================================
 multi_query       sixteen keys, four are asked for at once
@@ -366,7 +366,12 @@ def training_sample(
     """
     A sample with many episodes and questions of ``families``: dense supervision for training a backbone.
 
-    ``hint`` as in ``two_hop``.
+    ``single_needle`` and ``multi_key`` are one here, with one to sixteen keys. ``hint`` as in ``two_hop``.
+
+    Raises
+    ------
+    ValueError
+        If no family asks anything, or the text is shorter than ``length``.
     """
     words = Words(rng)
     # Families that are learnt slowly stand here twice.
@@ -381,17 +386,18 @@ def training_sample(
         ("variable_tracking", lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4))),
         ("variable_tracking", lambda: variable_tracking(words, chains=rng.randint(1, 3), hops=rng.randint(1, 4))),
     ]
-    # A single needle is a multi_key episode of one key.
     asked = {"multi_key" if family == "single_needle" else family for family in families}
     chosen = [make for family, make in makers if family in asked]
     # Lines of two lists could not be told apart, so there is one at most, in some samples none.
     lists = [EVERY_FAMILY[family] for family in ("common_words", "frequent_words") if family in asked]
+    if not chosen and not lists:
+        raise ValueError(f"none of the families {sorted(asked)} asks a question")
     # The lines of the tasks have about three characters a token.
     budget, episodes, used = rng.uniform(0.05, 0.6) * length, [], 0.0
     if lists and (make := rng.choice([*lists, None])) is not None:
         episodes.append(make(words, rng.randint(length // 8, length // 2)))
         used += sum(map(len, episodes[0].facts)) / 3
-    while used < budget:
+    while chosen and used < budget:
         try:
             episode = rng.choice(chosen)()
         except IndexError:  # the names are used up
@@ -408,4 +414,6 @@ def training_sample(
         try:
             return compose(haystack, tokenizer, Episode([next(queues[i]) for i in order], questions), length, rng)
         except ValueError:  # too long
+            if not episodes:
+                raise
             episodes.pop()

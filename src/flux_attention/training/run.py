@@ -210,7 +210,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
     """The adapter's README: base model, how to use it, what it reached, and how it was trained."""
     recipe, routing = trainer.recipe, trainer.routing
     base = routing.config.base_model
-    kind = "layers" if routing.config.granularity == "layer" else "KV heads"
+    of, kind = ("Layer", "layers") if routing.config.granularity == "layer" else ("Head", "KV heads")
     lines = [
         "---",
         f"base_model: {base.name}",
@@ -218,7 +218,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         "tags: [flux-attention, sparse-attention, long-context]",
         "---",
         "",
-        f"# Layer routers for {base.name}",
+        f"# {of} routers for {base.name}",
         "",
         f"A [flux-attention](https://pypi.org/project/flux-attention/) adapter: for each prompt and each of "
         f"{len(routing.units)} {kind} it picks full or sparse attention ({routing.config.pattern}, sink "
