@@ -11,9 +11,10 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from show_speed import table
 
 from flux_attention.evaluation.quality import METHODS
-from flux_attention.evaluation.report import heat_map, trade_off
+from flux_attention.evaluation.report import heat_map, summary, trade_off
 from flux_attention.training import Recipe
 
 HERE = Path(__file__).parent
@@ -40,28 +41,19 @@ def grouped(rows, length):
     return found
 
 
-def table(columns, lines):
-    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
-
-
 def by_class(rows, length):
     """One line a method and target: Ω_MSR by task class, mean accuracy, and what they are beside dense."""
     tasks = {family: kind for s in Recipe.from_yaml(STUDY / "routers.yaml").data for family, kind in s["tasks"].items()}
     kinds = list(dict.fromkeys(tasks.values()))
     groups, lines = grouped(rows, length), []
-
-    def accuracy(group):
-        return fmean(row["accuracy"] for row in group.values() if "accuracy" in row)
-
+    means = {name: summary(list(group.values()))[0] for name, group in groups.items()}
+    dense = means["dense"]
     for name, group in groups.items():
-        sparsity = [fmean(row["sparsity"] for row in group.values())]
-        sparsity += [fmean(row["sparsity"] for task, row in group.items() if tasks[task] == kind) for kind in kinds]
-        change = 100 * (accuracy(group) - accuracy(groups["dense"]))
-        perplexity = group["plain"]["perplexity"] / groups["dense"]["plain"]["perplexity"]
-        cells = [f"{value:.3f}" for value in (*sparsity, accuracy(group))]
-        lines.append([name, *cells, f"{change:+.1f}", f"{perplexity:.3f}"])
+        mean = means[name]
+        sparsity = [fmean(row["sparsity"] for task, row in group.items() if tasks[task] == kind) for kind in kinds]
+        cells = [f"{value:.3f}" for value in (mean["sparsity"], *sparsity, mean["accuracy"])]
+        change = f"{100 * (mean['accuracy'] - dense['accuracy']):+.1f}"
+        lines.append([name, *cells, change, f"{mean['perplexity'] / dense['perplexity']:.3f}"])
     table([f"{length:,} tokens", "Ω_MSR", *kinds, "accuracy", "− dense, points", "perplexity ÷ dense"], lines)
 
 
@@ -83,12 +75,10 @@ def main():
         save(trade_off(rows, length), f"quality_{length}")
         by_class(rows, length)
     by_family(rows, 4096, ["dense", "routed (0.5)", "routed (0.65)", "static (0.65)"])
-    for routers in dict.fromkeys(row["routers"] for row in rows if row["method"] == "routed"):
-        if target(routers) in ("0.5", "0.65"):
-            figure = heat_map(rows, 4096, routers)
-            title = f"Share of inputs with full attention, target {target(routers)}, 4,096 tokens"
-            figure.axes[0].set_title(title, size=11)
-            save(figure, f"quality_routes_{target(routers)}")
+    for name in ("0.5", "0.65"):
+        figure = heat_map(rows, 4096, grouped(rows, 4096)[f"routed ({name})"]["plain"]["routers"])
+        figure.axes[0].set_title(f"Share of inputs with full attention, target {name}, 4,096 tokens", size=11)
+        save(figure, f"quality_routes_{name}")
 
 
 if __name__ == "__main__":

@@ -114,9 +114,8 @@ QUESTIONS = {
     length=st.sampled_from([200, 512, 1024, 3000]),
     families=st.sets(st.sampled_from([name for name in EVERY_FAMILY if name != "plain"]), min_size=1),
 )
-@example(
-    seed=7715, length=200, families=set(EVERY_FAMILY)
-)  # a list so short that its words once occurred equally often
+# A list so short that its words once occurred equally often.
+@example(seed=7715, length=200, families=set(EVERY_FAMILY))
 def test_training_samples_fit_and_use_training_words(haystack, tokenizer, seed, length, families):
     sample = training_sample(haystack, tokenizer, length, random.Random(seed), 0.3, families)
     assert len(sample.input_ids) == length
