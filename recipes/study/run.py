@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from flux_attention.evaluation.quality import row_key
 from flux_attention.evaluation.report import write_report
 from flux_attention.evaluation.results import write_results
 from flux_attention.evaluation.text import local_texts
@@ -128,7 +129,7 @@ def merge(parts: list[Path], path: Path) -> None:
         sys.exit(f"measured on {sorted(devices)}: evaluate all on one device")
     meta["settings"]["adapters"] = [adapter for part in found for adapter in part["meta"]["settings"]["adapters"]]
     # A run that was extended may hold what does not depend on routers twice.
-    rows = {(r["task"], r["method"], r["seq_len"], r["routers"]): r for part in found for r in part["rows"]}.values()
+    rows = {row_key(row): row for part in found for row in part["rows"]}.values()
     write_results(path, list(rows), **meta)
     page, _ = write_report(path, path.parent)
     print(f"{len(rows)} rows in {path}, the report is {page}")

@@ -162,7 +162,7 @@ class Evaluation:
         tell : callable
             Told what is being done.
         """
-        have = {_key(row): row for row in done}
+        have = {row_key(row): row for row in done}
         for place, adapter in enumerate(self.adapters):
             routing = attach(self.model, adapter)
             try:
@@ -178,8 +178,8 @@ class Evaluation:
         def row(family: str, method: str, routes, **more) -> dict[str, Any]:
             shared = method in ("dense", "sparse")
             facts = dict(task=family, method=method, seq_len=length, routers=None if shared else adapter)
-            if _key(facts) in have:
-                return have[_key(facts)]
+            if row_key(facts) in have:
+                return have[row_key(facts)]
             tell(f"{length} tokens, {family}: {method}")
             samples = self.make(family, length, self.samples)
             routes = routes(samples) if callable(routes) else routes
@@ -232,7 +232,7 @@ class Evaluation:
 
     def _static(self, routing, adapter, length, count, have, tell) -> list[int]:
         for family in self.families:
-            found = have.get(_key(dict(task=family, method="static", seq_len=length, routers=adapter)))
+            found = have.get(row_key(dict(task=family, method="static", seq_len=length, routers=adapter)))
             if found is not None:
                 return found["full_layers"]
         calibration = self._calibration(length)
@@ -253,7 +253,8 @@ def _measures(family: str, scores: Scores) -> dict[str, float]:
     return {name: round(value, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
-def _key(row: dict[str, Any]) -> tuple:
+def row_key(row: dict[str, Any]) -> tuple:
+    """What tells the rows of one result file apart."""
     return row["task"], row["method"], row["seq_len"], row["routers"]
 
 
@@ -290,7 +291,7 @@ def run(evaluation: Evaluation, folder: Path, restart: bool, tell: Callable[[str
     rows: list[dict[str, Any]] = []
     for row in evaluation.rows(done, tell):
         rows.append(row)
-        written = set(map(_key, rows))
-        later = [old for old in done if _key(old) not in written]
+        written = set(map(row_key, rows))
+        later = [old for old in done if row_key(old) not in written]
         write_results(path, rows + later, settings=settings)
     return rows
