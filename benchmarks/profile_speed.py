@@ -18,7 +18,9 @@ from flux_attention.generation import decode_step
 
 #: Kinds of kernels, by the first pattern that their name contains.
 KINDS = {
-    "fused by torch.compile": "^triton_",
+    # In a decode step they are the layers' matrix products, with the norms and whatever else is fused to them.
+    "reductions by torch.compile": "^triton_red",
+    "other kernels by torch.compile": "^triton_",
     "dense attention": "cudnn_generated|fmha|flash_fwd|sdpa",
     "sparse attention": "^_forward",
     "decode attention": "^_decode",

@@ -207,9 +207,9 @@ class _Store:
 
     def _runs(self, first: int, count: int) -> list[tuple[slice, slice]]:
         """(new tokens, slots) of each contiguous stretch of what is kept of ``count`` tokens from ``first`` on."""
-        if not self.ring:
-            return [(slice(count), slice(first, first + count))] if count else []
         end, runs = first + count, []
+        if not self.ring or end <= self.sink + self.window:  # a ring that is not full keeps tokens in order
+            return [(slice(count), slice(first, end))] if count else []
         if first < self.sink:
             stop = min(end, self.sink)
             runs.append((slice(stop - first), slice(first, stop)))

@@ -27,6 +27,7 @@ def on_device(states: torch.Tensor):
     return torch.cuda.device(states.device) if states.is_cuda else nullcontext()
 
 
+@lru_cache
 def has_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on ``device``: an NVIDIA GPU of compute capability 8.0 or newer."""
     if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
