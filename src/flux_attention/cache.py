@@ -276,6 +276,7 @@ class RoutedLayer(CacheLayerMixin):
         self.pending: Tokens | None = None  # the forward call in progress
         self.overran = False  # whether a decode step that is not counted has written one token more
         self.views: list[View] = []  # of that call, until attention takes them
+        self.unstored: tuple | None = None  # its tokens, where they are stored behind attention
         self.is_initialized = False
 
     @property
@@ -300,8 +301,8 @@ class RoutedLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """
-        Store the new tokens and note, in ``views``, what each row's queries attend to. Gradients do not flow
-        through what is stored, only through the tokens of a prompt or of several new tokens.
+        Take the new tokens and note, in ``views``, what each row's queries attend to. A single token is stored at once,
+        several by ``store``. Gradients do not flow through what is stored, only through several new tokens.
 
         Parameters
         ----------
@@ -333,17 +334,22 @@ class RoutedLayer(CacheLayerMixin):
         self.seen += tokens.width
         self.tail = tokens.tail + (self.tail if tokens.tail == tokens.width else 0)
         self.is_initialized = True
+        self.unstored = key, value, past, tokens.lengths
         if is_prompt:
             self._make_stores()
             self.views = prompt_views(self.routes, tokens, key, value)
-            self._append(key, value, past, tokens.lengths)
         elif tokens.width == 1 and tokens.uniform:
-            self._append(key, value, past, tokens.lengths)
+            self.store()
             self.views = self._decode_views()
         else:
             self.views = self._continuation_views(key, value, past, tokens.lengths)
-            self._append(key, value, past, tokens.lengths)
         return key_states, value_states
+
+    def store(self) -> None:
+        """Store the tokens of the last ``update``, if they are not: behind attention, which the device waits for."""
+        if self.unstored is not None:
+            unstored, self.unstored = self.unstored, None
+            self._append(*unstored)
 
     def reserve(self, more: int) -> None:
         """Make room for ``more`` tokens behind those that are stored, so that buffers stay where they are."""

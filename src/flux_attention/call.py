@@ -203,9 +203,11 @@ class Call:
             )
         query = self.tokens.pack(query_BHSD)
         if layer in self.layers:
-            if self.layers[layer].pending is not None:  # compiled layers leave the cache to us
-                self.layers[layer].update(key_BKSD, value_BKSD)
-            output = self._by_view(self.layers[layer].take_views(), query, scale)
+            cached = self.layers[layer]
+            if cached.pending is not None:  # compiled layers leave the cache to us
+                cached.update(key_BKSD, value_BKSD)
+            output = self._by_view(cached.take_views(), query, scale)
+            cached.store()
         else:
             key, value = self.tokens.pack(key_BKSD), self.tokens.pack(value_BKSD)
             output = self._by_route(self.routes_of(layer), query, key, value, scale)

@@ -15,7 +15,7 @@ INITIAL_BIAS = (0.0, 4.5)
 
 def pool_query(query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: torch.Tensor) -> torch.Tensor:
     """
-    Weighted mean of some tokens' query states, then mean over heads (METHOD: "Layer router", step 1).
+    Weighted mean over some tokens of the query states' mean over heads (METHOD: "Layer router", step 1).
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def pool_query(query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: t
         ``x_BD`` in float32.
     """
     picked = query_BSHD[torch.arange(len(query_BSHD), device=query_BSHD.device)[:, None], columns_BN]
-    return torch.einsum("bnhd,bn->bd", picked.float(), weights_BN) / query_BSHD.shape[2]
+    return (weights_BN[:, None] @ picked.mean(2, dtype=torch.float32))[:, 0]
 
 
 def pooled_slots(lengths_B: torch.Tensor, pool_size: int) -> tuple[torch.Tensor, torch.Tensor]:

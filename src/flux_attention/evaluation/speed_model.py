@@ -47,6 +47,7 @@ def random_cache(routing: Routing, batch: int, length: int, sparsity: float) -> 
         states = torch.randn(batch, base.num_kv_heads, length, base.head_dim, device=routing.model.device, dtype=DTYPE)
         cached.update(states, states)
         cached.take_views()
+        cached.store()
     return cache
 
 
