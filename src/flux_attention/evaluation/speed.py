@@ -78,19 +78,30 @@ def measure(
     run: Callable[[], Any], seconds: float = 0.4, least: int = 3, most: int = 50, warm: int = 2
 ) -> dict[str, float]:
     """Median, least and most milliseconds of ``run``, by device events: ``least`` times, or for about ``seconds``."""
-    for _ in range(warm):
+    return measure_in_turn([run], seconds, least, most, warm)[0]
+
+
+def measure_in_turn(
+    runs: Sequence[Callable[[], Any]], seconds: float = 0.4, least: int = 3, most: int = 50, warm: int = 2
+) -> list[dict[str, float]]:
+    """As ``measure``, of several runs in turn, so that what changes meanwhile, as the clock does, changes for all."""
+    for run in [*runs] * warm:
         run()
     torch.cuda.synchronize()
-    times: list[float] = []
+    times: list[list[float]] = [[] for _ in runs]
     with without_collection():  # which takes hundreds of milliseconds of the host's time
-        while len(times) < most and (len(times) < least or sum(times) < 1000 * seconds):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-    return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "repeats": len(times)}
+        while len(times[0]) < most and (len(times[0]) < least or sum(map(sum, times)) < 1000 * seconds):
+            for run, found in zip(runs, times, strict=True):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                run()
+                end.record()
+                end.synchronize()
+                found.append(begin.elapsed_time(end))
+    return [
+        {"ms": statistics.median(found), "ms_min": min(found), "ms_max": max(found), "repeats": len(found)}
+        for found in times
+    ]
 
 
 def measure_graph(run: Callable[[], Any], launches: int = 20) -> dict[str, float]:

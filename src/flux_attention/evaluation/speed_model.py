@@ -9,6 +9,7 @@ Shape suffixes: B batch, K KV heads, C capacity, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from flux_attention.attach import Routing, attach
 from flux_attention.cache import RoutedLayer, Tokens, kv_bytes
 from flux_attention.config import FluxConfig
-from flux_attention.evaluation.speed import DTYPE, PATTERN, SHAPES, ceilings, measure, require_gpu, row
+from flux_attention.evaluation.speed import DTYPE, PATTERN, SHAPES, ceilings, measure, measure_in_turn, require_gpu, row
 from flux_attention.generation import decode_step
 from flux_attention.patterns import Full
 from flux_attention.routes import parse_routes
@@ -106,43 +107,39 @@ def prefill(
     ------
     dict
         ``own-dense`` is the baseline; rows with ``method`` = ``routed`` run the routers too (fresh ones, which choose
-        full attention), so that against ``own-dense`` they show what routers cost. ``peak_bytes`` is the most memory
-        that was allocated, ``floor_ms`` the FLOPs over the measured rate of matrix products.
+        full attention), so that they show what routers cost. All of one length are timed in turn. ``peak_bytes`` is the
+        most memory that was allocated, ``floor_ms`` the FLOPs over the measured rate of matrix products.
     """
     require_gpu()
     routing = random_model(shape, compile)
     model = routing.model
 
     @torch.no_grad()
-    def run(ids):
-        return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    def run(ids, sparsity):
+        with routing.force(sparsity):
+            return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
     for length in lengths:
         ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
-
-        def timed(ids=ids):
+        facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
+        memory = {}
+        for sparsity in (*sorted({0.0, *map(float, sparsities)}), *[None] * (length <= 2**17)):  # None: routers decide
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            held = kv_bytes(run(ids))
-            times = measure(lambda: run(ids), seconds=1.0, least=repeats, warm=0)
-            return times, torch.cuda.max_memory_allocated(), held
-
-        facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
-        dense = None
-        for sparsity in sorted({0.0, *sparsities}):
-            with routing.force(float(sparsity)):
-                try:
-                    times, peak, held = timed()
-                except torch.OutOfMemoryError:
-                    yield dict(facts, sparsity=sparsity, error="out of memory")
-                    continue
-            dense = times if sparsity == 0.0 else dense
-            floor = _counts(routing, length, sparsity)["flops"] / ceilings()["matmul_tflops"] / 1e9
-            yield row(times, "own-dense", dense, **facts, sparsity=sparsity, method="static" if sparsity else "dense",
-                      floor_ms=round(floor, 3), peak_bytes=peak, kv_bytes=held)  # fmt: skip
-        if dense is not None and length <= 2**17:
-            times, peak, held = timed()
-            yield row(times, "own-dense", dense, **facts, sparsity=0.0, method="routed", peak_bytes=peak, kv_bytes=held)
+            try:
+                held = kv_bytes(run(ids, sparsity))
+                memory[sparsity] = dict(peak_bytes=torch.cuda.max_memory_allocated(), kv_bytes=held)
+            except torch.OutOfMemoryError:
+                yield dict(facts, sparsity=sparsity or 0.0, error="out of memory")
+        if not memory:
+            continue
+        runs = [partial(run, ids, sparsity) for sparsity in memory]
+        times = dict(zip(memory, measure_in_turn(runs, seconds=len(runs), least=repeats, warm=0), strict=True))
+        for sparsity, found in times.items():
+            method = "routed" if sparsity is None else "static" if sparsity else "dense"
+            floor = _counts(routing, length, sparsity or 0.0)["flops"] / ceilings()["matmul_tflops"] / 1e9
+            yield row(found, "own-dense", times.get(0.0), **facts, sparsity=sparsity or 0.0, method=method,
+                      floor_ms=round(floor, 3), **memory[sparsity])  # fmt: skip
 
 
 def decode(
