@@ -5,6 +5,7 @@ import math
 import re
 import xml.dom.minidom
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from flux_attention import shipped
 from flux_attention.evaluation import quality
 from flux_attention.evaluation.harness import Scores, evaluate
 from flux_attention.evaluation.quality import Evaluation, greedy_layers, random_routes
-from flux_attention.evaluation.report import short_names, summary, write_report
+from flux_attention.evaluation.report import comparisons, difference, short_names, summary, write_report
 from flux_attention.evaluation.tasks import Haystack
 from flux_attention.evaluation.text import local_texts
 from flux_attention.shipped import load_shipped
@@ -151,6 +152,46 @@ def row(task, method, value, routers=None, length=4096, sparsity=0.5):
     measured = {"perplexity": value} if task == "plain" else {"accuracy": value}
     facts = dict(task=task, method=method, routers=routers, seq_len=length, n=10, sparsity=sparsity)
     return {**facts, **measured, "low": value - 0.1, "high": value + 0.1, "fa_rate": {"0": 0.25, "3": 1.0}}
+
+
+def sem(values):
+    return values.std(ddof=1) / math.sqrt(len(values))
+
+
+@settings(deadline=None)
+@given(st.integers(2, 40), st.integers(0, 2**32 - 1))
+def test_differences_are_those_of_a_paired_test(n, seed):
+    random = np.random.default_rng(seed)
+    answers = random.integers(0, 2, (2, 2, n))  # method, family, sample
+    nats = random.normal(1.0, 0.5, (2, n))
+    methods = [
+        [{"task": task, "scores": answers[method, place].tolist()} for place, task in enumerate(("copy", "count"))]
+        + [{"task": "plain", "scores": nats[method].tolist()}]
+        for method in range(2)
+    ]
+    (points, width), (ratio, spread) = difference(*methods)
+    assert points == pytest.approx(100 * (answers[0].mean() - answers[1].mean()))
+    # The mean of two families has the variance of their sum over four.
+    errors = [sem(answers[0, place] - answers[1, place]) for place in range(2)]
+    assert width == pytest.approx(196 * np.hypot(*errors) / 2)
+    assert ratio == pytest.approx(np.exp(nats[0].mean()) / np.exp(nats[1].mean()))
+    assert spread == pytest.approx(ratio * 1.96 * sem(nats[0] - nats[1]))
+    assert difference(methods[0], [{"task": "copy", "accuracy": 0.5}]) == (None, None)
+
+
+def test_what_is_set_beside_what(setting):
+    rows = list(make(setting, samples=2).rows())
+    assert all(len(row["scores"]) == 2 for row in rows)
+    found = [tuple(line[:2]) for line in comparisons(rows)]
+    assert found == [
+        ("sparse", "dense"),
+        ("routed (routers)", "dense"),
+        ("routed (routers)", "static (routers)"),
+        ("routed (routers)", "random (routers)"),
+        ("static (routers)", "dense"),
+        ("random (routers)", "dense"),
+    ]
+    assert comparisons([row("copy", "dense", 0.5), row("copy", "routed", 0.5, "a")]) == []
 
 
 def test_the_report_shows_every_number(tmp_path):

@@ -245,12 +245,15 @@ class Evaluation:
         return greedy_layers(loss, routing.layers, count, tell)
 
 
-def _measures(family: str, scores: Scores) -> dict[str, float]:
+def _measures(family: str, scores: Scores) -> dict[str, Any]:
+    """The measure with its interval, and what it is the mean of: right or wrong, or nats a token, by sample."""
     if family == "plain":
         (low, high), name, value = scores.perplexity_interval, "perplexity", scores.perplexity
+        each = [round(nats, 4) for nats in scores.nats]
     else:
         (low, high), name, value = scores.accuracy_interval, "accuracy", scores.accuracy
-    return {name: round(value, 4), "low": round(low, 4), "high": round(high, 4)}
+        each = list(map(int, scores.right))
+    return {name: round(value, 4), "low": round(low, 4), "high": round(high, 4), "scores": each}
 
 
 def row_key(row: dict[str, Any]) -> tuple:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 #: A colour that the page replaces by the text's own, light or dark.
@@ -58,13 +59,18 @@ def label(row: dict[str, Any], names: dict[str, str]) -> str:
     return row["method"] if not row["routers"] else f"{row['method']} ({names[row['routers']]})"
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean accuracy over the questions, mean Ω_MSR and plain text's perplexity, of each method, adapter and length."""
+def by_method(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str | None], list[dict[str, Any]]]:
+    """The rows of each length, method and adapter."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["seq_len"], row["method"], row["routers"]), []).append(row)
+    return groups
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean accuracy over the questions, mean Ω_MSR and plain text's perplexity, of each method, adapter and length."""
     found = []
-    for (length, method, routers), some in groups.items():
+    for (length, method, routers), some in by_method(rows).items():
         answers = [row for row in some if "accuracy" in row]
         plain = [row["perplexity"] for row in some if "perplexity" in row]
         found.append(
@@ -78,6 +84,62 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         )
     return found
+
+
+def difference(
+    rows: list[dict[str, Any]], others: list[dict[str, Any]]
+) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """
+    What ``rows`` measure beside ``others``, sample by sample, as all methods see the same ones.
+
+    Parameters
+    ----------
+    rows, others : list of dict
+        Rows of one length, method and adapter each.
+
+    Returns
+    -------
+    points : (float, float) or None
+        Mean accuracy minus that of ``others``, in percentage points, and half of its 95 % interval; the mean is over
+        the kinds of questions that both have.
+    perplexity : (float, float) or None
+        Perplexity of plain text over that of ``others``, and half of its 95 % interval.
+        Both are None where files of older versions do not hold the samples' scores.
+    """
+    measured = {row["task"]: row["scores"] for row in others if "scores" in row}
+    changes = {
+        row["task"]: [one - other for one, other in zip(row["scores"], measured[row["task"]], strict=True)]
+        for row in rows
+        if "scores" in row and row["task"] in measured
+    }
+    plain = changes.pop("plain", [])
+    points = perplexity = None
+    if changes and all(len(change) > 1 for change in changes.values()):
+        error = math.sqrt(sum(variance(change) / len(change) for change in changes.values())) / len(changes)
+        points = 100 * fmean(map(fmean, changes.values())), 100 * 1.96 * error
+    if len(plain) > 1:
+        ratio = math.exp(fmean(plain))
+        perplexity = ratio, ratio * 1.96 * math.sqrt(variance(plain) / len(plain))
+    return points, perplexity
+
+
+#: What each method is set beside, of the same adapter: as many full layers or heads, chosen otherwise.
+RIVALS = {"routed": ("static", "random"), "head": ("head-static",)}
+
+
+def comparisons(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Lines of a table: every method beside dense, and routers beside their rivals."""
+    lines, names, groups = [], short_names(rows), by_method(rows)
+    for (length, method, routers), some in groups.items():
+        rivals = [("dense", None), *((rival, routers) for rival in RIVALS.get(method, ()))]
+        for rival, adapter in rivals:
+            others = groups.get((length, rival, adapter), [])
+            points, perplexity = difference(some, others) if method != "dense" else (None, None)
+            if points or perplexity:
+                shown = f"{points[0]:+.1f} ± {points[1]:.1f}" if points else ""
+                ratio = f"{perplexity[0]:.3f} ± {perplexity[1]:.3f}" if perplexity else ""
+                lines.append([label(some[0], names), label(others[0], names), f"{length:,}", shown, ratio])
+    return lines
 
 
 def trade_off(rows: list[dict[str, Any]], length: int):
@@ -136,6 +198,9 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
         lines.append([label(each, names), f"{each['seq_len']:,}", accuracy, plain, f"{each['sparsity']:.3f}"])
     heading = ["method", "tokens", "mean accuracy", "plain text, perplexity", "mean Ω_MSR"]
     found = [("Summary", heading, lines)]
+    if lines := comparisons(rows):
+        heading = ["method", "beside", "tokens", "accuracy, points", "perplexity, ratio"]
+        found.append(("Differences on the same samples, with 95 % intervals", heading, lines))
     for length in dict.fromkeys(row["seq_len"] for row in rows):
         some = [row for row in rows if row["seq_len"] == length]
         columns = list(dict.fromkeys(label(row, names) for row in some))
