@@ -32,13 +32,20 @@ def target(routers):
 
 
 def grouped(rows, length):
-    """{method and target: {family: row}}, in the order of METHODS and of targets."""
+    """{method and target: [{family: row} of each seed]}, in the order of METHODS, of targets and of seeds."""
     found = {}
     for row in sorted(rows, key=lambda row: (METHODS.index(row["method"]), row["routers"] or "")):
         name = row["method"] + (f" ({target(row['routers'])})" if row["routers"] else "")
         if row["seq_len"] == length:
-            found.setdefault(name, {})[row["task"]] = row
-    return found
+            found.setdefault(name, {}).setdefault(row["routers"], {})[row["task"]] = row
+    return {name: list(seeds.values()) for name, seeds in found.items()}
+
+
+def over_seeds(values, form):
+    """The mean, and least and most of several seeds."""
+    values = list(values)
+    spread = f" ({format(min(values), form)} to {format(max(values), form)})" if len(values) > 1 else ""
+    return format(fmean(values), form) + spread
 
 
 def by_class(rows, length):
@@ -46,14 +53,17 @@ def by_class(rows, length):
     tasks = {family: kind for s in Recipe.from_yaml(STUDY / "routers.yaml").data for family, kind in s["tasks"].items()}
     kinds = list(dict.fromkeys(tasks.values()))
     groups, lines = grouped(rows, length), []
-    means = {name: summary(list(group.values()))[0] for name, group in groups.items()}
-    dense = means["dense"]
-    for name, group in groups.items():
-        mean = means[name]
-        sparsity = [fmean(row["sparsity"] for task, row in group.items() if tasks[task] == kind) for kind in kinds]
-        cells = [f"{value:.3f}" for value in (mean["sparsity"], *sparsity, mean["accuracy"])]
-        change = f"{100 * (mean['accuracy'] - dense['accuracy']):+.1f}"
-        lines.append([name, *cells, change, f"{mean['perplexity'] / dense['perplexity']:.3f}"])
+    means = {name: [summary(list(seed.values()))[0] for seed in seeds] for name, seeds in groups.items()}
+    (dense,) = means["dense"]
+    for name, seeds in groups.items():
+        cells = [over_seeds((mean["sparsity"] for mean in means[name]), ".3f")]
+        for kind in kinds:
+            ratios = (fmean(row["sparsity"] for task, row in seed.items() if tasks[task] == kind) for seed in seeds)
+            cells.append(over_seeds(ratios, ".3f"))
+        cells.append(over_seeds((mean["accuracy"] for mean in means[name]), ".3f"))
+        cells.append(over_seeds((100 * (mean["accuracy"] - dense["accuracy"]) for mean in means[name]), "+.1f"))
+        cells.append(over_seeds((mean["perplexity"] / dense["perplexity"] for mean in means[name]), ".3f"))
+        lines.append([name, *cells])
     table([f"{length:,} tokens", "Ω_MSR", *kinds, "accuracy", "− dense, points", "perplexity ÷ dense"], lines)
 
 
@@ -61,9 +71,13 @@ def by_family(rows, length, methods):
     """One line a family: accuracy and Ω_MSR of each method."""
     groups = grouped(rows, length)
     lines = []
-    for task in groups["dense"]:
-        some = [groups[method][task] for method in methods]
-        cells = [f"{row.get('accuracy', row.get('perplexity')):.3f}, {row['sparsity']:.2f}" for row in some]
+    for task in groups["dense"][0]:
+        some = [[seed[task] for seed in groups[method]] for method in methods]
+        cells = [
+            over_seeds((row.get("accuracy", row.get("perplexity")) for row in seeds), ".3f")
+            + f", {fmean(row['sparsity'] for row in seeds):.2f}"
+            for seeds in some
+        ]
         lines.append([task.replace("_", " "), *cells])
     table([f"{length:,} tokens", *methods], lines)
 
@@ -76,7 +90,7 @@ def main():
         by_class(rows, length)
     by_family(rows, 4096, ["dense", "routed (0.5)", "routed (0.65)", "static (0.65)"])
     for name in ("0.5", "0.65"):
-        figure = heat_map(rows, 4096, grouped(rows, 4096)[f"routed ({name})"]["plain"]["routers"])
+        figure = heat_map(rows, 4096, grouped(rows, 4096)[f"routed ({name})"][0]["plain"]["routers"])
         figure.axes[0].set_title(f"Share of inputs with full attention, target {name}, 4,096 tokens", size=11)
         save(figure, f"quality_routes_{name}")
 
