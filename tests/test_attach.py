@@ -13,6 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import flux_attention.call
 from flux_attention import FluxConfig, UnsupportedModelError, attach, kv_bytes
+from flux_attention.cache import Tokens
+from flux_attention.call import Call
 from flux_attention.patterns import Full
 from flux_attention.training.trainer import noise_of
 
@@ -505,6 +507,21 @@ def test_gradients_of_packed_sequences_are_those_of_each_alone(config):
     assert torch.equal(gates[0], torch.cat(gates[1:])) and 0 < gates[0].mean() < 1
     for together, alone in zip(*grads, strict=True):
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gates_gradient_is_summed_over_many_tokens_without_loss(dtype, monkeypatch):
+    """⟨∂L/∂O, FA − SA⟩ of thousands of tokens, which a sum in bfloat16 would stop counting at 256 times one's."""
+    lengths = [5000, 300]
+    routing = attach(tiny_model("qwen3"), CONFIG)
+    call = Call(routing, Tokens.packed(lengths), lengths, {})
+    full = torch.ones(1, 4, sum(lengths), 16, dtype=dtype)
+    gate = torch.tensor([1.0, 0.0], requires_grad=True)
+    call.gates[0], call.routes[0] = gate, [True, False]
+    monkeypatch.setattr(call, "_by_route", lambda routes, *a: torch.zeros_like(full))
+    chosen = torch.where((torch.arange(sum(lengths)) < 5000)[:, None], full, 3 * full)  # FA − SA is 1, then −3
+    call._mixed(0, chosen, full, None, None, 1.0).sum().backward()
+    assert gate.grad.tolist() == [5000 * 64, -3 * 300 * 64]
 
 
 def test_packing_is_refused_where_layers_would_mix_sequences():

@@ -261,12 +261,13 @@ class Call:
         As z is 0 or 1, the gradients of query, key and value flow through the chosen branch alone; the other one is
         needed for the gate's gradient, ⟨∂L/∂O, FA − SA⟩, and so forward only.
         """
-        gate = self.gates[layer].to(query.dtype)[:, None, None, None]
+        gate = self.gates[layer][:, None, None, None]
         if self.finished:  # computed again, by checkpointing: it would keep all that its router's input is made of
             del self.gates[layer]
         if self.tokens.starts is not None:  # (1, 1, S, 1): each token has its sequence's gate
             lengths = torch.tensor(self.tokens.lengths, device=gate.device)
             gate = gate.repeat_interleave(lengths, output_size=self.tokens.width).view(1, 1, -1, 1)
+        gate = gate.to(query.dtype)  # behind the repetition: its backward is a sum over the tokens, in float32
         with torch.no_grad():
             other = self._by_route([not route for route in self.routes_of(layer)], query, key, value, scale)
             difference = torch.where(gate > 0.5, chosen - other, other - chosen)
