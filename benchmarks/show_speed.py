@@ -94,13 +94,15 @@ def prefill(shape):
         ],
     )
     table(
-        ["tokens", "routers run, ms", "routes forced, ms", "routers cost"],
+        ["tokens", "Ω", "routers run, ms", "routes forced, ms", "routers cost", "× own dense"],
         [
             [
                 label(row["seq_len"]),
+                row["sparsity"],
                 f"{row['ms']:.1f}",
-                f"{row['baseline_ms']:.1f}",
-                f"{100 * (row['ms'] / row['baseline_ms'] - 1):.1f} %",
+                f"{forced[row['seq_len'], row['sparsity']]['ms']:.1f}",
+                f"{100 * (row['ms'] / forced[row['seq_len'], row['sparsity']]['ms'] - 1):.1f} %",
+                times(row["speedup"]),
             ]
             for row in rows.values()
             if row["method"] == "routed"

@@ -524,6 +524,17 @@ def test_the_gates_gradient_is_summed_over_many_tokens_without_loss(dtype, monke
     assert gate.grad.tolist() == [5000 * 64, -3 * 300 * 64]
 
 
+def test_routers_decide_in_float32_under_autocast():
+    model = tiny_model("qwen3").to(torch.bfloat16)
+    routing = randomize(attach(model, CONFIG))
+    with torch.no_grad():
+        model(ids(1, 40))
+        plain = routing.routes.logits_BL2
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids(1, 40))
+    assert routing.routes.logits_BL2.dtype == torch.float32 and torch.equal(routing.routes.logits_BL2, plain)
+
+
 def test_packing_is_refused_where_layers_would_mix_sequences():
     sizes = dict(SMALL, num_hidden_layers=2, head_dim=16, layer_types=["linear_attention", "full_attention"])
     linear = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)

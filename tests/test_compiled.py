@@ -11,7 +11,7 @@ from test_attach import CONFIG, ids, randomize
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from flux_attention import UnsupportedModelError, attach
+from flux_attention import UnsupportedModelError, attach, compiled
 
 
 class Counter(CompileCounterWithBackend):
@@ -97,6 +97,26 @@ def test_what_cannot_be_compiled_is_named(backend):
     attach(model, CONFIG, compile=True)
     with pytest.raises(UnsupportedModelError, match="attach without compile=True"), torch.no_grad():
         model(ids(1, 20))
+
+
+@torch.no_grad()
+def test_many_models_are_compiled_in_one_process(backend):
+    """All of them share the function that is compiled."""
+    models = [tiny_model(family) for family in ("llama", "mistral", "qwen2", "qwen3", "phi3")]
+    for model in models:
+        with attach(model, CONFIG, compile=True).force("sparse"):
+            for batch in (1, 3):
+                model(ids(batch, 30))
+
+
+def test_too_many_graphs_are_named(backend, monkeypatch):
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", 1)
+    attach(tiny_model("qwen3"), CONFIG, compile=True)
+    attach(other := tiny_model("llama"), CONFIG, compile=True)
+    with torch.no_grad():
+        other(ids(1, 30))
+        with pytest.raises(UnsupportedModelError, match="attach without compile=True"):
+            other(ids(3, 30))
 
 
 @torch.no_grad()

@@ -187,6 +187,12 @@ def test_other_ways_of_generating_are_the_stock_ones(device):
     assert not routing.steps
 
 
+def test_a_single_token_needs_no_capture(device):
+    model, routing = routed("qwen3", device)
+    model.generate(ids(1, 20).to(device), max_new_tokens=1, do_sample=False)
+    assert not routing.steps
+
+
 def test_weights_that_move_are_captured_again(device):
     model, routing = routed("qwen3", device)
     prompt = ids(3, 20).to(device)

@@ -130,6 +130,7 @@ def test_wrong_requests_are_refused(setting):
     for changes, message in (
         (dict(families=["poems"]), r"unknown families \['poems'\]"),
         (dict(methods=["magic"]), r"unknown methods \['magic'\]"),
+        (dict(lengths=[1024, 16384]), "16384 tokens do not fit into the model's 8192 positions"),
     ):
         with pytest.raises(ValueError, match=message):
             make(setting, **changes)
@@ -171,12 +172,19 @@ def test_differences_are_those_of_a_paired_test(n, seed):
     ]
     (points, width), (ratio, spread) = difference(*methods)
     assert points == pytest.approx(100 * (answers[0].mean() - answers[1].mean()))
-    # The mean of two families has the variance of their sum over four.
-    errors = [sem(answers[0, place] - answers[1, place]) for place in range(2)]
+    # The mean of two families has the variance of their sum over four. Half a sample of each kind, written as whole
+    # ones of a test twice as large.
+    errors = []
+    for change in answers[0] - answers[1]:
+        padded = np.concatenate([change, change, [1, -1, 0, 0]])
+        errors.append(padded.std() / math.sqrt(n + 2))
     assert width == pytest.approx(196 * np.hypot(*errors) / 2)
     assert ratio == pytest.approx(np.exp(nats[0].mean()) / np.exp(nats[1].mean()))
     assert spread == pytest.approx(ratio * 1.96 * sem(nats[0] - nats[1]))
     assert difference(methods[0], [{"task": "copy", "accuracy": 0.5}]) == (None, None)
+    assert difference(methods[0], [{"task": "copy", "scores": [1]}]) == (None, None)
+    alike, width = difference([{"task": "copy", "scores": [1] * n}], [{"task": "copy", "scores": [1] * n}])[0]
+    assert alike == 0.0 and width == pytest.approx(196 / (n + 2))
 
 
 def test_what_is_set_beside_what(setting):

@@ -13,6 +13,8 @@ from test_attach import CONFIG, TRIANGLE, ids, oracle_logits, randomize
 from transformers import DynamicCache
 
 from flux_attention import attach
+from flux_attention.cache import RoutedLayer
+from flux_attention.call import Call
 from flux_attention.patterns import Full
 
 
@@ -78,8 +80,10 @@ def test_threads_share_a_model():
     assert routing.routes is not None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_call_leaves_the_model_usable_and_its_cache_refused(error):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("place", [None, (Call, "_by_view"), (RoutedLayer, "_append")])
+def test_an_interrupted_call_leaves_the_model_usable_and_its_cache_refused(error, place, monkeypatch):
+    """Interrupted behind the second layer, or in the last one's attention or while it stores."""
     model = tiny_model("qwen3")
     attach(model, CONFIG)
     cache = DynamicCache()
@@ -89,10 +93,14 @@ def test_an_interrupted_call_leaves_the_model_usable_and_its_cache_refused(error
         def stop(*args):
             raise error
 
-        handle = model.model.layers[1].mlp.register_forward_hook(stop)
-        with pytest.raises(error):
-            model(ids(1, 20), past_key_values=cache)
-        handle.remove()
+        with monkeypatch.context() as patched:
+            if place is None:
+                patched.setattr(model.model.layers[1].mlp, "forward", stop)
+            else:
+                runs = iter([getattr(*place)] * (model.config.num_hidden_layers - 1) + [stop])
+                patched.setattr(*place, lambda *args: next(runs)(*args))
+            with pytest.raises(error):
+                model(ids(1, 20), past_key_values=cache)
         torch.testing.assert_close(model(ids(1, 20)).logits, expected)
         with pytest.raises(ValueError, match="left half-filled"):
             model(ids(1, 20), past_key_values=cache)

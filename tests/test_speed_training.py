@@ -55,6 +55,6 @@ def test_flops_are_those_of_the_sizes(routing, monkeypatch):
     )  # fmt: skip
     norms = sum(parameter.numel() for name, parameter in model.model.named_parameters() if "norm" in name)
     dense, sparse = length * (length + 1) // 2, int(routing.pattern.mask(length).sum())
-    attention = 4 * 4 * 16 * (3 * (dense + sparse) + 2.5 * (2 * dense + sparse))
+    attention = 4 * 4 * 16 * (3 * (dense + sparse) + 2 * (2 * dense + sparse))
     expected = 4 * length * (linear + norms) + 4 * 8 * model.lm_head.weight.numel() + attention
     assert speed_training.necessary_flops(routing, length) == pytest.approx(expected)

@@ -181,10 +181,12 @@ def test_chat_templates_frame_the_prompt(tokenizer):
     import copy
 
     chat = copy.deepcopy(tokenizer)
-    chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant{{ mood }}]"
     example, _ = encode_record(record(index=2), chat, 512, chat_template=True)
     prompt = chat.decode(example.input_ids[: example.labels_from])
     assert prompt.startswith("[user] def f2(x)") and prompt.endswith("What does f2 add?\n[assistant]")
+    example, _ = encode_record(record(index=2), chat, 512, True, {"mood": ", calm"})
+    assert chat.decode(example.input_ids[: example.labels_from]).endswith("[assistant, calm]")
 
 
 def test_long_prompts_are_cut_in_the_middle(tokenizer):
@@ -278,8 +280,9 @@ def test_sources_that_cannot_be_read_are_named(recipe, tokenizer, tmp_path):
 
 def test_parquet_gives_the_same_sequences(recipe, tokenizer, tmp_path):
     datasets = pytest.importorskip("datasets")
-    records = [record(("Single QA", "Code")[i % 2], i) for i in range(6)]
-    datasets.Dataset.from_list(records).to_parquet(tmp_path / "d.parquet")
+    records = [record(("Single QA", "Code")[i % 2], i) for i in range(5)] + [{"text": "import os\n" * 20}]
+    columns = dict.fromkeys([*records[0], "text"])  # which every row has
+    datasets.Dataset.from_list([{**columns, **one} for one in records]).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     found = []
     for name in ("d.parquet", "d.jsonl"):

@@ -413,7 +413,8 @@ class Routing:
                 raise ValueError("past_key_values was filled before routers were attached; start from an empty cache")
             else:
                 cache.layers[index] = RoutedLayer(self.pattern, self.keep_full_kv)
-        if len({cache.layers[index].seen for index in self.layers}) > 1:
+        layers = [cache.layers[index] for index in self.layers]
+        if len({layer.seen for layer in layers}) > 1 or any(layer.unstored is not None for layer in layers):
             raise ValueError(
                 "this KV cache was left half-filled by a call that failed or was interrupted; start from a new cache"
             )

@@ -348,8 +348,8 @@ class RoutedLayer(CacheLayerMixin):
     def store(self) -> None:
         """Store the tokens of the last ``update``, if they are not: behind attention, which the device waits for."""
         if self.unstored is not None:
-            unstored, self.unstored = self.unstored, None
-            self._append(*unstored)
+            self._append(*self.unstored)
+            self.unstored = None
 
     def reserve(self, more: int) -> None:
         """Make room for ``more`` tokens behind those that are stored, so that buffers stay where they are."""

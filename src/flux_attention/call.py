@@ -127,7 +127,8 @@ class Call:
         if next(router.parameters()).device != device:
             router.to(device)
         columns, weights = self._pooled_columns(device)
-        logits = router(pool_query(query_BSHD, columns, weights))
+        with torch.autocast(device.type, enabled=False):  # routers decide in float32
+            logits = router(pool_query(query_BSHD, columns, weights))
         if self.soft:
             self.logits[layer] = logits.detach()
             noise = None if self.noise is None else self.noise[:, self.routing.units.index(layer)]

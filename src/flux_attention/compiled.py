@@ -19,6 +19,8 @@ from flux_attention.call import UnsupportedModelError, current
 COMPILED = "flux_compiled"
 #: Tokens up to which a prompt's layers are compiled: fused activations are not cut into pieces.
 MOST_TOKENS = 2**18
+#: Graphs of one function that a process may compile: for each model, dtype, batch size and grad mode.
+MOST_GRAPHS = 64
 
 
 @torch.library.custom_op("flux_attention::decide", mutates_args=("output",))
@@ -72,9 +74,10 @@ def compiled_layer(stock):
             return stock(hidden_states, *args, **kwargs)
         kwargs |= {"past_key_values": None, COMPILED: True}  # attention sees to the cache
         try:
-            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # layer indices as symbols
+            # Layer indices as symbols; and models of all families share the function that is compiled.
+            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=MOST_GRAPHS):
                 return (step if call.is_step else prefill)(hidden_states, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = str(error).strip().split("\n")[0]
             raise UnsupportedModelError(
                 f"a layer of this model cannot be compiled ({reason}); attach without compile=True"

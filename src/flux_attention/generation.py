@@ -271,6 +271,7 @@ def _captured(routing: Routing, batch: int) -> DecodeStep:
             raise ValueError("not enough memory to capture a decode step") from None
         except Exception as error:  # of whatever kind: it will not be otherwise next time
             routing.steps[batch] = state, str(error).strip().split("\n")[0] or type(error).__name__
+    routing.steps[batch] = routing.steps.pop(batch)  # the last to be forgotten
     step = routing.steps[batch][1]
     if isinstance(step, str):
         raise ValueError(f"a decode step of {routing.config.base_model.name} could not be captured: {step}")
@@ -325,6 +326,7 @@ def sample(
         or type(model_kwargs.get("past_key_values")) is not DynamicCache
         or generation_config.output_attentions
         or generation_config.output_hidden_states
+        or stopping_criteria.max_length == input_ids.shape[1] + 1  # a single token, which no step decodes
         or not set(model_kwargs) <= ARGUMENTS
         or not _positions_count_tokens(**model_kwargs)
         or unsupported(routing)

@@ -104,7 +104,7 @@ class Evaluation:
     Raises
     ------
     ValueError
-        For unknown families or methods, or no adapter.
+        For unknown families or methods, no adapter, or samples that are longer than the model's positions.
     """
 
     def __init__(
@@ -123,6 +123,12 @@ class Evaluation:
         for what, found, known in (("families", families, EVERY_FAMILY), ("methods", methods, METHODS)):
             if unknown := sorted(set(found) - set(known)):
                 raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}")
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if most and max(lengths) > most:
+            raise ValueError(
+                f"samples of {max(lengths)} tokens do not fit into the model's {most} positions: shorten them, or "
+                "extend the positions by rope_parameters in its configuration"
+            )
         if not adapters:
             raise ValueError("name at least one adapter: its pattern says what sparse attention is")
         self.model, self.tokenizer, self.adapters, self.haystack = model, tokenizer, list(adapters), haystack

@@ -100,27 +100,35 @@ def difference(
     Returns
     -------
     points : (float, float) or None
-        Mean accuracy minus that of ``others``, in percentage points, and half of its 95 % interval; the mean is over
-        the kinds of questions that both have.
+        Mean accuracy minus that of ``others``, in percentage points, and half of its 95 % interval (Agresti and Min,
+        2005: half a sample more in each of the four ways that two methods can answer, so that methods which answered
+        alike are not taken for equal). The mean is over the kinds of questions that both have.
     perplexity : (float, float) or None
         Perplexity of plain text over that of ``others``, and half of its 95 % interval.
-        Both are None where files of older versions do not hold the samples' scores.
+        Both are None where files of older versions do not hold the samples' scores, or have other samples. Intervals
+        are about other samples, not about other seeds in training or other calibration samples.
     """
     measured = {row["task"]: row["scores"] for row in others if "scores" in row}
     changes = {
         row["task"]: [one - other for one, other in zip(row["scores"], measured[row["task"]], strict=True)]
         for row in rows
-        if "scores" in row and row["task"] in measured
+        if len(row.get("scores", ())) == len(measured.get(row["task"], ())) > 1
     }
     plain = changes.pop("plain", [])
     points = perplexity = None
-    if changes and all(len(change) > 1 for change in changes.values()):
-        error = math.sqrt(sum(variance(change) / len(change) for change in changes.values())) / len(changes)
+    if changes:
+        error = math.sqrt(sum(map(_squared_error, changes.values()))) / len(changes)
         points = 100 * fmean(map(fmean, changes.values())), 100 * 1.96 * error
-    if len(plain) > 1:
+    if plain:
         ratio = math.exp(fmean(plain))
         perplexity = ratio, ratio * 1.96 * math.sqrt(variance(plain) / len(plain))
     return points, perplexity
+
+
+def _squared_error(change: list[int]) -> float:
+    """Of the mean of differences between right and wrong answers; see ``difference``."""
+    better, worse, n = change.count(1) + 0.5, change.count(-1) + 0.5, len(change) + 2
+    return (better + worse - (better - worse) ** 2 / n) / n**2
 
 
 #: What each method is set beside, of the same adapter: as many full layers or heads, chosen otherwise.
@@ -138,7 +146,9 @@ def comparisons(rows: list[dict[str, Any]]) -> list[list[str]]:
             if points or perplexity:
                 shown = f"{points[0]:+.1f} ± {points[1]:.1f}" if points else ""
                 ratio = f"{perplexity[0]:.3f} ± {perplexity[1]:.3f}" if perplexity else ""
-                lines.append([label(some[0], names), label(others[0], names), f"{length:,}", shown, ratio])
+                sparser = fmean(row["sparsity"] for row in some) - fmean(row["sparsity"] for row in others)
+                cells = [f"{length:,}", shown, ratio, f"{sparser:+.3f}"]
+                lines.append([label(some[0], names), label(others[0], names), *cells])
     return lines
 
 
@@ -199,7 +209,7 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
     heading = ["method", "tokens", "mean accuracy", "plain text, perplexity", "mean Ω_MSR"]
     found = [("Summary", heading, lines)]
     if lines := comparisons(rows):
-        heading = ["method", "beside", "tokens", "accuracy, points", "perplexity, ratio"]
+        heading = ["method", "beside", "tokens", "accuracy, points", "perplexity, ratio", "Ω_MSR"]
         found.append(("Differences on the same samples, with 95 % intervals", heading, lines))
     for length in dict.fromkeys(row["seq_len"] for row in rows):
         some = [row for row in rows if row["seq_len"] == length]

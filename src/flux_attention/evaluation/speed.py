@@ -91,7 +91,8 @@ def measure_in_turn(
     times: list[list[float]] = [[] for _ in runs]
     with without_collection():  # which takes hundreds of milliseconds of the host's time
         while len(times[0]) < most and (len(times[0]) < least or sum(map(sum, times)) < 1000 * seconds):
-            for run, found in zip(runs, times, strict=True):
+            first = len(times[0]) % len(runs)  # so that each comes behind every other
+            for run, found in zip([*runs[first:], *runs[:first]], [*times[first:], *times[:first]], strict=True):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 run()

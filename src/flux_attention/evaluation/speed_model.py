@@ -8,6 +8,7 @@ Shape suffixes: B batch, K KV heads, C capacity, D head dim.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -106,40 +107,62 @@ def prefill(
     Yields
     ------
     dict
-        ``own-dense`` is the baseline; rows with ``method`` = ``routed`` run the routers too (fresh ones, which choose
-        full attention), so that they show what routers cost. All of one length are timed in turn. ``peak_bytes`` is the
-        most memory that was allocated, ``floor_ms`` the FLOPs over the measured rate of matrix products.
+        ``own-dense`` is the baseline. Routes of ``static`` rows are forced; rows with ``method`` = ``routed`` (up to
+        32 K, beyond which they cost nothing) run routers that decide the same, so that they show what routers cost. All
+        of one length are timed in turn. ``peak_bytes`` is the most memory that was allocated, ``floor_ms`` the FLOPs
+        over the measured rate of matrix products.
     """
     require_gpu()
     routing = random_model(shape, compile)
     model = routing.model
+    ratios = sorted({0.0, *map(float, sparsities)})
+    routers = {sparsity: _deciding(routing, sparsity) for sparsity in ratios}
 
     @torch.no_grad()
-    def run(ids, sparsity):
-        with routing.force(sparsity):
+    def run(ids, sparsity, method):
+        routing.routers = routers[sparsity]
+        with routing.force(None if method == "routed" else sparsity):
             return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
     for length in lengths:
         ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
         facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
         memory = {}
-        for sparsity in (*sorted({0.0, *map(float, sparsities)}), *[None] * (length <= 2**17)):  # None: routers decide
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                held = kv_bytes(run(ids, sparsity))
-                memory[sparsity] = dict(peak_bytes=torch.cuda.max_memory_allocated(), kv_bytes=held)
-            except torch.OutOfMemoryError:
-                yield dict(facts, sparsity=sparsity or 0.0, error="out of memory")
+        for method in ("static", "routed")[: 2 if length <= 2**15 else 1]:
+            for sparsity in ratios:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                try:
+                    held = kv_bytes(run(ids, sparsity, method))
+                except torch.OutOfMemoryError:
+                    yield dict(facts, sparsity=sparsity, error="out of memory")
+                    continue
+                name = "dense" if method == "static" and not sparsity else method
+                memory[sparsity, name] = dict(peak_bytes=torch.cuda.max_memory_allocated(), kv_bytes=held)
         if not memory:
             continue
-        runs = [partial(run, ids, sparsity) for sparsity in memory]
-        times = dict(zip(memory, measure_in_turn(runs, seconds=len(runs), least=repeats, warm=0), strict=True))
-        for sparsity, found in times.items():
-            method = "routed" if sparsity is None else "static" if sparsity else "dense"
-            floor = _counts(routing, length, sparsity or 0.0)["flops"] / ceilings()["matmul_tflops"] / 1e9
-            yield row(found, "own-dense", times.get(0.0), **facts, sparsity=sparsity or 0.0, method=method,
-                      floor_ms=round(floor, 3), **memory[sparsity])  # fmt: skip
+        torch.cuda.empty_cache()
+        runs = [partial(run, ids, *key) for key in memory]
+        try:
+            times = dict(zip(memory, measure_in_turn(runs, seconds=len(runs), least=repeats, warm=0), strict=True))
+        except torch.OutOfMemoryError:  # in pieces, after all has fitted once
+            yield dict(facts, error="out of memory")
+            continue
+        for (sparsity, method), found in times.items():
+            floor = _counts(routing, length, sparsity)["flops"] / ceilings()["matmul_tflops"] / 1e9
+            yield row(found, "own-dense", times.get((0.0, "dense")), **facts, sparsity=sparsity, method=method,
+                      floor_ms=round(floor, 3), **memory[sparsity, method])  # fmt: skip
+
+
+def _deciding(routing: Routing, sparsity: float) -> torch.nn.ModuleDict:
+    """Routers that read as any others, and decide on the same layers for every input."""
+    routers = copy.deepcopy(routing.routers)
+    routes = parse_routes(sparsity, 1, routing.layers)[0].tolist()
+    for router, route in zip(routers.values(), routes, strict=True):
+        torch.nn.init.zeros_(router.head[-1].weight)
+        with torch.no_grad():
+            router.head[-1].bias.copy_(torch.tensor([0.0, 1.0] if route else [1.0, 0.0]))
+    return routers
 
 
 def decode(

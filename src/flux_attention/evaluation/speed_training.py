@@ -45,14 +45,14 @@ def necessary_flops(routing: Routing, length: int) -> float:
     Of a step in which every other layer is full: nothing that is computed twice, no gradients of frozen weights.
 
     The model's products forward and for the activations' gradients; both branches of attention forward; the chosen
-    one's backward, which takes two and a half times its forward.
+    one's backward, which takes twice its forward (FlashAttention's also computes the scores again).
     """
     base = routing.config.base_model
     body, head = body_and_head(routing)
     full = (len(routing.layers) + 1) // 2
     pairs = {True: Full().pairs(length), False: PATTERN.pairs(length)}
     forward = len(routing.layers) * sum(pairs.values())
-    backward = 2.5 * (full * pairs[True] + (len(routing.layers) - full) * pairs[False])
+    backward = 2 * (full * pairs[True] + (len(routing.layers) - full) * pairs[False])
     return 4 * (forward + backward) * base.num_heads * base.head_dim + 4 * (body * length + head * LABELS)
 
 

@@ -7,7 +7,8 @@ real query.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import threading
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -63,12 +64,27 @@ def _dense_backends(device: torch.device, dtype: torch.dtype, dim: int) -> list[
     ]
 
 
+#: SDPA's choice of a backend belongs to the process, not to a thread.
+_SDPA = threading.Lock()
+ENABLED = {
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
+
+
+@contextmanager
 def _dense_backend(query_BHSD: torch.Tensor):
-    """A context in which SDPA runs its fastest backend for dense prefill of these states."""
-    if not query_BHSD.is_cuda:
-        return nullcontext()
-    backends = _dense_backends(query_BHSD.device, query_BHSD.dtype, query_BHSD.shape[-1])
-    return nullcontext() if backends is None else sdpa_kernel(backends, set_priority=True)
+    """A context in which SDPA runs its fastest backend for dense prefill of these states, of those that are enabled."""
+    backends = None
+    if query_BHSD.is_cuda:
+        backends = _dense_backends(query_BHSD.device, query_BHSD.dtype, query_BHSD.shape[-1])
+    if backends is None:
+        yield
+        return
+    with _SDPA, sdpa_kernel([backend for backend in backends if ENABLED[backend]()], set_priority=True):
+        yield
 
 
 def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor, scale: float) -> torch.Tensor:

@@ -35,7 +35,7 @@ GENERATED_TASKS = {
 }
 #: Keys of a source in a recipe, by its kind.
 SOURCES = {
-    "path": {"path", "name", "split", "limit", "chat_template"},
+    "path": {"path", "name", "split", "limit", "chat_template", "chat_template_kwargs"},
     "generated": {"generated", "lengths", "tasks", "held_out", "max_chars"},
 }
 
@@ -151,7 +151,7 @@ def _problem(record: Any, targets: dict[str, float]) -> str | None:
         return f"not JSON ({record})"
     if not isinstance(record, dict):
         return f"{type(record).__name__}, expected an object"
-    if isinstance(record.get("text"), str) and "question" not in record:
+    if isinstance(record.get("text"), str) and record.get("question") is None:  # columns fill what is not there
         task = PLAIN
         if not record["text"].strip():
             return "text is empty"
@@ -186,7 +186,13 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def encode_record(record: dict[str, Any], tokenizer, max_length: int, chat_template: bool) -> tuple[Example, bool]:
+def encode_record(
+    record: dict[str, Any],
+    tokenizer,
+    max_length: int,
+    chat_template: bool,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[Example, bool]:
     """
     A well-formed record as a sequence, and whether it was shortened to fit.
 
@@ -200,9 +206,11 @@ def encode_record(record: dict[str, Any], tokenizer, max_length: int, chat_templ
         Tokens at most.
     chat_template : bool
         Whether context and question go through the tokenizer's chat template as a user's message.
+    chat_template_kwargs : dict, optional
+        What the template takes besides, such as ``enable_thinking``.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if "question" not in record:
+    if record.get("question") is None:
         whole = tokenizer(record["text"])["input_ids"]
         ids = whole[:max_length]
         return Example(np.asarray(ids, np.int32), 1, len(ids), PLAIN), len(ids) < len(whole)
@@ -211,7 +219,8 @@ def encode_record(record: dict[str, Any], tokenizer, max_length: int, chat_templ
     text = "\n\n".join(part for part in (parts if metadata.get("is_prefix") else parts[::-1]) if part.strip())
     if chat_template:
         message = [{"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        settings = {**(chat_template_kwargs or {}), "add_generation_prompt": True, "return_dict": True}
+        prompt = tokenizer.apply_chat_template(message, **settings)["input_ids"]
     else:
         prompt = tokenizer(text + "\n")["input_ids"]
         if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
@@ -234,13 +243,14 @@ def load_records(
 
     chat = source.get("chat_template")
     chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+    template_kwargs = source.get("chat_template_kwargs")
     examples: list[Example] = []
     for where, record in tqdm(read_records(source), desc=f"reading {source['path']}", unit=" records", delay=2):
         if len(examples) == source.get("limit"):
             break
         problem = _problem(record, targets)
         if problem is None:
-            example, shortened = encode_record(record, tokenizer, max_length, chat)
+            example, shortened = encode_record(record, tokenizer, max_length, chat, template_kwargs)
             if len(example.input_ids) > example.labels_from > 0:
                 examples.append(example)
                 report.shortened += shortened
@@ -398,6 +408,29 @@ def collate(packs: list[list[tuple[int, Example]]], classes: dict[str, int]) -> 
     }
 
 
+def check_sources(recipe: Recipe) -> None:
+    """
+    Check the keys of a recipe's sources; nothing is read.
+
+    Raises
+    ------
+    RecipeError
+        For unknown keys, or values of other types.
+    """
+    for source in recipe.data:
+        kind = next((kind for kind in SOURCES if kind in source), None)
+        for key, types in (("path", str), ("name", str), ("split", str), ("limit", int), ("chat_template", bool),
+                           ("chat_template_kwargs", dict), ("lengths", list), ("tasks", dict), ("max_chars", int),
+                           ("held_out", bool)):  # fmt: skip
+            if not isinstance(source.get(key), (types, type(None))) or (types is int and source.get(key, 1) is True):
+                raise RecipeError(f"data: {key} is {source[key]!r}, expected {types.__name__}")
+        if source.get("limit") is not None and source["limit"] < 1:
+            raise RecipeError(f"data: limit is {source['limit']}, expected at least 1")
+        if kind is None or (unknown := sorted(set(source) - SOURCES[kind])):
+            what = f"unknown keys {unknown}" if kind else f"neither of {list(SOURCES)}"
+            raise RecipeError(f"data: the source {source} has {what}; known are {sorted(SOURCES[kind or 'path'])}")
+
+
 def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
     """
     All sources of a recipe.
@@ -411,18 +444,9 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
     """
     report = Report()
     sources: list[Sequence[Example]] = []
+    check_sources(recipe)
     for source in recipe.data:
-        kind = next((kind for kind in SOURCES if kind in source), None)
-        for key, types in (("path", str), ("name", str), ("split", str), ("limit", int), ("chat_template", bool),
-                           ("lengths", list), ("tasks", dict), ("max_chars", int), ("held_out", bool)):  # fmt: skip
-            if not isinstance(source.get(key), (types, type(None))) or (types is int and source.get(key, 1) is True):
-                raise RecipeError(f"data: {key} is {source[key]!r}, expected {types.__name__}")
-        if source.get("limit") is not None and source["limit"] < 1:
-            raise RecipeError(f"data: limit is {source['limit']}, expected at least 1")
-        if kind is None or (unknown := sorted(set(source) - SOURCES[kind])):
-            what = f"unknown keys {unknown}" if kind else f"neither of {list(SOURCES)}"
-            raise RecipeError(f"data: the source {source} has {what}; known are {sorted(SOURCES[kind or 'path'])}")
-        if kind == "path":
+        if "path" in source:
             examples: Sequence[Example] = load_records(source, tokenizer, recipe.max_length, recipe.targets, report)
             report.tasks.update(example.task for example in examples)
         else:
@@ -453,5 +477,6 @@ def _generated(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> 
         tokenizer, count, lengths, tasks, source.get("max_chars", 20_000_000), source.get("held_out", False), seed
     )
     for family in tasks:  # fails now, not in the middle of the run
-        make_sample(family, made.haystack, tokenizer, min(lengths), 0, made.held_out)
+        for length in (min(lengths), max(lengths)):
+            make_sample(family, made.haystack, tokenizer, length, 0, made.held_out)
     return made

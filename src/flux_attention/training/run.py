@@ -17,7 +17,7 @@ from flux_attention import shipped
 from flux_attention.adapters import load_config
 from flux_attention.attach import Routing, attach
 from flux_attention.routes import unit_name
-from flux_attention.training.data import PackedExamples, load_data
+from flux_attention.training.data import DataError, PackedExamples, check_sources, load_data
 from flux_attention.training.recipe import Recipe, RecipeError
 from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
 
@@ -105,6 +105,11 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
             shutil.rmtree(old)
     elif not restart:
         check_output(recipe, folder)
+    check_sources(recipe)
+    for source in recipe.data:  # known now, not once a large model is loaded
+        path = Path(source.get("path", "."))
+        if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
+            raise DataError(f"there is no file {path}: records of your own, see docs/training.md")
     torch.manual_seed(args.seed)  # of the routers' initial weights
     routing, tokenizer = load_model(recipe)
     data, report = load_data(recipe, tokenizer)
@@ -211,6 +216,8 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
     recipe, routing = trainer.recipe, trainer.routing
     base = routing.config.base_model
     of, kind = ("Layer", "layers") if routing.config.granularity == "layer" else ("Head", "KV heads")
+    arguments = ["BACKBONE" if base.name == SHIPPED else repr(base.name)]
+    arguments += [f"{key}={value!r}" for key, value in recipe.config.items()]  # what the routers were trained with
     lines = [
         "---",
         f"base_model: {base.name}",
@@ -229,7 +236,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         "from transformers import AutoModelForCausalLM",
         *(["from flux_attention.shipped import BACKBONE"] if base.name == SHIPPED else []),
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({'BACKBONE' if base.name == SHIPPED else repr(base.name)})",
+        f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
         'routing = attach(model, "path or id of this adapter")',
         "```",
         "",
@@ -299,6 +306,7 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     RecipeError
         If the model's configuration is not at hand and the recipe names no ``shape``.
     """
+    check_sources(recipe)
     config = _model_config(recipe)
     sizes, made_for = recipe.flux_config, None
     if recipe.start is not None:

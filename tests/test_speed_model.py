@@ -1,0 +1,52 @@
+"""What the prefill benchmark runs and compares; its timing is for GPUs."""
+
+import pytest
+import torch
+
+from flux_attention.evaluation import speed, speed_model
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Rows of a tiny shape on the CPU, each run "taking" as long as its number of full layers; and what was run."""
+    sizes = dict(vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=4)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    monkeypatch.setitem(speed.SHAPES, "tiny", {**speed.SHAPES["qwen3-8b"], **sizes, **heads})
+    monkeypatch.setattr(speed_model, "require_gpu", lambda: None)
+    monkeypatch.setattr(speed_model, "ceilings", lambda: {"matmul_tflops": 1.0})
+    for name, value in (("empty_cache", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 7)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+    def in_turn(runs, **options):
+        lengths = [[len(layer.lengths) and layer.stores.keys() for layer in run().layers] for run in runs]
+        full = [sum(True in stores for stores in layers) for layers in lengths]
+        return [{"ms": 10.0 + count, "ms_min": 10.0, "ms_max": 20.0, "repeats": 1} for count in full]
+
+    monkeypatch.setattr(speed_model, "measure_in_turn", in_turn)
+    return lambda *lengths: list(speed_model.prefill("tiny", lengths, [0.5, 0.75], compile=False))
+
+
+def test_routers_decide_what_is_forced_beside_them(measured, monkeypatch):
+    monkeypatch.setattr(speed_model, "PATTERN", speed.Streaming(8, 16))
+    rows = measured(64)
+    assert [(row["method"], row["sparsity"], row["ms"]) for row in rows] == [
+        ("dense", 0.0, 14.0),
+        ("static", 0.5, 12.0),
+        ("static", 0.75, 11.0),
+        ("routed", 0.0, 14.0),
+        ("routed", 0.5, 12.0),
+        ("routed", 0.75, 11.0),
+    ]
+    assert {(row["baseline"], row["baseline_ms"], row["peak_bytes"]) for row in rows} == {("own-dense", 14.0, 7)}
+    dense, sparse = rows[0]["kv_bytes"], rows[2]["kv_bytes"]
+    assert dense == 4 * 64 * 4 * 2 * 16 and sparse == (64 + 3 * 24) * 4 * 2 * 16
+    assert rows[5]["kv_bytes"] == sparse and rows[5]["floor_ms"] == rows[2]["floor_ms"] < rows[0]["floor_ms"]
+
+
+def test_what_does_not_fit_is_a_row_of_its_own(measured, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(speed_model, "kv_bytes", full)
+    rows = measured(64)
+    assert {row["error"] for row in rows} == {"out of memory"} and len(rows) == 6
