@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 # One process, no look-ups on the network, and a sampler that needs no compiler.
@@ -85,7 +86,7 @@ def main():
         facts = dict(shape=args.shape, seq_len=length, batch=1, phase=phase, engine="vllm", method="dense")
         rows.append(row(times, "", None, **facts, sparsity=0.0))
         print(rows[-1], flush=True)
-        write_results(args.results / "vllm_dense.json", rows)
+        write_results(args.results / "vllm_dense.json", rows, vllm=version("vllm"))
     device = json.loads((args.results / "vllm_dense.json").read_text())["meta"]["device"]
     for name in ("e2e_prefill", "e2e_decode"):
         path = args.results / f"{name}.json"
@@ -99,7 +100,8 @@ def main():
         twins = []
         for found in own:
             base = dense.get((found["phase"], found["seq_len"]))
-            if base is None or "ms" not in found or (found["shape"], found["batch"]) != (args.shape, 1):
+            other = "commit" in found or (found["shape"], found["batch"]) != (args.shape, 1)  # kept from another run
+            if base is None or "ms" not in found or other:
                 continue
             times = {key: found[key] for key in ("ms", "ms_min", "ms_max", "repeats")}
             facts = {key: value for key, value in found.items() if not key.startswith("baseline") and key not in times}

@@ -518,10 +518,13 @@ def _in_pieces(stock):
 
     @functools.wraps(stock)
     def forward(states, *args, **kwargs):
-        if states.ndim != 3 or states.shape[1] <= PIECE or torch.is_grad_enabled() or args or kwargs:
+        if states.ndim != 3 or torch.is_grad_enabled() or args or kwargs:
             return stock(states, *args, **kwargs)
+        size = max(1, PIECE // states.shape[0])
+        if states.shape[1] <= size:
+            return stock(states)
         output = torch.empty_like(states)
-        for piece, target in zip(states.split(PIECE, dim=1), output.split(PIECE, dim=1), strict=True):
+        for piece, target in zip(states.split(size, dim=1), output.split(size, dim=1), strict=True):
             result = stock(piece.contiguous())
             if not isinstance(result, torch.Tensor):  # a mixture of experts that gives its router's logits too
                 return stock(states)

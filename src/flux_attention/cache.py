@@ -301,8 +301,8 @@ class RoutedLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """
-        Take the new tokens and note, in ``views``, what each row's queries attend to. A single token is stored at once,
-        several by ``store``. Gradients do not flow through what is stored, only through several new tokens.
+        Take the new tokens and note, in ``views``, what each row's queries attend to. A single token of every row is
+        stored at once, others by ``store``. Gradients do not flow through what is stored, only through several tokens.
 
         Parameters
         ----------

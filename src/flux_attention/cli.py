@@ -347,7 +347,7 @@ def train(
     from flux_attention.training.recipe import Recipe
 
     if not Path(recipe).is_file():
-        raise _UserError(f"{recipe} is not a file; name a recipe, such as recipes/shipped/routers.yaml")
+        raise _UserError(f"{recipe} is not a file; name a recipe, such as recipes/quickstart.yaml")
     loaded = Recipe.from_yaml(recipe)
     if output is not None:
         loaded = replace(loaded, output=output)

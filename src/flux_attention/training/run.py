@@ -285,21 +285,17 @@ def _model_config(recipe: Recipe):
         raise RecipeError(f"cannot read the configuration of {recipe.model}: {reason}") from None
 
 
-def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
+def dry_run(recipe: Recipe) -> dict[str, Any]:
     """
     What a run would take, by arithmetic: the model is built without memory for its weights, no data is read.
-
-    Parameters
-    ----------
-    processes : int
-        GPUs that share the batch; each is counted as holding the whole model, as without FSDP.
 
     Returns
     -------
     dict
-        ``parameters``, ``trained``, ``steps``, ``packs_per_step``, ``tokens_per_step``, and in bytes for each GPU
-        ``weights``, ``optimizer`` (routers, their gradients and Adam's moments), ``activations`` (what a pack of
-        ``pack_length`` tokens keeps for the backward pass, and one layer's working set) and ``total``.
+        ``parameters``, ``trained``, ``steps``, ``packs_per_step``, ``tokens_per_step``; in bytes, for each GPU as if
+        it held the whole model, ``weights``, ``optimizer`` (routers, their gradients and Adam's moments),
+        ``activations`` (what a pack of ``pack_length`` tokens keeps for the backward pass, and one layer's working set)
+        and ``total``.
 
     Raises
     ------
@@ -339,7 +335,6 @@ def dry_run(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "trained": trained,
         "steps": args["max_steps"],
         "packs_per_step": recipe.batch_size,
-        "packs_per_process": recipe.batch_size // processes,
         "tokens_per_step": recipe.batch_size * tokens,
         **memory,
         "total": sum(memory.values()),
