@@ -5,8 +5,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from conftest import DEVICES, INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_patterns import error, oracle
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flux_attention import kernels
@@ -23,6 +27,12 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 from flux_attention.kernels import triton_decode, triton_prefill
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def states(generator, heads, length, dim, dtype, layout):
@@ -289,3 +299,47 @@ def test_gradients_of_dense_prefill(dim, length):
     actual = torch.autograd.grad(output, leaves, weight)
     for a, e in zip(actual, torch.autograd.grad(expected, truth, weight.double()), strict=True):
         assert (a.double() - e).norm() < 2e-2 * e.norm() + 1e-3 * math.sqrt(a.numel())
+
+
+def test_backends_that_the_user_switched_off_stay_off(monkeypatch):
+    """SDPA's switches are the process's own: dense prefill orders what is on, and leaves them as they were."""
+    states = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 1, 128))
+    monkeypatch.setattr(kernels, "_dense_backends", lambda *args: BACKENDS)
+    cuda = torch.backends.cuda
+
+    def on():
+        return [is_on() for is_on in kernels.SWITCHES]
+
+    before, order = on(), torch._C._get_sdp_priority_order()
+    with kernels._dense_backend(states):
+        assert on() == [True] * 4
+        assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
+    try:
+        cuda.enable_cudnn_sdp(False)
+        with kernels._dense_backend(states):
+            assert on() == [False, True, True, True] and torch._C._get_sdp_priority_order() == order
+        with sdpa_kernel(SDPBackend.MATH), kernels._dense_backend(states):
+            assert on() == [False, False, False, True]
+    finally:
+        cuda.enable_cudnn_sdp(True)
+    assert on() == before and torch._C._get_sdp_priority_order() == order
+
+
+def test_threads_do_not_mix_up_the_order_of_backends(monkeypatch):
+    states = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 1, 128))
+    monkeypatch.setattr(kernels, "_dense_backends", lambda *args: BACKENDS)
+    order, seen = torch._C._get_sdp_priority_order(), []
+
+    def work():
+        for _ in range(200):
+            with kernels._dense_backend(states):
+                seen.append(torch._C._get_sdp_priority_order()[0])
+                time.sleep(0)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(seen) == {SDPBackend.CUDNN_ATTENTION.value} and len(seen) == 800
+    assert torch._C._get_sdp_priority_order() == order

@@ -66,25 +66,29 @@ def _dense_backends(device: torch.device, dtype: torch.dtype, dim: int) -> list[
 
 #: SDPA's choice of a backend belongs to the process, not to a thread.
 _SDPA = threading.Lock()
-ENABLED = {
-    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
-    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
-    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
-    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
-}
+#: Whether its backends are on.
+SWITCHES = (
+    torch.backends.cuda.cudnn_sdp_enabled,
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
+)
 
 
 @contextmanager
 def _dense_backend(query_BHSD: torch.Tensor):
-    """A context in which SDPA runs its fastest backend for dense prefill of these states, of those that are enabled."""
+    """A context in which SDPA runs its fastest backend for these states, unless the user has switched some off."""
     backends = None
     if query_BHSD.is_cuda:
         backends = _dense_backends(query_BHSD.device, query_BHSD.dtype, query_BHSD.shape[-1])
     if backends is None:
         yield
         return
-    with _SDPA, sdpa_kernel([backend for backend in backends if ENABLED[backend]()], set_priority=True):
-        yield
+    with _SDPA:
+        # With some switched off, PyTorch would not restore the order of the others.
+        ours = all(is_on() for is_on in SWITCHES)
+        with sdpa_kernel(backends, set_priority=True) if ours else nullcontext():
+            yield
 
 
 def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor, scale: float) -> torch.Tensor:
