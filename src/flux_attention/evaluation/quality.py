@@ -259,7 +259,7 @@ def _measures(family: str, scores: Scores) -> dict[str, Any]:
     else:
         (low, high), name, value = scores.accuracy_interval, "accuracy", scores.accuracy
         each = list(map(int, scores.right))
-    return {name: round(value, 4), "low": round(low, 4), "high": round(high, 4), "scores": each}
+    return {name: round(value, 4), "low": round(max(0.0, low), 4), "high": round(high, 4), "scores": each}
 
 
 def row_key(row: dict[str, Any]) -> tuple:
