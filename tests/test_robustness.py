@@ -80,7 +80,7 @@ def test_threads_share_a_model():
     assert routing.routes is not None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("place", [None, (Call, "_by_view"), (RoutedLayer, "_append")])
 def test_an_interrupted_call_leaves_the_model_usable_and_its_cache_refused(error, place, monkeypatch):
     """Interrupted behind the second layer, or in the last one's attention or while it stores."""

@@ -540,15 +540,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe, monkeypatch):
     assert not (Path(recipe.output) / "routers.safetensors").exists()
 
 
-def test_multipliers_learn_at_a_constant_rate(recipe):
+def test_multipliers_learn_at_a_constant_rate(recipe, tokenizer):
     rates = []
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             rates.append([group["lr"] for group in optimizer.param_groups])
 
-    routing, tokenizer = load_model(recipe)
-    trainer = RouterTrainer(routing, recipe, load_data(recipe, tokenizer)[0], callbacks=[Watch()])
+    trainer = RouterTrainer(load_model(recipe), recipe, load_data(recipe, tokenizer)[0], callbacks=[Watch()])
     trainer.train()
     assert [multipliers for _, multipliers in rates] == [0.01] * 6
     assert max(router for router, _ in rates) == pytest.approx(3e-3) and rates[0][0] == 0.0

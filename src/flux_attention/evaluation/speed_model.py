@@ -119,26 +119,25 @@ def prefill(
     routers = {sparsity: _deciding(routing, sparsity) for sparsity in ratios}
 
     @torch.no_grad()
-    def run(ids, sparsity, method):
+    def run(ids, sparsity, routed):
         routing.routers = routers[sparsity]
-        with routing.force(None if method == "routed" else sparsity):
+        with routing.force(None if routed else sparsity):
             return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
     for length in lengths:
         ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
         facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
         memory = {}
-        for method in ("static", "routed")[: 2 if length <= 2**15 else 1]:
+        for routed in (False, True) if length <= 2**15 else (False,):
             for sparsity in ratios:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 try:
-                    held = kv_bytes(run(ids, sparsity, method))
+                    held = kv_bytes(run(ids, sparsity, routed))
                 except torch.OutOfMemoryError:
                     yield dict(facts, sparsity=sparsity, error="out of memory")
                     continue
-                name = "dense" if method == "static" and not sparsity else method
-                memory[sparsity, name] = dict(peak_bytes=torch.cuda.max_memory_allocated(), kv_bytes=held)
+                memory[sparsity, routed] = dict(peak_bytes=torch.cuda.max_memory_allocated(), kv_bytes=held)
         if not memory:
             continue
         torch.cuda.empty_cache()
@@ -148,10 +147,11 @@ def prefill(
         except torch.OutOfMemoryError:  # in pieces, after all has fitted once
             yield dict(facts, error="out of memory")
             continue
-        for (sparsity, method), found in times.items():
+        for (sparsity, routed), found in times.items():
+            method = "routed" if routed else "static" if sparsity else "dense"
             floor = _counts(routing, length, sparsity)["flops"] / ceilings()["matmul_tflops"] / 1e9
-            yield row(found, "own-dense", times.get((0.0, "dense")), **facts, sparsity=sparsity, method=method,
-                      floor_ms=round(floor, 3), **memory[sparsity, method])  # fmt: skip
+            yield row(found, "own-dense", times.get((0.0, False)), **facts, sparsity=sparsity, method=method,
+                      floor_ms=round(floor, 3), **memory[sparsity, routed])  # fmt: skip
 
 
 def _deciding(routing: Routing, sparsity: float) -> torch.nn.ModuleDict:

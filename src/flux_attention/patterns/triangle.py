@@ -40,19 +40,12 @@ class Triangle(Streaming):
         output = super().prefill(query_BHSD, key_BKTD, value_BKTD, scale)
         lengths = prompt_lengths or [query_BHSD.shape[2]] * len(query_BHSD)
         output = output.clone() if output.requires_grad else output  # which its backward pass would miss
-        if len(set(lengths)) == 1:  # without indices, which the host would have to bring to the device
-            last = slice(max(0, lengths[0] - self.last_n), lengths[0])
-            keys, values = key_BKTD[:, :, : lengths[0]], value_BKTD[:, :, : lengths[0]]
-            output[:, :, last] = kernels.full(query_BHSD[:, :, last], keys, values, scale)
-            return output
-        pieces = []
         for length in sorted(set(lengths)):
             rows = [row for row, other in enumerate(lengths) if other == length]
+            if len(rows) == len(lengths):
+                rows = slice(None)  # a list would have to be brought to the device
             last = slice(max(0, length - self.last_n), length)
-            exact = kernels.full(
+            output[rows, :, last] = kernels.full(
                 query_BHSD[rows, :, last], key_BKTD[rows, :, :length], value_BKTD[rows, :, :length], scale
             )
-            pieces.append((rows, last, exact))
-        for rows, last, exact in pieces:
-            output[rows, :, last] = exact
         return output

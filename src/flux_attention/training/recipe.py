@@ -54,6 +54,8 @@ TAKEN = {
     "activation_checkpointing": "gradient_checkpointing, outside of training",
     "bf16": "dtype",
     "fp16": "dtype",
+    "eval_strategy": "none: flux-attention eval judges adapters",
+    "load_best_model_at_end": "none: flux-attention eval judges adapters",
 }
 
 

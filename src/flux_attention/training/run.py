@@ -17,7 +17,7 @@ from flux_attention import shipped
 from flux_attention.adapters import load_config
 from flux_attention.attach import Routing, attach
 from flux_attention.routes import unit_name
-from flux_attention.training.data import DataError, PackedExamples, check_sources, load_data
+from flux_attention.training.data import PackedExamples, check_sources, load_data
 from flux_attention.training.recipe import Recipe, RecipeError
 from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
 
@@ -25,9 +25,9 @@ from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoin
 SHIPPED = "flux-attention/shipped"
 
 
-def load_model(recipe: Recipe) -> tuple[Routing, Any]:
+def load_model(recipe: Recipe) -> Routing:
     """
-    The recipe's model with routers, fresh ones or those that it starts from, and its tokenizer.
+    The recipe's model with routers, fresh ones or those that it starts from.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def load_model(recipe: Recipe) -> tuple[Routing, Any]:
         )
     model.config.name_or_path = SHIPPED if recipe.model == "shipped" else recipe.model
     routers = recipe.flux_config if recipe.start is None else shipped.adapter_path(recipe.start)
-    return attach(model, routers), AutoTokenizer.from_pretrained(path)
+    return attach(model, routers)
 
 
 def check_output(recipe: Recipe, folder: Path) -> None:
@@ -105,18 +105,14 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
             shutil.rmtree(old)
     elif not restart:
         check_output(recipe, folder)
-    check_sources(recipe)
-    for source in recipe.data:  # known now, not once a large model is loaded
-        path = Path(source.get("path", "."))
-        if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
-            raise DataError(f"there is no file {path}: records of your own, see docs/training.md")
-    torch.manual_seed(args.seed)  # of the routers' initial weights
-    routing, tokenizer = load_model(recipe)
-    data, report = load_data(recipe, tokenizer)
+    # Before the model: what is wrong with data is known before a large one is loaded.
+    data, report = load_data(recipe, AutoTokenizer.from_pretrained(shipped.model_path(recipe.model)))
     if main:
         say(f"{report}\n{len(data):,} packs of up to {recipe.pack_length:,} tokens, {recipe.batch_size} in a step")
     if len(data) < recipe.batch_size:
         raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
+    torch.manual_seed(args.seed)  # of the routers' initial weights
+    routing = load_model(recipe)
     trainer = RouterTrainer(routing, recipe, data, args)
     trainer.accelerator.wait_for_everyone()
     checkpoint, digest = None if restart else last_checkpoint(folder), data.hash()

@@ -459,8 +459,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         )
     except TypeError as error:
         raise ValueError(f"training: {error}") from None
-    if args.eval_strategy != "no" or args.load_best_model_at_end:
-        raise ValueError("training: eval_strategy and load_best_model_at_end are not served; see flux-attention eval")
     args._n_gpu = min(1, args.n_gpu)  # more GPUs by more processes: DataParallel cannot share packs
     if args.world_size != processes:  # each would run alone, and write the same files
         raise RuntimeError(f"{processes} processes were started, but torch.distributed joined {args.world_size}")
