@@ -72,6 +72,43 @@ def test_force_none_lets_the_routers_decide():
     assert decided.any() and torch.equal(routing.routes.routes_BL, decided)
 
 
+def test_short_prompts_run_full_whatever_the_routers_say():
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG, min_tokens=30)
+    for router in routing.routers.values():
+        with torch.no_grad():
+            router.head[-1].bias.copy_(torch.tensor([1.0, 0.0]))
+    prompt = ids(2, 30)
+    mask = torch.ones_like(prompt)
+    mask[0, 0] = 0  # one token too few
+    with torch.no_grad():
+        logits = model(prompt, attention_mask=mask).logits
+        assert routing.routes.msr == [0.0, 1.0] and routing.routes.logits_BL2 is not None
+        for row, spec in enumerate(("full", "sparse")):
+            with routing.force(spec):
+                torch.testing.assert_close(logits[row, 1:], model(prompt, attention_mask=mask).logits[row, 1:])
+        cache = model(prompt[:, :29]).past_key_values
+        assert routing.routes.msr == [0.0, 0.0] and routing.routes.logits_BL2 is None  # no router ran
+        model(prompt, past_key_values=cache)  # stays so, however long it grows
+        assert cache.layers[0].routes == [True, True]
+        with routing.force("sparse"):
+            model(prompt[:, :29])
+        assert routing.routes.msr == [1.0, 1.0]
+    with routing.soft(1.0):
+        model(prompt[:, :29])
+    assert routing.gates.requires_grad
+
+
+def test_a_context_counts_as_a_whole_when_routed_again():
+    model = tiny_model("qwen3")
+    routing = randomize(attach(model, CONFIG, keep_full_kv=True, min_tokens=30))
+    with torch.no_grad():
+        cache = model(ids(1, 28)).past_key_values
+        routing.reroute(cache)
+        model(ids(1, 2), past_key_values=cache)
+    assert routing.routes.logits_BL2 is not None
+
+
 def test_fresh_routers_change_nothing(model):
     prompt = ids(2, 40)
     with torch.no_grad():

@@ -121,6 +121,8 @@ class Routing:
         Their Gumbel noise, within ``soft``; None draws it.
     cuda_graphs : bool
         Whether ``generate`` may decode by captured steps; may be set at any time.
+    min_tokens : int
+        Shorter prompts run full; may be set at any time.
     gates : torch.Tensor or None
         In training (``soft``): float32 (B, L) on the CPU, the last forward's straight-through decisions, through
         which gradients flow to the routers.
@@ -136,9 +138,10 @@ class Routing:
         keep_full_kv: bool,
         cuda_graphs: bool,
         compile: bool,
+        min_tokens: int,
     ):
         self.model, self.config, self.routers, self.keep_full_kv = model, config, routers, keep_full_kv
-        self.cuda_graphs, self.compile = cuda_graphs, compile
+        self.cuda_graphs, self.compile, self.min_tokens = cuda_graphs, compile, min_tokens
         self.layers = config.base_model.routed_layers
         self.pattern = sparse_pattern(config)
         self.routes: Routes | None = None
@@ -661,6 +664,7 @@ def attach(
     keep_full_kv: bool = False,
     cuda_graphs: bool = True,
     compile: bool = False,
+    min_tokens: int = 0,
 ) -> Routing:
     """
     Attach layer routers to a frozen causal language model.
@@ -686,6 +690,9 @@ def attach(
     compile : bool
         Fuse the small operations of each routed layer by ``torch.compile``, for inference. Takes a while at the first
         prompt and the first decode step.
+    min_tokens : int
+        Prompts of fewer tokens run full in all layers, without routers: sparse layers win nothing there. They stay so
+        for the cache's life. Training does not look at it.
 
     Returns
     -------
@@ -730,6 +737,6 @@ def attach(
     kind = Routing
     if config.granularity == "head":
         from flux_attention.heads import HeadRouting as kind  # which builds on this module
-    routing = kind(model, config, modules, keep_full_kv, cuda_graphs, compile)
+    routing = kind(model, config, modules, keep_full_kv, cuda_graphs, compile, min_tokens)
     routing._hook(decoder, attentions)
     return routing

@@ -97,6 +97,11 @@ class Call:
         self.forced: torch.Tensor | None = None
         if self.decides and routing.forced is not None:
             self.forced = parse_routes(routing.forced, self.batch, routing.units)
+        self.lengths = [old + new for old, new in zip(self.past, prompt_lengths, strict=True)]
+        # Too short to gain by sparse layers.
+        self.short = torch.tensor([length < routing.min_tokens for length in self.lengths])
+        if self.decides and self.forced is None and routing.temperature is None and self.short.all():
+            self.forced = parse_routes("full", self.batch, routing.units)
         # Whether both branches run and the gates carry gradients; kept here as recomputation may come after the
         # `soft` block has ended.
         self.temperature = routing.temperature if self.decides and self.forced is None else None
@@ -147,7 +152,7 @@ class Call:
         decision = self.routes[layer]
         if isinstance(decision, _Decision):
             self.logits[layer] = decision.logits()
-            self.routes[layer] = hard_route(self.logits[layer]).tolist()
+            self.routes[layer] = (hard_route(self.logits[layer]) | self.short).tolist()
         return self.routes[layer]
 
     def _pooled_columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,8 +192,7 @@ class Call:
         logits = None
         if self.forced is None:
             logits = torch.stack([self.logits[unit].cpu() for unit in routing.units], dim=1)
-        lengths = tuple(old + new for old, new in zip(self.past, self.prompt_lengths, strict=True))
-        routing.routes = Routes(decided, logits, routing.units, lengths, routing.pattern)
+        routing.routes = Routes(decided, logits, routing.units, tuple(self.lengths), routing.pattern)
 
     # Attention of one layer.
 
