@@ -93,19 +93,16 @@ def prefill(shape):
             for n in lengths
         ],
     )
+    routed = {(key[0], key[2]): row for key, row in rows.items() if row["method"] == "routed"}
     table(
-        ["tokens", "Ω", "routers run, ms", "routes forced, ms", "routers cost", "× own dense"],
+        ["tokens", *(f"routers cost at Ω {r}" for r in (0.0, 0.75)), *(f"× at Ω {r}, with routers" for r in ratios)],
         [
             [
-                label(row["seq_len"]),
-                row["sparsity"],
-                f"{row['ms']:.1f}",
-                f"{forced[row['seq_len'], row['sparsity']]['ms']:.1f}",
-                f"{100 * (row['ms'] / forced[row['seq_len'], row['sparsity']]['ms'] - 1):.1f} %",
-                times(row["speedup"]),
+                label(n),
+                *(f"{100 * (routed[n, r]['ms'] / forced[n, r]['ms'] - 1):.1f} %" for r in (0.0, 0.75)),
+                *(times(routed[n, r]["speedup"]) for r in ratios),
             ]
-            for row in rows.values()
-            if row["method"] == "routed"
+            for n in sorted({n for n, _ in routed})
         ],
     )
     if shape != "qwen3-8b":
