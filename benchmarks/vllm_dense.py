@@ -4,7 +4,8 @@ Run: ``python benchmarks/vllm_dense.py --results DIR`` on a GPU with vLLM, right
 and ``bench decode`` with ``--output DIR``. Every row there of the same shape, batch 1 and length gets a twin whose
 baseline is ``vllm-dense``; vLLM's own times stay in ``vllm_dense.json``.
 
-Prefill is the time to the first token; decode is what each of 64 more tokens takes. No prefix is cached.
+Prefill is the time to the first token; decode is what each of 64 more tokens takes, both by the engine's own clock. No
+prefix is cached.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,22 +50,21 @@ def measured(shape, lengths, repeats):
             max_num_seqs=1,
             enable_prefix_caching=False,
             gpu_memory_utilization=0.9,
+            disable_log_stats=False,
         )
 
-    def seconds(length, tokens):
+    def times(length):
         prompt = {"prompt_token_ids": [(7 * i) % 100_000 + 10 for i in range(length)]}
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0, detokenize=False)
-        began = time.perf_counter()
-        llm.generate([prompt], params, use_tqdm=False)
-        return time.perf_counter() - began
+        params = SamplingParams(max_tokens=1 + MORE, ignore_eos=True, temperature=0.0, detokenize=False)
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        found = output.metrics
+        return 1000 * found.first_token_latency, 1000 * (found.last_token_ts - found.first_token_ts) / MORE
 
-    seconds(512, 4)
+    times(512)
     for length in lengths:
-        few = 1 if length >= 2**17 else repeats
-        first = [1000 * seconds(length, 1) for _ in range(few)]
-        yield "prefill", length, spread(first)
-        whole = [1000 * seconds(length, 1 + MORE) for _ in range(few)]
-        yield "decode", length, spread([(time - statistics.median(first)) / MORE for time in whole])
+        prefill, decode = zip(*(times(length) for _ in range(repeats)), strict=True)
+        yield "prefill", length, spread(prefill)
+        yield "decode", length, spread(decode)
 
 
 def main():
@@ -100,8 +99,7 @@ def main():
         twins = []
         for found in own:
             base = dense.get((found["phase"], found["seq_len"]))
-            other = "commit" in found or (found["shape"], found["batch"]) != (args.shape, 1)  # kept from another run
-            if base is None or "ms" not in found or other:
+            if base is None or "ms" not in found or (found["shape"], found["batch"]) != (args.shape, 1):
                 continue
             times = {key: found[key] for key in ("ms", "ms_min", "ms_max", "repeats")}
             facts = {key: value for key, value in found.items() if not key.startswith("baseline") and key not in times}

@@ -99,6 +99,19 @@ def test_short_prompts_run_full_whatever_the_routers_say():
     assert routing.gates.requires_grad
 
 
+def test_of_a_prompt_in_chunks_the_first_counts():
+    routing = randomize(attach(tiny_model("qwen3"), CONFIG, min_tokens=30))
+    for chunk, ran in ((16, False), (32, True)):
+        routing.model.generate(ids(1, 40), max_new_tokens=2, prefill_chunk_size=chunk, do_sample=False)
+        assert (routing.routes.logits_BL2 is not None) == ran
+
+
+@pytest.mark.parametrize("wrong", [-1, "8K", None])
+def test_a_wrong_least_length_is_refused(wrong):
+    with pytest.raises(ValueError, match="min_tokens"):
+        attach(tiny_model("qwen3"), CONFIG, min_tokens=wrong)
+
+
 def test_a_context_counts_as_a_whole_when_routed_again():
     model = tiny_model("qwen3")
     routing = randomize(attach(model, CONFIG, keep_full_kv=True, min_tokens=30))

@@ -72,3 +72,24 @@ def test_routers_follow_the_model_to_its_device():
     with torch.no_grad():
         model(ids(1, 20).cuda())
     assert all(parameter.is_cuda for parameter in routing.routers.parameters())
+
+
+@pytest.mark.parametrize("config", [CONFIG, TRIANGLE], ids=lambda c: c.pattern)
+def test_prefill_in_chunks_does_not_wait_for_the_device(config):
+    """With forced routes: routers' decisions are waited for."""
+    model = tiny_model("qwen3").to("cuda", torch.bfloat16)
+    prompt = ids(3, 60).cuda()
+
+    def run():
+        cache = model(prompt[:, :40], use_cache=True).past_key_values
+        model(prompt[:, 40:57], past_key_values=cache)
+        return model(prompt[:, 57:], past_key_values=cache).logits
+
+    with torch.no_grad(), attach(model, config).force(torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]])):
+        expected = run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            actual = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(actual, expected)

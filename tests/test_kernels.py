@@ -308,7 +308,7 @@ def test_backends_that_the_user_switched_off_stay_off(monkeypatch):
     cuda = torch.backends.cuda
 
     def on():
-        return [is_on() for is_on in kernels.SWITCHES]
+        return [is_on() for is_on in kernels._SWITCHES]
 
     before, order = on(), torch._C._get_sdp_priority_order()
     with kernels._dense_backend(states):

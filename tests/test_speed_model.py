@@ -3,26 +3,38 @@
 import pytest
 import torch
 
+from flux_attention.cache import kv_bytes
 from flux_attention.evaluation import speed, speed_model
+
+SIZES = dict(
+    vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """Rows of a tiny shape on the CPU, each run "taking" as long as its number of full layers; and what was run."""
-    sizes = dict(vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=4)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    monkeypatch.setitem(speed.SHAPES, "tiny", {**speed.SHAPES["qwen3-8b"], **sizes, **heads})
+    monkeypatch.setitem(speed.SHAPES, "tiny", {**speed.SHAPES["qwen3-8b"], **SIZES})
     monkeypatch.setattr(speed_model, "require_gpu", lambda: None)
     monkeypatch.setattr(speed_model, "ceilings", lambda: {"matmul_tflops": 1.0})
     for name, value in (("empty_cache", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 7)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
 
+    full = []
+
+    def count(cache):
+        full.append(sum(True in layer.stores for layer in cache.layers))
+        return kv_bytes(cache)
+
     def in_turn(runs, **options):
-        lengths = [[len(layer.lengths) and layer.stores.keys() for layer in run().layers] for run in runs]
-        full = [sum(True in stores for stores in layers) for layers in lengths]
-        return [{"ms": 10.0 + count, "ms_min": 10.0, "ms_max": 20.0, "repeats": 1} for count in full]
+        full.clear()
+        for run in runs:
+            run()
+        return [{"ms": 10.0 + count, "ms_min": 10.0, "ms_max": 20.0, "repeats": 1} for count in full or [0] * len(runs)]
 
     monkeypatch.setattr(speed_model, "measure_in_turn", in_turn)
+    monkeypatch.setattr(speed_model, "kv_bytes", count)
     return lambda *lengths: list(speed_model.prefill("tiny", lengths, [0.5, 0.75], compile=False))
 
 
@@ -50,3 +62,11 @@ def test_what_does_not_fit_is_a_row_of_its_own(measured, monkeypatch):
     monkeypatch.setattr(speed_model, "kv_bytes", full)
     rows = measured(64)
     assert {row["error"] for row in rows} == {"out of memory"} and len(rows) == 6
+
+
+@pytest.mark.gpu
+def test_a_decode_step_and_a_generated_token(monkeypatch):
+    monkeypatch.setitem(speed.SHAPES, "tiny", {**speed.SHAPES["qwen3-8b"], **SIZES, "head_dim": 64})
+    rows = list(speed_model.decode("tiny", [4096], [1, 2], [0.5], compile=False))
+    assert [(row["batch"], row["sparsity"]) for row in rows] == [(1, 0.0), (1, 0.5), (2, 0.0), (2, 0.5)]
+    assert all(row["ms"] > 0 and row["ms_min"] < row["generate_ms"] for row in rows)

@@ -691,8 +691,9 @@ def attach(
         Fuse the small operations of each routed layer by ``torch.compile``, for inference. Takes a while at the first
         prompt and the first decode step.
     min_tokens : int
-        Prompts of fewer tokens run full in all layers, without routers: sparse layers win nothing there. They stay so
-        for the cache's life. Training does not look at it.
+        Prompts of fewer tokens run full in all layers, without routers, as sparse layers do not make them faster. They
+        stay so for the cache's life, and of a prompt that comes in chunks the first one counts: keep this below
+        ``prefill_chunk_size``. Training does not look at it.
 
     Returns
     -------
@@ -705,12 +706,16 @@ def attach(
         For models that cannot be routed: MLA, encoder-decoders, no full-attention layer, unknown layouts.
     RuntimeError
         If routers are attached already.
+    ValueError
+        If ``min_tokens`` is not a number of tokens.
     adapters.AdapterError
         If the adapter is missing, damaged, or made for another model.
     """
     decoder = _find_decoder(model)
     if hasattr(decoder, "flux_routing"):
         raise RuntimeError("routers are attached to this model already; call detach() on their handle first")
+    if not isinstance(min_tokens, int) or min_tokens < 0:
+        raise ValueError(f"min_tokens is {min_tokens!r}, expected a number of tokens, 0 or more")
     if decoder.config._attn_implementation == NAME:
         raise RuntimeError(
             "this model shares its config object with a model that has routers attached; detach those first, or give "

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from flux_attention.kernels import FULL, KEPT, RING
+from flux_attention.kernels import FULL, KEPT, RING, index_on
 from flux_attention.patterns import Streaming
 
 
@@ -123,7 +123,7 @@ class View:
 
 def take_rows(states: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """``states[rows]``, without a copy where that is all of them in order."""
-    return states if rows == list(range(len(states))) else states[rows]
+    return states if rows == list(range(len(states))) else states[index_on(states.device, rows)]
 
 
 def prompt_views(routes: list[bool], tokens: Tokens, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor) -> list[View]:
@@ -146,16 +146,22 @@ class _Store:
         self.key_RKCD: torch.Tensor | None = None
         self.value_RKCD: torch.Tensor | None = None
 
-    def slots(self, positions: torch.Tensor) -> torch.Tensor:
-        """Where tokens at these positions are stored."""
-        if not self.ring:
-            return positions
-        return torch.where(positions < self.sink, positions, self.sink + (positions - self.sink) % self.window)
+    def visible(self, length: int) -> list[slice]:
+        """Where those of ``length`` tokens are that later sparse queries may see, in order."""
+        sink, low = min(self.sink, length), max(min(self.sink, length), length - self.window)
+        return [slice(sink), *self._slots(low, length)]
 
-    def visible(self, length: int) -> torch.Tensor:
-        """Positions that a sparse query at position ``length`` or later may still see, in order."""
-        low = max(min(self.sink, length), length - self.window)
-        return torch.cat([torch.arange(min(self.sink, length)), torch.arange(low, length)])
+    def _slots(self, first: int, end: int) -> list[slice]:
+        """Where tokens ``first`` to ``end`` are, no more than a ring holds: one stretch, or two around its end."""
+        if not self.ring or end <= self.sink + self.window:  # a ring that is not full keeps tokens in order
+            return [slice(first, end)]
+        stretches = []
+        while first < end:
+            place = (first - self.sink) % self.window
+            size = min(end - first, self.window - place)
+            stretches.append(slice(self.sink + place, self.sink + place + size))
+            first += size
+        return stretches
 
     def reserve(self, length: int, key_RKSD: torch.Tensor, value_RKSD: torch.Tensor, spare: bool = True) -> None:
         """
@@ -191,7 +197,7 @@ class _Store:
             # Filled under torch.inference_mode, whose tensors cannot be written outside of it.
             self.key_RKCD, self.value_RKCD = self.key_RKCD.clone(), self.value_RKCD.clone()
         if set(new) == {1} and len(set(past)) > 1:  # decode of a ragged batch: one write for all rows
-            slots = self.slots(torch.tensor(past)).to(key_RKSD.device)
+            slots = index_on(key_RKSD.device, [self._slots(position, position + 1)[0].start for position in past])
             rows = torch.arange(len(past), device=key_RKSD.device)
             self.key_RKCD[rows, :, slots] = key_RKSD[:, :, 0]
             self.value_RKCD[rows, :, slots] = value_RKSD[:, :, 0]
@@ -207,32 +213,32 @@ class _Store:
 
     def _runs(self, first: int, count: int) -> list[tuple[slice, slice]]:
         """(new tokens, slots) of each contiguous stretch of what is kept of ``count`` tokens from ``first`` on."""
-        end, runs = first + count, []
-        if not self.ring or end <= self.sink + self.window:  # a ring that is not full keeps tokens in order
-            return [(slice(count), slice(first, end))] if count else []
-        if first < self.sink:
-            stop = min(end, self.sink)
-            runs.append((slice(stop - first), slice(first, stop)))
-        position = max(first, self.sink, end - self.window)
-        while position < end:  # twice at most: to the ring's end, then from its start
-            place = (position - self.sink) % self.window
-            size = min(end - position, self.window - place)
-            slot = self.sink + place
-            runs.append((slice(position - first, position - first + size), slice(slot, slot + size)))
-            position += size
+        end = first + count
+        kept = [(first, end)]
+        if self.ring and end > self.sink + self.window:
+            kept = [(first, min(end, self.sink)), (max(first, self.sink, end - self.window), end)]
+        runs = []
+        for start, stop in kept:
+            for target in self._slots(start, stop):
+                size = target.stop - target.start
+                if size > 0:
+                    runs.append((slice(start - first, start - first + size), target))
+                start += size
         return runs
 
-    def read(self, index: list[int], slots: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the store's rows ``index`` at ``slots``."""
-        if isinstance(slots, torch.Tensor):
-            slots = slots.to(self.key_RKCD.device)
-        return take_rows(self.key_RKCD[:, :, slots], index), take_rows(self.value_RKCD[:, :, slots], index)
+    def read(self, index: list[int], slots: list[slice]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Keys and values of the store's rows ``index``, a piece for each stretch of ``slots``."""
+        key, value = (
+            [take_rows(states[:, :, stretch], index) for stretch in slots]
+            for states in (self.key_RKCD, self.value_RKCD)
+        )
+        return key, value
 
     def select(self, rows: list[int], index: list[int]) -> None:
         """Become the store of batch rows ``rows``, copied from this store's rows ``index``."""
         self.rows = rows
         if self.key_RKCD is not None:
-            where = torch.tensor(index, device=self.key_RKCD.device)
+            where = index_on(self.key_RKCD.device, index)
             self.key_RKCD, self.value_RKCD = self.key_RKCD[where], self.value_RKCD[where]
 
     def nbytes(self, lengths: list[int]) -> int:
@@ -410,12 +416,12 @@ class RoutedLayer(CacheLayerMixin):
                 for length in sorted(set(lengths)):
                     same = [i for i, other in zip(index, lengths, strict=True) if other == length]
                     # The newest token is stored already, and a query sees window - 1 older ones.
-                    key, value = store.read(same, store.visible(length))
+                    key, value = (torch.cat(pieces, dim=2) for pieces in store.read(same, store.visible(length)))
                     views.append(View([store.rows[i] for i in same], route, 1, key, value, None, is_decode=True))
                 continue
             if store.ring:
                 lengths = [min(length, self.sink + self.window) for length in lengths]
-            key, value = store.read(index, slice(max(lengths)))
+            (key,), (value,) = store.read(index, [slice(max(lengths))])
             ragged = lengths if min(lengths) < max(lengths) else None
             views.append(View(rows, route, 1, key, value, ragged, is_decode=True))
         return views
@@ -430,13 +436,10 @@ class RoutedLayer(CacheLayerMixin):
                 if count == 0:
                     continue
                 batch_rows = [store.rows[i] for i in same]
-                if route:
-                    old = store.read(same, slice(first))
-                else:
-                    # Dropping what no later query sees shifts all positions alike, so sink and window still fit.
-                    old = store.read(same, store.slots(store.visible(first)))
+                # Dropping what no later query sees shifts all positions alike, so sink and window still fit.
+                old = store.read(same, [slice(first)] if route else store.visible(first))
                 pair = [
-                    torch.cat([kept, take_rows(states, batch_rows)[:, :, :count]], dim=2)
+                    torch.cat([*kept, take_rows(states, batch_rows)[:, :, :count]], dim=2)
                     for kept, states in zip(old, (key, value), strict=True)
                 ]
                 views.append(View(batch_rows, route, count, *pair, None))

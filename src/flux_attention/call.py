@@ -95,12 +95,12 @@ class Call:
         self.logits: dict[int, torch.Tensor] = {}
         self.gates: dict[int, torch.Tensor] = {}
         self.forced: torch.Tensor | None = None
+        # Of each row, all that its routers' decision is about; and whether that is too short to be routed.
+        self.contexts = [old + new for old, new in zip(self.past, prompt_lengths, strict=True)]
+        self.short = [length < routing.min_tokens for length in self.contexts]
         if self.decides and routing.forced is not None:
             self.forced = parse_routes(routing.forced, self.batch, routing.units)
-        self.lengths = [old + new for old, new in zip(self.past, prompt_lengths, strict=True)]
-        # Too short to gain by sparse layers.
-        self.short = torch.tensor([length < routing.min_tokens for length in self.lengths])
-        if self.decides and self.forced is None and routing.temperature is None and self.short.all():
+        elif self.decides and routing.temperature is None and all(self.short):
             self.forced = parse_routes("full", self.batch, routing.units)
         # Whether both branches run and the gates carry gradients; kept here as recomputation may come after the
         # `soft` block has ended.
@@ -152,7 +152,8 @@ class Call:
         decision = self.routes[layer]
         if isinstance(decision, _Decision):
             self.logits[layer] = decision.logits()
-            self.routes[layer] = (hard_route(self.logits[layer]) | self.short).tolist()
+            routes = hard_route(self.logits[layer]).tolist()
+            self.routes[layer] = [short or route for short, route in zip(self.short, routes, strict=True)]
         return self.routes[layer]
 
     def _pooled_columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +193,7 @@ class Call:
         logits = None
         if self.forced is None:
             logits = torch.stack([self.logits[unit].cpu() for unit in routing.units], dim=1)
-        routing.routes = Routes(decided, logits, routing.units, tuple(self.lengths), routing.pattern)
+        routing.routes = Routes(decided, logits, routing.units, tuple(self.contexts), routing.pattern)
 
     # Attention of one layer.
 
@@ -231,7 +232,7 @@ class Call:
         output = torch.zeros_like(query)
         for view in views:
             part = self._one(view, take_rows(query, view.rows)[:, :, : view.queries], scale)
-            output[view.rows, :, : view.queries] = part
+            output[kernels.index_on(query.device, view.rows), :, : view.queries] = part
         return output
 
     def _by_sequence(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:

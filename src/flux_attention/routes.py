@@ -28,7 +28,8 @@ class Routes:
     routes_BL : torch.Tensor
         bool on the CPU, True = full attention.
     logits_BL2 : torch.Tensor or None
-        float32 on the CPU, the routers' outputs for [SA, FA]; None where routes were forced.
+        float32 on the CPU, the routers' outputs for [SA, FA], also of prompts shorter than ``min_tokens``, which run
+        full whatever they say; None where no router ran.
     layers : tuple of int
         The model's index of each routed layer.
     lengths : tuple of int

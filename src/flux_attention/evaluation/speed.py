@@ -8,6 +8,7 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -89,10 +90,11 @@ def measure_in_turn(
         run()
     torch.cuda.synchronize()
     times: list[list[float]] = [[] for _ in runs]
+    order, shuffle = list(zip(runs, times, strict=True)), random.Random(0).shuffle
     with without_collection():  # which takes hundreds of milliseconds of the host's time
         while len(times[0]) < most and (len(times[0]) < least or sum(map(sum, times)) < 1000 * seconds):
-            first = len(times[0]) % len(runs)  # so that each comes behind every other
-            for run, found in zip([*runs[first:], *runs[:first]], [*times[first:], *times[:first]], strict=True):
+            shuffle(order)  # what ran before has a part in how long a run takes
+            for run, found in order:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 run()
@@ -219,7 +221,10 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
     for few in sorted({round(sparsity * kv_heads) for sparsity in sparsities} - {0, kv_heads}):
         share = few / kv_heads
         mean = _mean(share, ours, dense["sdpa-cudnn"])
-        yield row(measure(partial(by_head, few)), "routed", mean, **facts, sparsity=share, engine="flux", method="head")
+        flops = 4 * (share * PATTERN.pairs(length) + (1 - share) * Full().pairs(length)) * heads * dim
+        floor = round(flops / ceilings()["matmul_tflops"] / 1e9, 5)
+        yield row(measure(partial(by_head, few)), "routed", mean, **facts, sparsity=share, engine="flux",
+                  method="head", floor_ms=floor)  # fmt: skip
 
 
 class _Rows:
@@ -303,7 +308,8 @@ def _decode_at(shape: str, length: int, batch: int) -> Iterator[dict[str, Any]]:
     mean = _mean(0.5, measured[kernels.RING], measured[kernels.FULL])
     # The full and the sparse half of a row's heads as rows of their own.
     halves = _Rows([length] * 2 * batch, [kernels.FULL, kernels.RING] * batch, heads // 2, kv_heads // 2, dim)
-    yield row(measure_graph(halves.run), "routed", mean, **facts, sparsity=0.5, method="head")
+    floor = round(halves.bytes / ceilings()["copy_tbps"] / 1e9, 5)
+    yield row(measure_graph(halves.run), "routed", mean, **facts, sparsity=0.5, method="head", floor_ms=floor)
 
 
 def _mixed(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
@@ -322,5 +328,6 @@ def _mixed(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
 
     kinds = [kernels.RING if row % 2 else kernels.FULL for row in range(batch)]
     rows = _Rows([length] * batch, kinds, query.shape[1], kv_heads, dim)
+    floor = round(rows.bytes / ceilings()["copy_tbps"] / 1e9, 5)
     # Both launched one by one: building the mask cannot be captured.
-    return row(measure(rows.run), "flex", measure(rebuilt), **facts, sparsity=0.5, method="routed")
+    return row(measure(rows.run), "flex", measure(rebuilt), **facts, sparsity=0.5, method="routed", floor_ms=floor)

@@ -9,8 +9,10 @@ Shape suffixes: B batch, K KV heads, C capacity, D head dim.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,12 +22,14 @@ from flux_attention.attach import Routing, attach
 from flux_attention.cache import RoutedLayer, Tokens, kv_bytes
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.speed import DTYPE, PATTERN, SHAPES, ceilings, measure, measure_in_turn, require_gpu, row
-from flux_attention.generation import decode_step
+from flux_attention.generation import decode_step, without_collection
 from flux_attention.patterns import Full
 from flux_attention.routes import parse_routes
 
 #: By whether layers are compiled.
 ENGINES = {False: "flux", True: "flux-compile"}
+#: Tokens up to which prefill is timed with routers, too.
+MOST_ROUTED = 2**17
 
 
 def random_model(shape: str, compile: bool) -> Routing:
@@ -102,15 +106,15 @@ def prefill(
     compile : bool
         See ``attach``.
     repeats : int
-        Prefills that are timed at least, after one that is not.
+        Prefills that are timed at least.
 
     Yields
     ------
     dict
         ``own-dense`` is the baseline. Routes of ``static`` rows are forced; rows with ``method`` = ``routed`` (up to
-        32 K, beyond which they cost nothing) run routers that decide the same, so that they show what routers cost. All
-        of one length are timed in turn. ``peak_bytes`` is the most memory that was allocated, ``floor_ms`` the FLOPs
-        over the measured rate of matrix products.
+        ``MOST_ROUTED`` tokens) run routers that decide the same, so that they show what routers cost. All of one length
+        are timed in turn, after one of the sparsest. ``peak_bytes`` is the most memory that was allocated, ``floor_ms``
+        the FLOPs over the measured rate of matrix products.
     """
     require_gpu()
     routing = random_model(shape, compile)
@@ -119,39 +123,39 @@ def prefill(
     routers = {sparsity: _deciding(routing, sparsity) for sparsity in ratios}
 
     @torch.no_grad()
-    def run(ids, sparsity, routed):
+    def run(ids, key, held, failed):
+        if key in failed:
+            return
+        sparsity, routed = key
         routing.routers = routers[sparsity]
-        with routing.force(None if routed else sparsity):
-            return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            with routing.force(None if routed else sparsity):
+                cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+            held[key] = dict(peak_bytes=torch.cuda.max_memory_allocated(), kv_bytes=kv_bytes(cache))
+        except torch.OutOfMemoryError:
+            failed.add(key)
+            torch.cuda.empty_cache()
 
     for length in lengths:
         ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
         facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
-        memory = {}
-        for routed in (False, True) if length <= 2**15 else (False,):
-            for sparsity in ratios:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                try:
-                    held = kv_bytes(run(ids, sparsity, routed))
-                except torch.OutOfMemoryError:
-                    yield dict(facts, sparsity=sparsity, error="out of memory")
-                    continue
-                memory[sparsity, routed] = dict(peak_bytes=torch.cuda.max_memory_allocated(), kv_bytes=held)
-        if not memory:
-            continue
+        keys = [(sparsity, routed) for routed in (False, True)[: 1 + (length <= MOST_ROUTED)] for sparsity in ratios]
+        held: dict[tuple[float, bool], dict] = {}
+        failed: set[tuple[float, bool]] = set()
         torch.cuda.empty_cache()
-        runs = [partial(run, ids, *key) for key in memory]
-        try:
-            times = dict(zip(memory, measure_in_turn(runs, seconds=len(runs), least=repeats, warm=0), strict=True))
-        except torch.OutOfMemoryError:  # in pieces, after all has fitted once
-            yield dict(facts, error="out of memory")
-            continue
-        for (sparsity, routed), found in times.items():
+        run(ids, (ratios[-1], False), held, failed)
+        runs = [partial(run, ids, key, held, failed) for key in keys]
+        times = dict(zip(keys, measure_in_turn(runs, seconds=10, least=repeats, warm=0), strict=True))
+        for sparsity, routed in keys:
             method = "routed" if routed else "static" if sparsity else "dense"
+            if (sparsity, routed) in failed:
+                yield dict(facts, sparsity=sparsity, method=method, error="out of memory")
+                continue
             floor = _counts(routing, length, sparsity)["flops"] / ceilings()["matmul_tflops"] / 1e9
-            yield row(found, "own-dense", times.get((0.0, False)), **facts, sparsity=sparsity, method=method,
-                      floor_ms=round(floor, 3), **memory[sparsity, routed])  # fmt: skip
+            dense = None if (0.0, False) in failed else times[0.0, False]
+            yield row(times[sparsity, routed], "own-dense", dense, **facts, sparsity=sparsity, method=method,
+                      floor_ms=round(floor, 3), **held[sparsity, routed])  # fmt: skip
 
 
 def _deciding(routing: Routing, sparsity: float) -> torch.nn.ModuleDict:
@@ -184,7 +188,8 @@ def decode(
     ------
     dict
         ``own-dense`` is the baseline; ``floor_ms`` is the bytes of weights and KV over the copy bandwidth;
-        ``capture_s`` what capture took.
+        ``capture_s`` what capture took; ``generate_ms`` what a token takes in ``generate``: the step, choosing the
+        token, and the loop.
     """
     require_gpu()
     routing = random_model(shape, compile)
@@ -202,13 +207,34 @@ def decode(
                 step.load(cache, 60)
                 times = measure(step.run, seconds=0.2, most=50, warm=3)
                 dense = times if sparsity == 0.0 else dense
+                token = _generate(routing.model, cache)
                 counts = _counts(routing, length, sparsity)
                 floor = (counts["weight_bytes"] + batch * counts["kv_bytes"]) / ceilings()["copy_tbps"] / 1e9
                 yield row(times, "own-dense", dense, **facts, sparsity=sparsity,
                           method="static" if sparsity else "dense", floor_ms=round(floor, 4),
-                          over_floor=round(times["ms"] / floor, 3), capture_s=round(step.seconds, 1))  # fmt: skip
+                          over_floor=round(times["ms"] / floor, 3), generate_ms=token,
+                          capture_s=round(step.seconds, 1))  # fmt: skip
                 del cache
                 torch.cuda.empty_cache()
+
+
+def _generate(model, cache: DynamicCache) -> float:
+    """Milliseconds of a token, greedily generated behind ``cache``: of 36 tokens less 4, which have the first one."""
+    model.generation_config.eos_token_id = None
+
+    def seconds(tokens: int) -> float:
+        past = cache.get_seq_length()
+        ids = torch.full((len(cache.layers[0].lengths), past + 1), 5, device=model.device)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        model.generate(ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    with torch.no_grad(), without_collection():
+        seconds(2)
+        few, more = ([seconds(tokens) for _ in range(2)] for tokens in (4, 36))
+    return round(1000 * (median(more) - median(few)) / 32, 4)
 
 
 def memory(shape: str, lengths: Sequence[int], sparsities: Sequence[float], gpu_bytes: int) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,12 @@ def on_device(states: torch.Tensor):
     return torch.cuda.device(states.device) if states.is_cuda else nullcontext()
 
 
+def index_on(device: torch.device, values: list[int]) -> torch.Tensor:
+    """int64 ``values`` on ``device``; the host does not wait for a GPU to take them."""
+    index = torch.tensor(values)
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
 @lru_cache
 def has_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on ``device``: an NVIDIA GPU of compute capability 8.0 or newer."""
@@ -66,8 +72,8 @@ def _dense_backends(device: torch.device, dtype: torch.dtype, dim: int) -> list[
 
 #: SDPA's choice of a backend belongs to the process, not to a thread.
 _SDPA = threading.Lock()
-#: Whether its backends are on.
-SWITCHES = (
+#: Whether each of its backends is on.
+_SWITCHES = (
     torch.backends.cuda.cudnn_sdp_enabled,
     torch.backends.cuda.flash_sdp_enabled,
     torch.backends.cuda.mem_efficient_sdp_enabled,
@@ -86,7 +92,7 @@ def _dense_backend(query_BHSD: torch.Tensor):
         return
     with _SDPA:
         # With some switched off, PyTorch would not restore the order of the others.
-        ours = all(is_on() for is_on in SWITCHES)
+        ours = all(is_on() for is_on in _SWITCHES)
         with sdpa_kernel(backends, set_priority=True) if ours else nullcontext():
             yield
 

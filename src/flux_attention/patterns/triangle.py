@@ -42,8 +42,7 @@ class Triangle(Streaming):
         output = output.clone() if output.requires_grad else output  # which its backward pass would miss
         for length in sorted(set(lengths)):
             rows = [row for row, other in enumerate(lengths) if other == length]
-            if len(rows) == len(lengths):
-                rows = slice(None)  # a list would have to be brought to the device
+            rows = slice(None) if len(rows) == len(lengths) else kernels.index_on(output.device, rows)
             last = slice(max(0, length - self.last_n), length)
             output[rows, :, last] = kernels.full(
                 query_BHSD[rows, :, last], key_BKTD[rows, :, :length], value_BKTD[rows, :, :length], scale
