@@ -69,6 +69,10 @@ def times(value):
     return "" if value is None else f"{value:.2f}"
 
 
+def both(values):
+    return ", ".join(times(value) for value in values if value is not None)
+
+
 def prefill(shape):
     meta, rows, speedups = of_shape("e2e_prefill", shape)
     if not rows:
@@ -82,11 +86,18 @@ def prefill(shape):
         [[label(n), *(f"{forced[n, r]['ms']:.0f}" if (n, r) in forced else "" for r in ratios)] for n in lengths],
     )
     table(
-        ["tokens", *(f"× at Ω {ratio}" for ratio in ratios[1:]), "floor at Ω 0.75, ms", "peak at Ω 0, 0.75, GB"],
+        [
+            "tokens",
+            *(f"× at Ω {ratio}" for ratio in ratios[1:]),
+            "× vLLM at Ω 0, 0.75",
+            "floor at Ω 0.75, ms",
+            "peak at Ω 0, 0.75, GB",
+        ],
         [
             [
                 label(n),
                 *(times(faster.get((n, r), {}).get("own-dense")) for r in ratios[1:]),
+                both(faster.get((n, r), {}).get("vllm-dense") for r in (0.0, 0.75)),
                 f"{forced[n, 0.75]['floor_ms']:.0f}" if (n, 0.75) in forced else "",
                 ", ".join(f"{forced[n, r]['peak_bytes'] / 1e9:.1f}" for r in (0.0, 0.75) if (n, r) in forced),
             ]
@@ -103,6 +114,7 @@ def prefill(shape):
                 *(times(routed[n, r]["speedup"]) for r in ratios),
             ]
             for n in sorted({n for n, _ in routed})
+            if {(n, 0.0), (n, 0.75)} <= set(routed)
         ],
     )
     if shape != "qwen3-8b":
@@ -130,8 +142,13 @@ def decode(shape):
             cells = [found.get((batch, n, ratio)) for ratio in ratios]
             if any(cells):
                 texts = [f"{c[0]['ms']:.2f} ({c[0]['over_floor']:.2f})" if c else "" for c in cells]
-                lines.append([label(n), *texts, times(found.get((batch, n, 0.75), (0, {}))[1].get("own-dense"))])
-        table(["tokens", *(f"Ω {ratio}" for ratio in ratios), "× dense at Ω 0.75"], lines)
+                faster = found.get((batch, n, 0.75), ({}, {}))[1]
+                tokens = [found.get((batch, n, ratio), ({}, {}))[0].get("generate_ms") for ratio in (0.0, 0.75)]
+                lines.append(
+                    [label(n), *texts, *(times(faster.get(f"{base}-dense")) for base in ("own", "vllm")), both(tokens)]
+                )
+        more = ["× dense at Ω 0.75", "× vLLM at Ω 0.75", "`generate` at Ω 0, 0.75, ms"]
+        table(["tokens", *(f"Ω {ratio}" for ratio in ratios), *more], lines)
     if shape != "qwen3-8b":
         return
     series = {}
@@ -171,12 +188,13 @@ def attention(name, heading, rate):
         return
     print(f"\n{heading}, {results['meta']['device']}")
     table(
-        ["tokens", "batch", "engine, method", "ms", rate[1], "baseline", "its ms", "ratio"],
+        ["tokens", "batch", "engine, method", "Ω", "ms", rate[1], "baseline", "its ms", "ratio"],
         [
             [
                 label(row["seq_len"]),
                 row["batch"],
                 f"{row['engine']}, {row['method']}",
+                row["sparsity"],
                 f"{row['ms']:.4f}",
                 row.get(rate[0], ""),
                 row.get("baseline", ""),
