@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flux_attention.evaluation.results import write_results
-from flux_attention.evaluation.speed import SHAPES
+from flux_attention.evaluation.speed import SHAPES, measure
 from flux_attention.evaluation.speed_model import ENGINES, random_cache, random_model
 from flux_attention.generation import decode_step
 
@@ -35,7 +35,6 @@ def kind(name):
 
 def kernels(run):
     """GPU time by kernel in ms, and from the first kernel's start to the last one's end."""
-    run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         run()
@@ -63,6 +62,7 @@ def main():
     rows = []
 
     def record(phase, run):
+        alone = measure(run, seconds=0.2, least=1, warm=1)["ms"]
         times, span = kernels(run)
         kinds = defaultdict(float)
         for name, ms in times.items():
@@ -77,6 +77,7 @@ def main():
                 phase=phase,
                 engine=ENGINES[args.compile],
                 ms=round(span, 4),
+                unprofiled_ms=round(alone, 4),
                 kinds={name: round(ms, 4) for name, ms in sorted(kinds.items(), key=lambda item: -item[1])},
                 idle_ms=round(span - sum(times.values()), 4),
                 largest={name[:100]: round(ms, 4) for name, ms in largest},

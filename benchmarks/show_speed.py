@@ -209,7 +209,8 @@ def attention(name, heading, rate):
 def profile():
     results = load("profile")
     for row in results["rows"]:
-        print(f"\nA {row['phase']} at {label(row['seq_len'])}, Ω {row['sparsity']}: {row['ms']:.2f} ms")
+        alone = f", {row['unprofiled_ms']:.2f} without the profiler" if "unprofiled_ms" in row else ""
+        print(f"\nA {row['phase']} at {label(row['seq_len'])}, Ω {row['sparsity']}: {row['ms']:.2f} ms{alone}")
         kinds = {**row["kinds"], "idle": row["idle_ms"]}
         table(
             ["kind", "ms", "share"],
