@@ -682,12 +682,32 @@ def test_two_processes_give_the_same_run_as_one(recipe, tmp_path, sharding):
         assert f"going on from {shared / 'checkpoint-4'}" in run()
         after = load_file(shared / "routers.safetensors")
         assert all(torch.equal(before[name], after[name]) for name in before)
-    for one, two in zip(losses(alone), losses(shared), strict=True):
-        assert one[0] == two[0] and one[1:3] == pytest.approx(two[1:3], abs=1e-4)
-        assert one[3] == pytest.approx(two[3], abs=1e-6) if one[3] is not None else two[3] is None
+    same_losses(alone, shared, 1e-4)
     first, second = (load_file(folder / "routers.safetensors") for folder in (alone, shared))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+def same_losses(alone, shared, tolerance):
+    for one, two in zip(losses(alone), losses(shared), strict=True):
+        assert one[0] == two[0] and one[1:3] == pytest.approx(two[1:3], abs=tolerance)
+        assert one[3] == pytest.approx(two[3], abs=1e-6) if one[3] is not None else two[3] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sharding", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_two_gpus_give_the_same_run_as_one(recipe, tmp_path, sharding):
+    folders = [tmp_path / "alone", tmp_path / "shared"]
+    for processes, folder in enumerate(folders, 1):
+        recipe.output = str(folder)
+        if processes == 2:
+            recipe.training = {**recipe.training, **sharding}
+        devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes)))}
+        run = command(recipe, tmp_path, processes)
+        done = subprocess.run(run, env={**environment(), **devices}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    same_losses(*folders, 2e-3)
 
 
 def test_too_few_packs_are_refused(recipe):
