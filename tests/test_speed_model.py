@@ -69,4 +69,4 @@ def test_a_decode_step_and_a_generated_token(monkeypatch):
     monkeypatch.setitem(speed.SHAPES, "tiny", {**speed.SHAPES["qwen3-8b"], **SIZES, "head_dim": 64})
     rows = list(speed_model.decode("tiny", [4096], [1, 2], [0.5], compile=False))
     assert [(row["batch"], row["sparsity"]) for row in rows] == [(1, 0.0), (1, 0.5), (2, 0.0), (2, 0.5)]
-    assert all(row["ms"] > 0 and row["ms_min"] < row["generate_ms"] for row in rows)
+    assert all(row["ms"] > 0 and row["generate_ms"] > 0 for row in rows)
