@@ -234,5 +234,7 @@ def test_the_command_evaluates_the_shipped_model(tmp_path):
     result = flux("eval", "shipped", *arguments, "--text", str(text), "--output", str(tmp_path / "o"))
     assert result.returncode == 0, result.stderr
     assert "routed (routers)" in result.stdout and (tmp_path / "o" / "report.html").exists()
+    results = json.loads((tmp_path / "o/quality.json").read_text())
+    assert results["meta"]["settings"]["model"] == "flux-attention/shipped"  # not where this machine has it
     wrong = flux("eval", "shipped", "--families", "poems", "--text", str(text), "--output", str(tmp_path / "p"))
     assert wrong.returncode == 1 and "unknown families" in wrong.stderr and len(wrong.stderr.splitlines()) == 1

@@ -127,6 +127,7 @@ def _load_model(model: str, device: str | None, dtype: str):
             raise _UserError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or auto")
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+            loaded.config.name_or_path = shipped.model_name(model)
             return loaded, AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise _UserError(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+#: What it is called in results and adapters, wherever it lies.
+NAME = "flux-attention/shipped"
 #: Stock transformers checkpoint with its tokenizer.
 BACKBONE = Path(__file__).parent / "backbone"
 #: Router adapter for it.
@@ -16,6 +18,11 @@ ROUTERS = Path(__file__).parent / "routers"
 def model_path(model: str) -> str:
     """Where the model called ``shipped`` lies; any other name as it is."""
     return str(BACKBONE) if model == "shipped" else model
+
+
+def model_name(model: str) -> str:
+    """What the model called ``shipped`` is called in results and adapters; any other name as it is."""
+    return NAME if model == "shipped" else model
 
 
 def adapter_path(adapter: str) -> str:
@@ -43,6 +50,7 @@ def load_shipped():
     logging.disable_progress_bar()  # of loading 112 tensors, which takes no time
     try:
         model = AutoModelForCausalLM.from_pretrained(BACKBONE, dtype="float32").eval()
+        model.config.name_or_path = NAME
         tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
     finally:
         if bars:

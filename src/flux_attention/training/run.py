@@ -21,9 +21,6 @@ from flux_attention.training.data import PackedExamples, check_sources, load_dat
 from flux_attention.training.recipe import Recipe, RecipeError
 from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
 
-#: The name that adapters give the model that comes along.
-SHIPPED = "flux-attention/shipped"
-
 
 def load_model(recipe: Recipe) -> Routing:
     """
@@ -42,7 +39,7 @@ def load_model(recipe: Recipe) -> Routing:
             f"max_length is {recipe.max_length}, but {recipe.model} has {most} positions: shorten it, or extend them "
             "by `config`, with rope_parameters that fit and max_position_embeddings"
         )
-    model.config.name_or_path = SHIPPED if recipe.model == "shipped" else recipe.model
+    model.config.name_or_path = shipped.model_name(recipe.model)
     routers = recipe.flux_config if recipe.start is None else shipped.adapter_path(recipe.start)
     return attach(model, routers)
 
@@ -212,7 +209,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
     recipe, routing = trainer.recipe, trainer.routing
     base = routing.config.base_model
     of, kind = ("Layer", "layers") if routing.config.granularity == "layer" else ("Head", "KV heads")
-    arguments = ["BACKBONE" if base.name == SHIPPED else repr(base.name)]
+    arguments = ["BACKBONE" if base.name == shipped.NAME else repr(base.name)]
     arguments += [f"{key}={value!r}" for key, value in recipe.config.items()]  # what the routers were trained with
     lines = [
         "---",
@@ -230,7 +227,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         "```python",
         "from flux_attention import attach",
         "from transformers import AutoModelForCausalLM",
-        *(["from flux_attention.shipped import BACKBONE"] if base.name == SHIPPED else []),
+        *(["from flux_attention.shipped import BACKBONE"] if base.name == shipped.NAME else []),
         "",
         f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
         'routing = attach(model, "path or id of this adapter")',
