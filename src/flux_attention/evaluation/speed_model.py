@@ -9,6 +9,7 @@ Shape suffixes: B batch, K KV heads, C capacity, D head dim.
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -33,6 +34,8 @@ MOST_ROUTED = 2**16
 
 def random_model(shape: str, compile: bool) -> Routing:
     """A model of a named shape with random bf16 weights on the GPU, and fresh routers attached."""
+    gc.collect()  # an earlier model, which refers to itself
+    torch.cuda.empty_cache()
     config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=2**20)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
