@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from show_speed import table
 
 from flux_attention.evaluation.quality import METHODS
-from flux_attention.evaluation.report import heat_map, summary, trade_off
+from flux_attention.evaluation.report import difference, heat_map, summary, trade_off
 from flux_attention.training import Recipe
 
 HERE = Path(__file__).parent
@@ -67,6 +67,52 @@ def by_class(rows, length):
     table([f"{length:,} tokens", "Ω_MSR", *kinds, "accuracy", "− dense, points", "perplexity ÷ dense"], lines)
 
 
+def differences(rows, length):
+    """One line for each target and what routers are set beside: mean over seeds, and least and most of them."""
+    groups, lines = grouped(rows, length), []
+    for name, seeds in groups.items():
+        method, _, goal = name.partition(" ")
+        rivals = {"routed": [f"static {goal}", f"head {goal}"], "head": [f"head-static {goal}"]}.get(method, [])
+        for rival in ["dense", *rivals] if method in ("routed", "head") else []:
+            if rival not in groups:
+                continue
+            found = [
+                (difference(list(seed.values()), list(other.values())), seed, other)
+                for seed in seeds
+                for other in groups[rival]
+            ]
+            if any(points is None or ratio is None for (points, ratio), _, _ in found):
+                continue  # of an older version
+            sparser = [
+                fmean(row["sparsity"] for row in seed.values()) - fmean(row["sparsity"] for row in other.values())
+                for _, seed, other in found
+            ]
+            lines.append(
+                [
+                    name,
+                    rival,
+                    over_seeds((points[0] for (points, _), _, _ in found), "+.1f"),
+                    f"± {fmean(points[1] for (points, _), _, _ in found):.1f}",
+                    over_seeds((ratio[0] for (_, ratio), _, _ in found), ".3f"),
+                    over_seeds(sparser, "+.3f"),
+                ]
+            )
+    if lines:
+        table([f"{length:,} tokens", "beside", "points", "of one seed, 95 %", "perplexity ÷", "Ω_MSR −"], lines)
+
+
+def seeds_as_one(rows):
+    """Rows with the mean of each target's seeds."""
+    found = []
+    for length in dict.fromkeys(row["seq_len"] for row in rows):
+        for seeds in grouped(rows, length).values():
+            for task, row in seeds[0].items():
+                some = [seed[task] for seed in seeds]
+                numbers = [name for name in ("accuracy", "perplexity", "sparsity") if name in row]
+                found.append({**row, **{name: fmean(each[name] for each in some) for name in numbers}})
+    return found
+
+
 def by_family(rows, length, methods):
     """One line a family: accuracy and Ω_MSR of each method."""
     groups = grouped(rows, length)
@@ -86,8 +132,9 @@ def main():
     rows = json.loads((HERE / "results/quality.json").read_text())["rows"]
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux"})
     for length in dict.fromkeys(row["seq_len"] for row in rows):
-        save(trade_off(rows, length), f"quality_{length}")
+        save(trade_off(seeds_as_one(rows), length), f"quality_{length}")
         by_class(rows, length)
+        differences(rows, length)
     by_family(rows, 4096, ["dense", "routed (0.5)", "routed (0.65)", "static (0.65)"])
     for name in ("0.5", "0.65"):
         figure = heat_map(rows, 4096, grouped(rows, 4096)[f"routed ({name})"][0]["plain"]["routers"])

@@ -1,9 +1,11 @@
 """Evaluating by method: what each one forces, intervals, going on, and the report."""
 
+import importlib.util
 import json
 import math
 import re
 import xml.dom.minidom
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,8 +121,15 @@ def test_what_is_done_is_not_measured_again(setting, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         quality.run(evaluation, tmp_path, False, stop)
     assert len(json.loads((tmp_path / "quality.json").read_text())["rows"]) == 3
+    monkeypatch.setenv("FLUX_COMMIT", "later")
     rows = quality.run(evaluation, tmp_path, False, lambda text: None)
     assert len(ran) == 4 and len(rows) == 4
+    results = json.loads((tmp_path / "quality.json").read_text())
+    assert results["meta"]["commit"] == "later"
+    assert ["commit" in row for row in results["rows"]] == [True, True, True, False]  # which are of the commit before
+    monkeypatch.setenv("FLUX_COMMIT", "latest")
+    quality.run(evaluation, tmp_path, False, lambda text: None)  # nothing is left to measure
+    assert json.loads((tmp_path / "quality.json").read_text()) == results
     with pytest.raises(ValueError, match=r"other settings \(samples\)"):
         quality.run(make(setting, methods=["dense"], samples=2), tmp_path, False, lambda text: None)
     assert len(quality.run(make(setting, methods=["dense"], samples=2), tmp_path, True, lambda text: None)) == 2
@@ -238,3 +247,58 @@ def test_the_command_evaluates_the_shipped_model(tmp_path):
     assert results["meta"]["settings"]["model"] == "flux-attention/shipped"  # not where this machine has it
     wrong = flux("eval", "shipped", "--families", "poems", "--text", str(text), "--output", str(tmp_path / "p"))
     assert wrong.returncode == 1 and "unknown families" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+
+
+def _script(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
+    """Three seeds of one target beside rivals that are measured once, and beside heads."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    show = _script(root / "benchmarks/show_quality.py", "show_quality")
+
+    def rows(method, routers, sparsity, right, nats):
+        facts = dict(method=method, routers=routers, seq_len=4096, sparsity=sparsity, n=10)
+        scores = [1] * right + [0] * (10 - right)
+        yield dict(facts, task="count", accuracy=right / 10, scores=scores)
+        yield dict(facts, task="plain", perplexity=math.exp(nats), scores=[nats - 0.1, nats + 0.1] * 5)
+
+    names = [f"layer-0.65-{seed}" for seed in range(3)]
+    every = [
+        *rows("dense", None, 0.0, 10, 1.0),
+        *(row for seed, name in enumerate(names) for row in rows("routed", name, 0.7, 9 - seed, 1.0)),
+        *rows("static", names[0], 0.6, 5, 1.1),
+        *rows("head", "head-0.65-0", 0.65, 8, 1.0),
+    ]
+    show.differences(every, 4096)
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    found = {(line[0].strip("| "), line[1]): line[2] for line in lines[3:]}
+    assert found["routed (0.65)", "dense"] == "-20.0 (-30.0 to -10.0)"
+    assert found["routed (0.65)", "static (0.65)"] == "+30.0 (+20.0 to +40.0)"
+    assert found["routed (0.65)", "head (0.65)"] == "+0.0 (-10.0 to +10.0)"
+    assert found["head (0.65)", "dense"] == "-20.0"
+    (mean,) = [row for row in show.seeds_as_one(every) if (row["method"], row["task"]) == ("routed", "count")]
+    assert mean["accuracy"] == pytest.approx(0.8)
+
+
+def test_parts_of_the_study_are_merged_if_measured_alike(tmp_path, monkeypatch):
+    study = _script(Path(__file__).parents[1] / "recipes/study/run.py", "study")
+    monkeypatch.setattr(study, "write_report", lambda path, folder: (path, path))
+    meta = dict(device="a", torch="1", transformers="1", commit="c", settings={"adapters": []})
+    row = dict(task="count", seq_len=4096, sparsity=0.0, n=2, accuracy=0.5)
+    for name, commit, rows in (
+        ("one", "c", [dict(row, method="dense", routers=None), dict(row, method="routed", routers="one")]),
+        ("two", "c", [dict(row, method="dense", routers=None), dict(row, method="routed", routers="two")]),
+        ("other", "d", []),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"meta": {**meta, "commit": commit}, "rows": rows}))
+    parts = [tmp_path / "one.json", tmp_path / "two.json"]
+    study.merge(parts, tmp_path / "all.json")
+    assert len(json.loads((tmp_path / "all.json").read_text())["rows"]) == 3
+    with pytest.raises(SystemExit, match=r"measured with commit \['c', 'd'\]"):
+        study.merge([*parts, tmp_path / "other.json"], tmp_path / "all.json")

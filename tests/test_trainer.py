@@ -120,6 +120,9 @@ def test_recipes_round_trip_and_default_to_the_papers(tmp_path):
         (dict(dtype="float16"), "dtype is 'float16'"),
         (dict(objective=dict(temperature_until=0)), "temperature_until must be above 0"),
         (dict(training=dict(num_train_epochs=3)), "training.num_train_epochs cannot be set"),
+        (dict(training=dict(save_only_model=True)), "training.save_only_model cannot be set"),
+        (dict(training=dict(logging_steps=0.1)), "training.logging_steps is 0.1, expected a whole number"),
+        (dict(training=dict(save_steps=0)), "training.save_steps is 0, expected a whole number"),
         (dict(training=dict(save_steps=5, logging_steps=2)), "multiple of logging_steps"),
         (dict(training=dict(max_steps=0)), "max_steps is 0"),
         (dict(model=""), "model is ''"),
@@ -258,6 +261,12 @@ def test_sources_that_cannot_be_read_are_named(recipe, tokenizer, tmp_path):
         ({"path": "x.jsonl", "lines": 3}, RecipeError, r"unknown keys \['lines'\]"),
         ({"generated": 0, "tasks": {}}, RecipeError, "how many sequences"),
         ({"generated": 5}, RecipeError, "have no target"),
+        ({"generated": 5, "tasks": None}, RecipeError, "tasks is None"),
+        (
+            {"generated": 5, "tasks": {"plain": "Code"}, "lengths": ["a"]},
+            RecipeError,
+            "expected a list of whole numbers",
+        ),
         ({"generated": 5, "tasks": {"poems": PLAIN}}, RecipeError, r"unknown families \['poems'\]"),
         ({"generated": 5, "tasks": []}, RecipeError, r"tasks is \[\], expected dict"),
         ({"generated": 5, "tasks": {}}, RecipeError, "of 0 families"),
@@ -484,14 +493,21 @@ def test_training_goes_on_from_an_adapter(recipe, tmp_path):
         load_model(Recipe.from_dict({**values, "start": str(tmp_path)}))
 
 
-def test_a_restart_forgets_the_run_before(recipe):
+def test_a_restart_forgets_the_run_before(recipe, tmp_path):
     train(recipe)
     recipe.targets = {**recipe.targets, "Code": 0.1}
     with pytest.raises(RecipeError, match="targets differ"):
         train(recipe)
     recipe.training["max_steps"] = 4
+    folder, data = Path(recipe.output), recipe.data
+    recipe.data = [{"path": str(tmp_path / "none.jsonl")}]
+    with pytest.raises(DataError):  # before anything is lost
+        train(recipe, restart=True)
+    assert last_checkpoint(folder) is not None and (folder / "routers.safetensors").exists()
+    (tmp_path / "bad.jsonl").write_text("{\n" * 12)
+    recipe.data = [*data, {"path": str(tmp_path / "bad.jsonl")}]
     train(recipe, restart=True)
-    folder = Path(recipe.output)
+    assert len((folder / "malformed.txt").read_text().splitlines()) == 12
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert len(losses(folder)) == 4
 

@@ -94,15 +94,21 @@ def held_out_text(folder: Path) -> Path:
 
 def evaluate(args, names):
     text = held_out_text(args.folder)
+    begun = {name for name in names if (args.folder / "recipes" / f"{name}.yaml").exists()}
     names = {name: parts for name, parts in names.items() if (args.folder / "routers" / name / "README.md").exists()}
+    if begun - set(names):
+        sys.exit(f"{', '.join(sorted(begun - set(names)))}: begun, not finished; run.py routers goes on with them")
     if not names:
         sys.exit(f"no trained routers in {args.folder / 'routers'}: run.py routers trains them")
     print(f"judging {', '.join(names)}", flush=True)
     # Those that routers were trained on: the backbone was, too.
     families = list(itertools.chain.from_iterable(source["tasks"] for source in Recipe.from_yaml(args.recipe).data))
-    model, commands = str(args.model or args.folder / "backbone"), {}
-    for name, (_, _, granularity) in names.items():
-        methods = "routed,static,random" if granularity == "layer" else "head,head-static"
+    model, commands, targets = str(args.model or args.folder / "backbone"), {}, set()
+    for name, (_, target, granularity) in names.items():
+        methods, rivals = ("routed", ",static,random") if granularity == "layer" else ("head", ",head-static")
+        if (target, granularity) not in targets:  # they do not depend on the routers' seed
+            methods += rivals
+        targets.add((target, granularity))
         if name == next(iter(names)):  # what does not depend on routers, once
             methods = f"dense,sparse,{methods}"
         options = {
@@ -118,15 +124,16 @@ def evaluate(args, names):
         }
         commands[name] = [*CLI, "eval", model, *map(str, itertools.chain.from_iterable(options.items()))]
     run_all(commands, args.jobs, args.folder / "eval" / "logs")
-    merge([args.folder / "eval" / name / "quality.json" for name in names], args.folder / "eval" / "quality.json")
+    merge(sorted(args.folder.glob("eval/*/quality.json")), args.folder / "eval" / "quality.json")
 
 
 def merge(parts: list[Path], path: Path) -> None:
     """One result file of all, and its report."""
     found = [json.loads(part.read_text()) for part in parts]
     meta = found[0]["meta"]
-    if len(devices := {part["meta"]["device"] for part in found}) > 1:
-        sys.exit(f"measured on {sorted(devices)}: evaluate all on one device")
+    for fact in ("device", "torch", "transformers", "commit"):
+        if len(values := {part["meta"][fact] for part in found}) > 1:
+            sys.exit(f"measured with {fact} {sorted(map(str, values))}: evaluate all with one")
     meta["settings"]["adapters"] = [adapter for part in found for adapter in part["meta"]["settings"]["adapters"]]
     # A run that was extended may hold what does not depend on routers twice.
     rows = {row_key(row): row for part in found for row in part["rows"]}.values()

@@ -32,7 +32,7 @@ import torch
 
 from flux_attention.attach import attach
 from flux_attention.evaluation.harness import Scores, check_head, evaluate
-from flux_attention.evaluation.results import write_results
+from flux_attention.evaluation.results import environment, write_results
 from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Sample, make_sample
 from flux_attention.routes import unit_name
 
@@ -141,7 +141,9 @@ class Evaluation:
         return {
             "model": getattr(self.model.config, "_name_or_path", ""),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.model.device.type,
+            "device": torch.cuda.get_device_name(self.model.device)
+            if self.model.device.type == "cuda"
+            else self.model.device.type,
             "adapters": [[adapter, adapter_hash(adapter)] for adapter in self.adapters],
             "samples": self.samples,
             "calibration": self.calibration,
@@ -296,11 +298,15 @@ def run(evaluation: Evaluation, folder: Path, restart: bool, tell: Callable[[str
             raise ValueError(
                 f"{path} holds results of other settings ({', '.join(changed)}): use another folder, or --restart"
             )
+        commit = before["meta"].get("commit")
+        if commit != environment()["commit"]:  # the file's will be this one
+            before["rows"] = [{"commit": commit, **row} for row in before["rows"]]
         done = before["rows"]
     rows: list[dict[str, Any]] = []
     for row in evaluation.rows(done, tell):
         rows.append(row)
         written = set(map(row_key, rows))
         later = [old for old in done if row_key(old) not in written]
-        write_results(path, rows + later, settings=settings)
+        if row not in done:
+            write_results(path, rows + later, settings=settings)
     return rows

@@ -270,7 +270,7 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
     intro = (
         "Right answers: every token of the answer is the most likely one, so that greedy generation would give it. "
         "All methods see the same samples. Static and random layers are as many as routed inputs use on average, "
-        "rounded up."
+        "rounded up. Intervals are about other samples, not about other seeds in training."
     )
     facts = {key: value for key, value in data["meta"].items() if key != "settings"}
     facts |= data["meta"].get("settings", {})

@@ -95,7 +95,7 @@ class Report:
             lines.append(f"{len(self.malformed):,} malformed records were left out:")
             lines += [f"  {where}: {reason}" for where, reason in self.malformed[:10]]
             if len(self.malformed) > 10:
-                lines.append(f"  … and {len(self.malformed) - 10:,} more")
+                lines.append(f"  … and {len(self.malformed) - 10:,} more; malformed.txt in the output has them all")
         return "\n".join(lines)
 
 
@@ -464,8 +464,14 @@ def _generated(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> 
 
     tasks = source.get("tasks", GENERATED_TASKS)
     lengths = source.get("lengths", [min(4096, recipe.max_length)])
+    if not isinstance(tasks, dict):
+        raise RecipeError(f"data: tasks is {tasks!r}, expected the task class of each family")
+    if not isinstance(lengths, list) or not all(isinstance(length, int) for length in lengths):
+        raise RecipeError(f"data: lengths is {lengths!r}, expected a list of whole numbers")
     if missing := sorted(set(tasks.values()) - set(recipe.targets)):
-        raise RecipeError(f"data: task classes {missing} have no target in the recipe")
+        raise RecipeError(
+            f"data: task classes {missing} have no target in the recipe: add them, or name others in tasks"
+        )
     if unknown := sorted(set(tasks) - set(EVERY_FAMILY)):
         raise RecipeError(f"data: unknown families {unknown}; known are {list(EVERY_FAMILY)}")
     if not lengths or min(lengths) < 256 or max(lengths) > recipe.max_length:

@@ -54,6 +54,10 @@ TAKEN = {
     "activation_checkpointing": "gradient_checkpointing, outside of training",
     "bf16": "dtype",
     "fp16": "dtype",
+    "save_only_model": "none: a run goes on from its checkpoints",
+    "ignore_data_skip": "none: a run goes on to the same end",
+    "data_seed": "training.seed",
+    "label_smoothing_factor": "none",
     "eval_strategy": "none: flux-attention eval judges adapters",
     "load_best_model_at_end": "none: flux-attention eval judges adapters",
 }
@@ -193,7 +197,10 @@ class Recipe:
             setattr(self, name, json.loads(json.dumps(getattr(self, name), default=str)))
         args = self.training_arguments
         saves, logs = args["save_steps"], args["logging_steps"]
-        if isinstance(saves, int) and isinstance(logs, int) and saves % max(1, logs):
+        for name, value in (("save_steps", saves), ("logging_steps", logs)):
+            if not isinstance(value, int) or value < 1:
+                raise RecipeError(f"training.{name} is {value!r}, expected a whole number, at least 1")
+        if saves % logs:
             raise RecipeError(f"training.save_steps is {saves}, expected a multiple of logging_steps ({logs})")
         if not isinstance(args["max_steps"], int) or args["max_steps"] < 1:
             raise RecipeError(f"training.max_steps is {args['max_steps']!r}, expected a whole number, at least 1")
@@ -242,7 +249,9 @@ class Recipe:
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe, all defaults written out."""
         text = yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
+        whole = Path(f"{path}.tmp")  # a full disk or a kill leaves the old one whole
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from flux_attention.training.data import PackedExamples, check_sources, load_dat
 from flux_attention.training.recipe import Recipe, RecipeError
 from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
 
+#: What a run leaves in its folder when it is done; the card last.
+RESULTS = ("README.md", "training.svg", "training_log.json", "routers.safetensors", "flux_config.json", "malformed.txt")
+
 
 def load_model(recipe: Recipe) -> Routing:
     """
@@ -70,7 +73,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     Train routers by a recipe; a run that was interrupted goes on from its last checkpoint.
 
     The output folder gets the adapter (``flux_config.json``, ``routers.safetensors``), ``README.md`` (its card),
-    ``training.svg``, ``training_log.json`` and ``recipe.yaml``.
+    ``training.svg``, ``training_log.json``, ``recipe.yaml``, and ``malformed.txt`` if records were left out.
 
     Parameters
     ----------
@@ -97,10 +100,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     main = args.process_index == 0
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise ImportError("matplotlib is missing, which draws the run: pip install 'flux-attention[train]'")
-    if restart and main:
-        for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
-    elif not restart:
+    if not restart:
         check_output(recipe, folder)
     # Before the model: what is wrong with data is known before a large one is loaded.
     data, report = load_data(recipe, AutoTokenizer.from_pretrained(shipped.model_path(recipe.model)))
@@ -122,7 +122,15 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     trainer.accelerator.wait_for_everyone()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:  # whatever lies there is not of this run
+            for old in folder.glob("checkpoint-*") if restart else ():
+                shutil.rmtree(old)
+            for name in RESULTS:
+                (folder / name).unlink(missing_ok=True)
         recipe.to_yaml(folder / "recipe.yaml")
+        if report.malformed:
+            lines = "".join(f"{where}: {reason}\n" for where, reason in report.malformed)
+            (folder / "malformed.txt").write_text(lines, encoding="utf-8")
         (folder / "data.sha256").write_text(digest + "\n")
     state = None if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
     try:
