@@ -261,7 +261,7 @@ def test_sources_that_cannot_be_read_are_named(recipe, tokenizer, tmp_path):
         ({"path": "x.jsonl", "lines": 3}, RecipeError, r"unknown keys \['lines'\]"),
         ({"generated": 0, "tasks": {}}, RecipeError, "how many sequences"),
         ({"generated": 5}, RecipeError, "have no target"),
-        ({"generated": 5, "tasks": None}, RecipeError, "tasks is None"),
+        ({"generated": 5, "tasks": None}, RecipeError, "tasks is None, expected dict"),
         (
             {"generated": 5, "tasks": {"plain": "Code"}, "lengths": ["a"]},
             RecipeError,

@@ -422,9 +422,9 @@ def check_sources(recipe: Recipe) -> None:
         for key, types in (("path", str), ("name", str), ("split", str), ("limit", int), ("chat_template", bool),
                            ("chat_template_kwargs", dict), ("lengths", list), ("tasks", dict), ("max_chars", int),
                            ("held_out", bool)):  # fmt: skip
-            if not isinstance(source.get(key), (types, type(None))) or (types is int and source.get(key, 1) is True):
+            if key in source and (not isinstance(source[key], types) or (types is int and source[key] is True)):
                 raise RecipeError(f"data: {key} is {source[key]!r}, expected {types.__name__}")
-        if source.get("limit") is not None and source["limit"] < 1:
+        if source.get("limit", 1) < 1:
             raise RecipeError(f"data: limit is {source['limit']}, expected at least 1")
         if kind is None or (unknown := sorted(set(source) - SOURCES[kind])):
             what = f"unknown keys {unknown}" if kind else f"neither of {list(SOURCES)}"
@@ -464,9 +464,7 @@ def _generated(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> 
 
     tasks = source.get("tasks", GENERATED_TASKS)
     lengths = source.get("lengths", [min(4096, recipe.max_length)])
-    if not isinstance(tasks, dict):
-        raise RecipeError(f"data: tasks is {tasks!r}, expected the task class of each family")
-    if not isinstance(lengths, list) or not all(isinstance(length, int) for length in lengths):
+    if not all(isinstance(length, int) for length in lengths):
         raise RecipeError(f"data: lengths is {lengths!r}, expected a list of whole numbers")
     if missing := sorted(set(tasks.values()) - set(recipe.targets)):
         raise RecipeError(
