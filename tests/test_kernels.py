@@ -301,38 +301,41 @@ def test_gradients_of_dense_prefill(dim, length):
         assert (a.double() - e).norm() < 2e-2 * e.norm() + 1e-3 * math.sqrt(a.numel())
 
 
-def test_backends_that_the_user_switched_off_stay_off(monkeypatch):
-    """SDPA's switches are the process's own: dense prefill orders what is on, and leaves them as they were."""
-    states = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 1, 128))
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """States for which dense prefill orders SDPA's backends; no GPU is needed to look at the order."""
     monkeypatch.setattr(kernels, "_dense_backends", lambda *args: BACKENDS)
+    return SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 1, 128))
+
+
+def test_backends_that_the_user_switched_off_stay_off(on_hopper):
+    """SDPA's switches are the process's own: dense prefill orders what is on, and leaves them as they were."""
     cuda = torch.backends.cuda
 
     def on():
         return [is_on() for is_on in kernels._SWITCHES]
 
     before, order = on(), torch._C._get_sdp_priority_order()
-    with kernels._dense_backend(states):
+    with kernels._dense_backend(on_hopper):
         assert on() == [True] * 4
         assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
     try:
         cuda.enable_cudnn_sdp(False)
-        with kernels._dense_backend(states):
+        with kernels._dense_backend(on_hopper):
             assert on() == [False, True, True, True] and torch._C._get_sdp_priority_order() == order
-        with sdpa_kernel(SDPBackend.MATH), kernels._dense_backend(states):
+        with sdpa_kernel(SDPBackend.MATH), kernels._dense_backend(on_hopper):
             assert on() == [False, False, False, True]
     finally:
         cuda.enable_cudnn_sdp(True)
     assert on() == before and torch._C._get_sdp_priority_order() == order
 
 
-def test_threads_do_not_mix_up_the_order_of_backends(monkeypatch):
-    states = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 1, 128))
-    monkeypatch.setattr(kernels, "_dense_backends", lambda *args: BACKENDS)
+def test_threads_do_not_mix_up_the_order_of_backends(on_hopper):
     order, seen = torch._C._get_sdp_priority_order(), []
 
     def work():
         for _ in range(200):
-            with kernels._dense_backend(states):
+            with kernels._dense_backend(on_hopper):
                 seen.append(torch._C._get_sdp_priority_order()[0])
                 time.sleep(0)
 

@@ -7,9 +7,14 @@ from flux_attention.cache import kv_bytes
 from flux_attention.evaluation import speed, speed_model
 
 SIZES = dict(
-    vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-)  # fmt: skip
+    vocab_size=500,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 
 
 @pytest.fixture
@@ -17,7 +22,7 @@ def measured(monkeypatch):
     """Rows of a tiny shape on the CPU, each run "taking" as long as its number of full layers; and what was run."""
     monkeypatch.setitem(speed.SHAPES, "tiny", {**speed.SHAPES["qwen3-8b"], **SIZES})
     monkeypatch.setattr(speed_model, "require_gpu", lambda: None)
-    monkeypatch.setattr(speed_model, "ceilings", lambda: {"matmul_tflops": 1.0})
+    monkeypatch.setattr(speed, "ceilings", lambda: {"matmul_tflops": 1.0})
     for name, value in (("empty_cache", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 7)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
 

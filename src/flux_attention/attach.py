@@ -561,6 +561,11 @@ def _with_decode_loop(stock: type, routing: Routing) -> type:
     return type(stock.__name__, (stock,), names)
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model's positions reach to; None if its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 # --- Attach -----------------------------------------------------------------------------------------------------
 
 

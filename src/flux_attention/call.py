@@ -95,13 +95,14 @@ class Call:
         self.logits: dict[int, torch.Tensor] = {}
         self.gates: dict[int, torch.Tensor] = {}
         self.forced: torch.Tensor | None = None
-        # Of each row, all that its routers' decision is about; and whether that is too short to be routed.
-        self.contexts = [old + new for old, new in zip(self.past, prompt_lengths, strict=True)]
-        self.short = [length < routing.min_tokens for length in self.contexts]
-        if self.decides and routing.forced is not None:
-            self.forced = parse_routes(routing.forced, self.batch, routing.units)
-        elif self.decides and routing.temperature is None and all(self.short):
-            self.forced = parse_routes("full", self.batch, routing.units)
+        if self.decides:
+            # Of each row, all that its routers' decision is about; and whether that is too short to be routed.
+            self.contexts = [old + new for old, new in zip(self.past, prompt_lengths, strict=True)]
+            self.short = [length < routing.min_tokens for length in self.contexts]
+            if routing.forced is not None:
+                self.forced = parse_routes(routing.forced, self.batch, routing.units)
+            elif routing.temperature is None and all(self.short):
+                self.forced = parse_routes("full", self.batch, routing.units)
         # Whether both branches run and the gates carry gradients; kept here as recomputation may come after the
         # `soft` block has ended.
         self.temperature = routing.temperature if self.decides and self.forced is None else None

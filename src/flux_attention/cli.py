@@ -147,7 +147,9 @@ def _load(model: str, routers: str | None, device: str | None, dtype: str):
 
 def _encode(tokenizer, text: str, model, new_tokens: int = 0):
     ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from flux_attention.attach import max_positions
+
+    most = max_positions(model)
     if most and ids.shape[1] + new_tokens > most:
         wanted = f" and {new_tokens} are to be generated" if new_tokens else ""
         raise _UserError(f"the prompt has {ids.shape[1]} tokens{wanted}, the model reads at most {most}; shorten it")

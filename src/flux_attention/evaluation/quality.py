@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from flux_attention.attach import attach
+from flux_attention.attach import attach, max_positions
 from flux_attention.evaluation.harness import Scores, check_head, evaluate
 from flux_attention.evaluation.results import environment, write_results
 from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Sample, make_sample
@@ -123,7 +123,7 @@ class Evaluation:
         for what, found, known in (("families", families, EVERY_FAMILY), ("methods", methods, METHODS)):
             if unknown := sorted(set(found) - set(known)):
                 raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}")
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most = max_positions(model)
         if most and max(lengths) > most:
             raise ValueError(
                 f"samples of {max(lengths)} tokens do not fit into the model's {most} positions: shorten them, or "

@@ -133,6 +133,11 @@ def ceilings() -> dict[str, float]:
     return {"copy_tbps": 2 * size / copy / 1e9, "matmul_tflops": 2 * 8192**3 / product / 1e9}
 
 
+def floor_ms(work: float, ceiling: str) -> float:
+    """Milliseconds of FLOPs or bytes at one of the ``ceilings``."""
+    return work / ceilings()[ceiling] / 1e9
+
+
 def row(times: dict[str, float], baseline: str, base: dict[str, float] | None, **facts: Any) -> dict[str, Any]:
     """A result row: ``facts``, ``times``, and the baseline of the same run."""
     numbers = {name: round(value, 5) if isinstance(value, float) else value for name, value in times.items()}
@@ -191,12 +196,12 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
     query, key, value = (_states(1, count, length, dim) for count in (heads, kv_heads, kv_heads))
     facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill")
 
+    def floor(flops):
+        return {"floor_ms": round(floor_ms(flops, "matmul_tflops"), 5)}
+
     def rate(times, pattern):
         flops = 4 * pattern.pairs(length) * heads * dim
-        return {
-            "tflops": round(flops / times["ms"] / 1e9, 1),
-            "floor_ms": round(flops / ceilings()["matmul_tflops"] / 1e9, 5),
-        }
+        return {"tflops": round(flops / times["ms"] / 1e9, 1), **floor(flops)}
 
     dense = {name: measure(partial(_sdpa, name, query, key, value, True)) for name in BACKENDS}
     for name, times in dense.items():
@@ -222,9 +227,8 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
         share = few / kv_heads
         mean = _mean(share, ours, dense["sdpa-cudnn"])
         flops = 4 * (share * PATTERN.pairs(length) + (1 - share) * Full().pairs(length)) * heads * dim
-        floor = round(flops / ceilings()["matmul_tflops"] / 1e9, 5)
         yield row(measure(partial(by_head, few)), "routed", mean, **facts, sparsity=share, engine="flux",
-                  method="head", floor_ms=floor)  # fmt: skip
+                  method="head", **floor(flops))  # fmt: skip
 
 
 class _Rows:
@@ -238,6 +242,7 @@ class _Rows:
             min(length, kept) if kind == kernels.RING else length for length, kind in zip(lengths, kinds, strict=True)
         ]
         self.bytes = 4 * sum(held) * kv_heads * dim
+        self.floor_ms = round(floor_ms(self.bytes, "copy_tbps"), 5)
         batch, device = len(lengths), torch.device("cuda")
         self.space = DecodeSpace(batch, heads, kv_heads, dim, device)
         self.buffers, tables = [], []
@@ -293,10 +298,7 @@ def _decode_at(shape: str, length: int, batch: int) -> Iterator[dict[str, Any]]:
     for kind, method in ((kernels.FULL, "dense"), (kernels.RING, "sparse")):
         rows = _Rows([length] * batch, [kind] * batch, heads, kv_heads, dim)
         measured[kind] = times = measure_graph(rows.run)
-        rate = {
-            "tbps": round(rows.bytes / times["ms"] / 1e9, 3),
-            "floor_ms": round(rows.bytes / ceilings()["copy_tbps"] / 1e9, 5),
-        }
+        rate = {"tbps": round(rows.bytes / times["ms"] / 1e9, 3), "floor_ms": rows.floor_ms}
         stacked = itertools.cycle([torch.stack(buffers, dim=1) for buffers in rows.buffers])
         del rows
         for backend in BACKENDS:
@@ -308,8 +310,7 @@ def _decode_at(shape: str, length: int, batch: int) -> Iterator[dict[str, Any]]:
     mean = _mean(0.5, measured[kernels.RING], measured[kernels.FULL])
     # The full and the sparse half of a row's heads as rows of their own.
     halves = _Rows([length] * 2 * batch, [kernels.FULL, kernels.RING] * batch, heads // 2, kv_heads // 2, dim)
-    floor = round(halves.bytes / ceilings()["copy_tbps"] / 1e9, 5)
-    yield row(measure_graph(halves.run), "routed", mean, **facts, sparsity=0.5, method="head", floor_ms=floor)
+    yield row(measure_graph(halves.run), "routed", mean, **facts, sparsity=0.5, method="head", floor_ms=halves.floor_ms)
 
 
 def _mixed(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
@@ -328,6 +329,6 @@ def _mixed(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
 
     kinds = [kernels.RING if row % 2 else kernels.FULL for row in range(batch)]
     rows = _Rows([length] * batch, kinds, query.shape[1], kv_heads, dim)
-    floor = round(rows.bytes / ceilings()["copy_tbps"] / 1e9, 5)
     # Both launched one by one: building the mask cannot be captured.
-    return row(measure(rows.run), "flex", measure(rebuilt), **facts, sparsity=0.5, method="routed", floor_ms=floor)
+    return row(measure(rows.run), "flex", measure(rebuilt), **facts, sparsity=0.5, method="routed",
+               floor_ms=rows.floor_ms)  # fmt: skip

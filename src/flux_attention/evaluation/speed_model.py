@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from flux_attention.attach import Routing, attach
 from flux_attention.cache import RoutedLayer, Tokens, kv_bytes
 from flux_attention.config import FluxConfig
-from flux_attention.evaluation.speed import DTYPE, PATTERN, SHAPES, ceilings, measure, measure_in_turn, require_gpu, row
+from flux_attention.evaluation.speed import DTYPE, PATTERN, SHAPES, floor_ms, measure, measure_in_turn, require_gpu, row
 from flux_attention.generation import decode_step, without_collection
 from flux_attention.patterns import Full
 from flux_attention.routes import parse_routes
@@ -154,7 +154,7 @@ def prefill(
             if (sparsity, routed) in failed:
                 yield dict(facts, sparsity=sparsity, method=method, error="out of memory")
                 continue
-            floor = _counts(routing, length, sparsity)["flops"] / ceilings()["matmul_tflops"] / 1e9
+            floor = floor_ms(_counts(routing, length, sparsity)["flops"], "matmul_tflops")
             dense = None if (0.0, False) in failed else times[0.0, False]
             yield row(times[sparsity, routed], "own-dense", dense, **facts, sparsity=sparsity, method=method,
                       floor_ms=round(floor, 3), **held[sparsity, routed])  # fmt: skip
@@ -211,7 +211,7 @@ def decode(
                 dense = times if sparsity == 0.0 else dense
                 token = _generate(routing.model, cache)
                 counts = _counts(routing, length, sparsity)
-                floor = (counts["weight_bytes"] + batch * counts["kv_bytes"]) / ceilings()["copy_tbps"] / 1e9
+                floor = floor_ms(counts["weight_bytes"] + batch * counts["kv_bytes"], "copy_tbps")
                 yield row(times, "own-dense", dense, **facts, sparsity=sparsity,
                           method="static" if sparsity else "dense", floor_ms=round(floor, 4),
                           over_floor=round(times["ms"] / floor, 3), generate_ms=token,

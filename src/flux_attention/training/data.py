@@ -424,6 +424,8 @@ def check_sources(recipe: Recipe) -> None:
                            ("held_out", bool)):  # fmt: skip
             if key in source and (not isinstance(source[key], types) or (types is int and source[key] is True)):
                 raise RecipeError(f"data: {key} is {source[key]!r}, expected {types.__name__}")
+        if not all(isinstance(length, int) for length in source.get("lengths", [])):
+            raise RecipeError(f"data: lengths is {source['lengths']!r}, expected a list of whole numbers")
         if source.get("limit", 1) < 1:
             raise RecipeError(f"data: limit is {source['limit']}, expected at least 1")
         if kind is None or (unknown := sorted(set(source) - SOURCES[kind])):
@@ -464,8 +466,6 @@ def _generated(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> 
 
     tasks = source.get("tasks", GENERATED_TASKS)
     lengths = source.get("lengths", [min(4096, recipe.max_length)])
-    if not all(isinstance(length, int) for length in lengths):
-        raise RecipeError(f"data: lengths is {lengths!r}, expected a list of whole numbers")
     if missing := sorted(set(tasks.values()) - set(recipe.targets)):
         raise RecipeError(
             f"data: task classes {missing} have no target in the recipe: add them, or name others in tasks"

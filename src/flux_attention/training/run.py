@@ -14,15 +14,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from flux_attention import shipped
-from flux_attention.adapters import load_config
-from flux_attention.attach import Routing, attach
+from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
+from flux_attention.attach import Routing, attach, max_positions
 from flux_attention.routes import unit_name
 from flux_attention.training.data import PackedExamples, check_sources, load_data
 from flux_attention.training.recipe import Recipe, RecipeError
 from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
 
-#: What a run leaves in its folder when it is done; the card last.
-RESULTS = ("README.md", "training.svg", "training_log.json", "routers.safetensors", "flux_config.json", "malformed.txt")
+#: What a run leaves in its folder besides what it goes on from.
+RESULTS = ("README.md", "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
 
 
 def load_model(recipe: Recipe) -> Routing:
@@ -36,7 +36,7 @@ def load_model(recipe: Recipe) -> Routing:
     """
     path = shipped.model_path(recipe.model)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype, **recipe.config)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = max_positions(model)
     if most and recipe.max_length > most:
         raise RecipeError(
             f"max_length is {recipe.max_length}, but {recipe.model} has {most} positions: shorten it, or extend them "
