@@ -193,7 +193,7 @@ def attention(name, heading, rate):
             [
                 label(row["seq_len"]),
                 row["batch"],
-                f"{row['engine']}, {row['method']}",
+                f"{row['engine']}, {row['method']}" + (f", last {row['queries']}" if "queries" in row else ""),
                 row["sparsity"],
                 f"{row['ms']:.4f}",
                 row.get(rate[0], ""),

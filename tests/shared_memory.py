@@ -15,12 +15,15 @@ TYPES = {
 }  # fmt: skip
 
 
-def shared(kernel, capability, constants, num_warps, num_stages):
+def shared(kernel, capability, constants, **options):
     names = kernel.arg_names  # addresses and strides are multiples of 16
     signature, attributes = {}, {}
     for place, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
+            continue
+        if name.endswith("_desc"):
+            signature[name] = f"tensordesc<bf16[1, 1, {constants['N']}, {constants['D']}]>"
             continue
         signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         if name.endswith("_ptr") or name.rsplit("_", 1)[-1] in (
@@ -33,7 +36,6 @@ def shared(kernel, capability, constants, num_warps, num_stages):
     source = ASTSource(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
     )
-    options = dict(num_warps=num_warps, num_stages=num_stages)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
@@ -41,7 +43,7 @@ def main(capability, limit):
     used = {}
     for dim in (64, 128, 256):
         shape = dict(G=4, D=dim)
-        tile = triton_prefill.forward_tile(dim, limit)
+        tile = triton_prefill.forward_tile(dim, limit, capability >= 90)
         pack = tile.pop("most_packed")
         sizes, options = {name: tile.pop(name) for name in "MN"}, tile
         used[f"forward {dim}"] = shared(

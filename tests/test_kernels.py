@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flux_attention import kernels
-from flux_attention.patterns import Streaming
+from flux_attention.kernels import cudnn
+from flux_attention.patterns import Full, Streaming
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 from flux_attention.kernels import triton_decode, triton_prefill
@@ -115,6 +116,79 @@ def test_prefill_of_every_tile(dim, heads, kv_heads, keys, length):
     for sink, window in ((0, 1), (128, 1024), (100, 300), (0, keys)):
         layouts = ("BSHD", "BSHD", "BHSD")
         check_prefill("cuda", torch.bfloat16, heads, kv_heads, keys, length, dim, sink, window, layouts, keys + dim)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["a column late", "one batch for all", "columns apart"])
+def test_prefill_of_keys_that_cannot_be_copied_by_blocks(device, layout):
+    generator = torch.Generator(device).manual_seed(0)
+    query = states(generator, 4, 40, 16, torch.float16, "BSHD")
+    key = states(generator, 2, 40, 32, torch.float16, "BSHD")
+    key = {"a column late": key[..., 1:17], "one batch for all": key[:1, ..., :16].expand(2, -1, -1, -1),
+           "columns apart": key[..., ::2]}[layout]  # fmt: skip
+    output = triton_prefill.attention(query, key, key, 4, 9, 0.25)
+    assert error(output, oracle(query, key, key, Streaming(4, 9).mask(40).to(device), 0.25)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.gpu
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from([(8, 8), (8, 2), (5, 1)]),
+    st.integers(64, 2000),
+    st.one_of(st.just(0), st.integers(64, 1500)),
+    st.sampled_from([64, 80, 128]),
+    st.tuples(*[st.sampled_from(["BHSD", "BSHD"])] * 3),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_dense_prefill_in_blocks(heads, length, past, dim, layouts, dtype):
+    check_blocks("cuda", heads, length, past, dim, layouts, dtype)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("length, past", [(3, 0), (8, 0), (15, 0), (17, 0), (24, 5), (5, 9)])
+def test_blocks_are_joined(heads, length, past, monkeypatch):
+    """cuDNN's part played by formulas, as it needs a GPU."""
+
+    def attend(query, key, value, causal, scale):
+        assert not causal or query.shape[2] == key.shape[2]
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+        scores = query @ key.transpose(-1, -2) * scale
+        if causal:
+            scores = scores.masked_fill(~Full().mask(scores.shape[-1]), -math.inf)
+        return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+    monkeypatch.setattr(cudnn, "_attend", attend)
+    check_blocks("cpu", heads, length, past, 16, ("BSHD", "BSHD", "BHSD"), torch.float32, block=8)
+
+
+def check_blocks(device, heads, length, past, dim, layouts, dtype, block=512):
+    generator = torch.Generator(device).manual_seed(length)
+    query = states(generator, heads[0], length, dim, dtype, layouts[0])
+    key, value = (states(generator, heads[1], past + length, dim, dtype, layout) for layout in layouts[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cudnn, "BLOCK", block)
+        output = cudnn.full(query, key, value, dim**-0.5)
+    mask = Full().mask(past + length)[past:].to(device)
+    assert error(output, oracle(query, key, value, mask, dim**-0.5)) < TOLERANCE.get(dtype, 1e-5)
+
+
+@pytest.mark.gpu
+def test_long_dense_prompts_are_read_in_blocks(monkeypatch):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("cuDNN is not the fastest here")
+    seen = []
+    full = cudnn.full
+    monkeypatch.setattr(cudnn, "full", lambda *args: seen.append(args[0].shape[2]) or full(*args))
+    monkeypatch.setattr(cudnn, "LONG", 2000)
+    monkeypatch.setattr(cudnn, "MANY", 300 * 3000)
+    query, key = (torch.randn(1, heads, 3000, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+    kernels.full(query, key, key, 0.1)
+    kernels.full(query[:, :, -300:], key, key, 0.1)
+    for other in (query[:, :, :1999], query.clone().requires_grad_()):
+        kernels.full(other, key[:, :, : other.shape[2]], key[:, :, : other.shape[2]], 0.1)
+    kernels.full(query[:, :, -299:], key, key, 0.1)  # few queries
+    kernels.full(query[:, :, -2999:], key, key, 0.1)  # one earlier key
+    assert seen == [3000, 300]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -31,7 +31,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from flux_attention import adapters
 from flux_attention.cache import RoutedLayer, Tokens
 from flux_attention.call import Call, UnsupportedModelError, current
-from flux_attention.compiled import COMPILED, compiled_layer
+from flux_attention.compiled import COMPILED, READERS, compiled_layer, settle_input
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.patterns import sparse_pattern
 from flux_attention.router import LayerRouter
@@ -274,6 +274,9 @@ class Routing:
             _query_module(attention).flux_layer = layer
             if self.compile:
                 self._replace_forward(decoder.layers[layer], compiled_layer)
+                for name, module in decoder.layers[layer].named_modules():
+                    if name.rpartition(".")[2] in READERS:
+                        self._handles.append(module.register_forward_pre_hook(settle_input))
         self._stock_class = type(self.model)
         # A model with a decode loop of its own keeps it.
         if getattr(self._stock_class, "_sample", None) is GenerationMixin._sample:

@@ -192,6 +192,13 @@ class _Store:
     def append(self, key_RKSD: torch.Tensor, value_RKSD: torch.Tensor, past: list[int], new: list[int]) -> None:
         """Store each row's first ``new`` tokens behind its ``past`` ones."""
         key_RKSD, value_RKSD = key_RKSD.detach(), value_RKSD.detach()
+        if self.ring and self.key_RKCD is None and len(set(new)) == 1 and new[0] >= self.sink + self.window:
+            # A prompt that fills the ring: by one launch a tensor, as the host bounds short prompts.
+            pieces = [source for source, _ in sorted(self._runs(0, new[0]), key=lambda run: run[1].start)]
+            self.key_RKCD, self.value_RKCD = (
+                torch.cat([states[:, :, piece] for piece in pieces], dim=2) for states in (key_RKSD, value_RKSD)
+            )
+            return
         self.reserve(max(p + n for p, n in zip(past, new, strict=True)), key_RKSD, value_RKSD)
         if self.key_RKCD.is_inference() and not torch.is_inference_mode_enabled():
             # Filled under torch.inference_mode, whose tensors cannot be written outside of it.

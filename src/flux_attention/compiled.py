@@ -17,6 +17,8 @@ from flux_attention.call import UnsupportedModelError, current
 
 #: The keyword by which attention is told that it is traced into a compiled layer.
 COMPILED = "flux_compiled"
+#: The first of the products that read an activation, by name.
+READERS = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj", "down_proj")
 #: Tokens up to which a prompt's layers are compiled: fused activations are not cut into pieces.
 MOST_TOKENS = 2**18
 #: Graphs of one function that a process may compile: for each model, dtype, batch size and grad mode.
@@ -39,6 +41,26 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 @decide.register_fake
 def _(output, source, layer) -> None: ...
+
+
+@torch.library.custom_op("flux_attention::settle", mutates_args=("states",))
+def settle(states: torch.Tensor) -> None:
+    """
+    Said to change an activation, so that it is in memory before products read it.
+
+    In a decode step a product is a reduction for each of its rows. What the activation is made of (a norm, the gating)
+    would be fused into all of them, and computed again for each: a step took 5 % longer so.
+    """
+
+
+@settle.register_fake
+def _(states) -> None: ...
+
+
+def settle_input(module, args) -> None:
+    """A hook before the first product that reads an activation; for decode steps."""
+    if torch.compiler.is_compiling() and args[0].ndim == 3 and args[0].shape[1] == 1:
+        torch.ops.flux_attention.settle(args[0])
 
 
 @attend.register_fake

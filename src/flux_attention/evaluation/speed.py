@@ -180,10 +180,12 @@ def attention_prefill(shape: str, lengths: Sequence[int], sparsities: Sequence[f
     Yields
     ------
     dict
-        Engines ``sdpa-cudnn`` and ``sdpa-flash`` (dense); ``flux`` (streaming) against ``sdpa-cudnn`` and against
-        ``flex`` (compiled FlexAttention, its block mask built beforehand; ``mask_ms`` is what that takes); method
-        ``head`` against ``routed``, the mean over layers of which the same share is sparse. ``tflops`` counts exactly
-        the pairs that the pattern asks for, ``floor_ms`` is those over the measured rate of matrix products.
+        Engines ``sdpa-cudnn`` and ``sdpa-flash`` (dense); ``flux``, dense, against ``sdpa-cudnn``, also for the last
+        ``queries`` only, where the baseline reads the same keys without a mask; ``flux``, streaming, against
+        ``sdpa-cudnn`` and against ``flex`` (compiled FlexAttention, its block mask built beforehand; ``mask_ms`` is
+        what that takes); method ``head`` against ``routed``, the mean over layers of which the same share is sparse.
+        ``tflops`` counts exactly the pairs that the pattern asks for, ``floor_ms`` is those over the measured rate of
+        matrix products.
     """
     require_gpu()
     for length in lengths:
@@ -199,16 +201,27 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
     def floor(flops):
         return {"floor_ms": round(floor_ms(flops, "matmul_tflops"), 5)}
 
-    def rate(times, pattern):
-        flops = 4 * pattern.pairs(length) * heads * dim
+    def rate(times, pairs):
+        flops = 4 * pairs * heads * dim
         return {"tflops": round(flops / times["ms"] / 1e9, 1), **floor(flops)}
 
-    dense = {name: measure(partial(_sdpa, name, query, key, value, True)) for name in BACKENDS}
-    for name, times in dense.items():
-        yield row(times, "", None, **facts, sparsity=0.0, engine=name, method="dense", **rate(times, Full()))
+    sdpa = {name: measure(partial(_sdpa, name, query, key, value, True)) for name in BACKENDS}
+    pairs = Full().pairs(length)
+    for name, times in sdpa.items():
+        yield row(times, "", None, **facts, sparsity=0.0, engine=name, method="dense", **rate(times, pairs))
+    full = measure(partial(kernels.full, query, key, value, scale))
+    dense = dict(facts, sparsity=0.0, engine="flux", method="dense")
+    yield row(full, "sdpa-cudnn", sdpa["sdpa-cudnn"], **dense, **rate(full, pairs))
+    for last in (128, 8192):  # triangle's last rows, and a later part of a prompt
+        if last < length:
+            few = query[:, :, -last:]
+            ours = measure(partial(kernels.full, few, key, value, scale))
+            base = measure(partial(_sdpa, "sdpa-cudnn", few, key, value, False))
+            late = pairs - Full().pairs(length - last)
+            yield row(ours, "sdpa-cudnn", base, **dense, queries=last, **rate(ours, late))
     ours = measure(partial(kernels.streaming, query, key, value, PATTERN.sink, PATTERN.window, scale))
-    sparse = dict(facts, sparsity=1.0, engine="flux", method="sparse", **rate(ours, PATTERN))
-    yield row(ours, "sdpa-cudnn", dense["sdpa-cudnn"], **sparse)
+    sparse = dict(facts, sparsity=1.0, engine="flux", method="sparse", **rate(ours, PATTERN.pairs(length)))
+    yield row(ours, "sdpa-cudnn", sdpa["sdpa-cudnn"], **sparse)
 
     def seen(b, h, q, k):
         return (q >= k) & ((k < PATTERN.sink) | (q - k < PATTERN.window))
@@ -220,12 +233,12 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
 
     def by_head(few):
         first = few * groups
-        _sdpa("sdpa-cudnn", query[:, first:], key[:, few:], value[:, few:], True)
+        kernels.full(query[:, first:], key[:, few:], value[:, few:], scale)
         kernels.streaming(query[:, :first], key[:, :few], value[:, :few], PATTERN.sink, PATTERN.window, scale)
 
     for few in sorted({round(sparsity * kv_heads) for sparsity in sparsities} - {0, kv_heads}):
         share = few / kv_heads
-        mean = _mean(share, ours, dense["sdpa-cudnn"])
+        mean = _mean(share, ours, full)
         flops = 4 * (share * PATTERN.pairs(length) + (1 - share) * Full().pairs(length)) * heads * dim
         yield row(measure(partial(by_head, few)), "routed", mean, **facts, sparsity=share, engine="flux",
                   method="head", **floor(flops))  # fmt: skip

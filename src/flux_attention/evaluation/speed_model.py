@@ -203,13 +203,13 @@ def decode(
             for sparsity in sorted({0.0, *sparsities}):
                 try:
                     cache = random_cache(routing, batch, length, sparsity)
+                    step.load(cache, 60)
+                    times = measure(step.run, seconds=0.2, most=50, warm=3)
+                    token = _generate(routing.model, cache)
                 except torch.OutOfMemoryError:
                     yield dict(facts, sparsity=sparsity, error="out of memory")
                     continue
-                step.load(cache, 60)
-                times = measure(step.run, seconds=0.2, most=50, warm=3)
                 dense = times if sparsity == 0.0 else dense
-                token = _generate(routing.model, cache)
                 counts = _counts(routing, length, sparsity)
                 floor = floor_ms(counts["weight_bytes"] + batch * counts["kv_bytes"], "copy_tbps")
                 yield row(times, "own-dense", dense, **facts, sparsity=sparsity,

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flux_attention.kernels import reference
+from flux_attention.kernels import cudnn, reference
 
 #: What the Triton kernels take.
 DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (16, 32, 64, 128, 256)
@@ -81,20 +81,24 @@ _SWITCHES = (
 )
 
 
+def _order(query_BHSD: torch.Tensor) -> list[SDPBackend] | None:
+    """``_dense_backends`` for these states, unless the user has switched some off."""
+    if not query_BHSD.is_cuda:
+        return None
+    backends = _dense_backends(query_BHSD.device, query_BHSD.dtype, query_BHSD.shape[-1])
+    # With some switched off, PyTorch would not restore the order of the others.
+    return backends if all(is_on() for is_on in _SWITCHES) else None
+
+
 @contextmanager
 def _dense_backend(query_BHSD: torch.Tensor):
-    """A context in which SDPA runs its fastest backend for these states, unless the user has switched some off."""
-    backends = None
-    if query_BHSD.is_cuda:
-        backends = _dense_backends(query_BHSD.device, query_BHSD.dtype, query_BHSD.shape[-1])
+    """A context in which SDPA runs its fastest backend for these states."""
+    backends = _order(query_BHSD)
     if backends is None:
         yield
         return
-    with _SDPA:
-        # With some switched off, PyTorch would not restore the order of the others.
-        ours = all(is_on() for is_on in _SWITCHES)
-        with sdpa_kernel(backends, set_priority=True) if ours else nullcontext():
-            yield
+    with _SDPA, sdpa_kernel(backends, set_priority=True):
+        yield
 
 
 def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor, scale: float) -> torch.Tensor:
@@ -114,6 +118,8 @@ def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Ten
         Shape and dtype of ``query_BHSD``.
     """
     keys = key_BKTD.shape[2]
+    if _order(query_BHSD) and cudnn.pays(query_BHSD, key_BKTD, value_BKTD):
+        return cudnn.full(query_BHSD, key_BKTD, value_BKTD, scale)
     if query_BHSD.shape[2] < keys and (triton := _triton(query_BHSD)):
         return triton.attention(query_BHSD, key_BKTD, value_BKTD, 0, keys, scale)
     with _dense_backend(query_BHSD):

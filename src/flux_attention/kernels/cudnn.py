@@ -1,0 +1,53 @@
+"""Causal attention of long prompts by PyTorch's cuDNN backend, a block of queries after another.
+
+A block's own keys need the causal mask; all earlier ones do not, and are read by a call of their own; the two are
+joined by their log-sum-exps. One causal call over 128 K tokens and more draws so much power that the GPU's clock falls,
+by a sixth at 256 K, where these calls keep it.
+
+Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Queries of a block, and keys of a call that reads earlier ones, at least.
+BLOCK, FEWEST = 2**15, 64
+#: Tokens from which a whole prompt is read so.
+LONG = 2**17
+#: Queries × keys from which the last queries of a prompt are: a call of new sizes takes the host about 15 ms, once.
+MANY = 2**26
+
+
+def pays(*states: torch.Tensor) -> bool:
+    """Whether ``full`` takes query, key and value states, and is faster than what else ``kernels.full`` has."""
+    length, keys, dim = states[0].shape[2], states[1].shape[2], states[0].shape[3]
+    large = keys >= LONG if length == keys else length * keys >= MANY and min(length, keys - length) >= FEWEST
+    if not large or dim % 8 or any(tensor.stride(-1) != 1 for tensor in states):
+        return False
+    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in states)
+
+
+def _attend(query_BHSD, key_BKTD, value_BKTD, causal, scale):
+    """Output and log-sum-exp (B, H, S)."""
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention  # the public one keeps the log-sum-exp for itself
+    output, lse = operator(query_BHSD, key_BKTD, value_BKTD, None, True, 0.0, causal, False, scale=scale)[:2]
+    return output, lse.view(query_BHSD.shape[:3])
+
+
+def full(query_BHSD, key_BKTD, value_BKTD, scale):
+    """Causal attention of the last S of T positions, without gradients. See ``kernels.full``."""
+    batch, heads, length, dim = query_BHSD.shape
+    earlier = key_BKTD.shape[2] - length
+    output = query_BHSD.new_empty(batch, length, heads, dim).transpose(1, 2)
+    starts = range(0, max(1, length - BLOCK + 1), BLOCK)
+    for start, stop in zip(starts, [*starts[1:], length], strict=True):  # the last one has the rest, too
+        query, past, own = query_BHSD[:, :, start:stop], slice(earlier + start), slice(earlier + start, earlier + stop)
+        block, lse_BHS = _attend(query, key_BKTD[:, :, own], value_BKTD[:, :, own], True, scale)
+        if past.stop:
+            before, before_lse_BHS = _attend(query, key_BKTD[:, :, past], value_BKTD[:, :, past], False, scale)
+            share = (before_lse_BHS - lse_BHS).sigmoid().unsqueeze(-1).to(output.dtype)
+            torch.lerp(block, before, share, out=output[:, :, start:stop])
+        else:
+            output[:, :, start:stop] = block
+    return output
