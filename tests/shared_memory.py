@@ -22,7 +22,7 @@ def shared(kernel, capability, constants, **options):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name.endswith("_desc"):
+        if constants.get("COPY") and name in ("key_ptr", "value_ptr"):
             signature[name] = f"tensordesc<bf16[1, 1, {constants['N']}, {constants['D']}]>"
             continue
         signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
@@ -36,16 +36,18 @@ def shared(kernel, capability, constants, **options):
     source = ASTSource(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert "cp.async" in compiled.asm["ptx"], f"{kernel} waits for what it loads"
+    return compiled.metadata.shared
 
 
 def main(capability, limit):
     used = {}
     for dim in (64, 128, 256):
         shape = dict(G=4, D=dim)
-        tile = triton_prefill.forward_tile(dim, limit, capability >= 90)
+        tile = triton_prefill.forward_tile(dim, limit, divmod(capability, 10))
         pack = tile.pop("most_packed")
-        sizes, options = {name: tile.pop(name) for name in "MN"}, tile
+        sizes, options = {name: tile.pop(name) for name in ("M", "N", "COPY")}, tile
         used[f"forward {dim}"] = shared(
             triton_prefill._forward, capability, dict(shape, PACK=pack, lse_ptr=None, **sizes), **options
         )

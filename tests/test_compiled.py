@@ -156,3 +156,22 @@ def test_the_device_has_work_while_the_host_waits_for_the_router():
     calls = re.findall(r"extern_kernels\.(mm)\(|ops\.flux_attention\.(\w+)\.default\(", code.partition("def call(")[2])
     assert ["".join(names) for names in calls][:5] == ["mm", "decide", "mm", "mm", "attend"]
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_products_of_a_decode_step_read_what_is_in_memory():
+    """Those of query, gate and down; the others of a layer read the same, or what attention gave."""
+    torch._dynamo.reset()
+    settled = []
+
+    def backend(graph, inputs):
+        settled.append([node.args[0] for node in graph.graph.nodes if "settle" in str(node.target)])
+        return graph
+
+    model = tiny_model("qwen3", num_hidden_layers=2)
+    with attach(model, CONFIG, compile=True).force("sparse"):
+        again = torch.compile(model.model.layers[0].mlp, backend=backend)
+        again(torch.randn(1, 1, model.config.hidden_size))
+        again(torch.randn(1, 7, model.config.hidden_size))
+    assert [len(nodes) for nodes in settled] == [2, 0]
+    torch._dynamo.reset()

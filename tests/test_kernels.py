@@ -95,10 +95,12 @@ def poisoned():
 
 
 @INTERPRETED
-@settings(max_examples=25, deadline=None)
-@given(problems())
-def test_prefill_by_the_interpreter(problem):
-    check_prefill("cpu", torch.float16, **problem)
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.sampled_from([(8, 0), (9, 0)]))
+def test_prefill_by_the_interpreter(problem, capability):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_prefill, "capability", lambda device: capability)
+        check_prefill("cpu", torch.float16, **problem)
 
 
 @pytest.mark.gpu
@@ -106,6 +108,13 @@ def test_prefill_by_the_interpreter(problem):
 @given(problems(dims=(64,), most=3000), st.sampled_from([torch.float16, torch.bfloat16]))
 def test_prefill_of_random_shapes(problem, dtype):
     check_prefill("cuda", dtype, **problem)
+
+
+@pytest.mark.gpu
+def test_prefill_as_for_an_older_gpu(monkeypatch):
+    monkeypatch.setattr(triton_prefill, "capability", lambda device: (8, 0))
+    for dim, keys, length in ((64, 2049, 2049), (128, 3000, 130)):
+        check_prefill("cuda", torch.bfloat16, 8, 2, keys, length, dim, 128, 1024, ("BSHD", "BSHD", "BHSD"), dim)
 
 
 @pytest.mark.gpu
@@ -176,6 +185,7 @@ def check_blocks(device, heads, length, past, dim, layouts, dtype, block=512):
 def test_long_dense_prompts_are_read_in_blocks(monkeypatch):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("cuDNN is not the fastest here")
+    torch.use_deterministic_algorithms(False)
     seen = []
     full = cudnn.full
     monkeypatch.setattr(cudnn, "full", lambda *args: seen.append(args[0].shape[2]) or full(*args))
@@ -188,6 +198,10 @@ def test_long_dense_prompts_are_read_in_blocks(monkeypatch):
         kernels.full(other, key[:, :, : other.shape[2]], key[:, :, : other.shape[2]], 0.1)
     kernels.full(query[:, :, -299:], key, key, 0.1)  # few queries
     kernels.full(query[:, :, -2999:], key, key, 0.1)  # one earlier key
+    with torch.no_grad():  # in training what is computed without gradients, too
+        kernels.full(query.clone().requires_grad_(), key, key, 0.1)
+    torch.use_deterministic_algorithms(True)  # which SDPA says cuDNN's is not
+    kernels.full(query, key, key, 0.1)
     assert seen == [3000, 300]
 
 
@@ -213,8 +227,8 @@ def test_gpus_run_the_triton_kernels(monkeypatch):
     assert seen == [(4, 16), (0, 300)]
 
 
-#: Bytes of shared memory that a program may use: A100; RTX 3090, A10; Hopper.
-SHARED = {80: 166_912, 86: 101_376, 90: 232_448}
+#: Bytes of shared memory that a program may use: A100; RTX 3090, A10; Hopper; B200; RTX 5090.
+SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @pytest.mark.parametrize("capability", SHARED)

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flux_attention import kernels
 from flux_attention.generation import without_collection
+from flux_attention.kernels import cudnn
 from flux_attention.patterns import Full, Streaming
 
 #: Models whose sizes are measured, with random weights: what ``AutoConfig.for_model`` takes.
@@ -180,12 +181,12 @@ def attention_prefill(shape: str, lengths: Sequence[int], sparsities: Sequence[f
     Yields
     ------
     dict
-        Engines ``sdpa-cudnn`` and ``sdpa-flash`` (dense); ``flux``, dense, against ``sdpa-cudnn``, also for the last
-        ``queries`` only, where the baseline reads the same keys without a mask; ``flux``, streaming, against
-        ``sdpa-cudnn`` and against ``flex`` (compiled FlexAttention, its block mask built beforehand; ``mask_ms`` is
-        what that takes); method ``head`` against ``routed``, the mean over layers of which the same share is sparse.
-        ``tflops`` counts exactly the pairs that the pattern asks for, ``floor_ms`` is those over the measured rate of
-        matrix products.
+        Engines ``sdpa-cudnn`` and ``sdpa-flash`` (dense); ``flux``, dense, against ``sdpa-cudnn`` where it is another,
+        and for the last ``queries`` only against ``sdpa-cudnn-unmasked``, which reads the same keys; ``flux``,
+        streaming, against ``sdpa-cudnn`` and against ``flex`` (compiled FlexAttention, its block mask built beforehand;
+        ``mask_ms`` is what that takes); method ``head`` against ``routed``, the mean over layers of which the same
+        share is sparse. ``tflops`` counts exactly the pairs that the pattern asks for, ``floor_ms`` is those over the
+        measured rate of matrix products.
     """
     require_gpu()
     for length in lengths:
@@ -209,16 +210,18 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
     pairs = Full().pairs(length)
     for name, times in sdpa.items():
         yield row(times, "", None, **facts, sparsity=0.0, engine=name, method="dense", **rate(times, pairs))
-    full = measure(partial(kernels.full, query, key, value, scale))
-    dense = dict(facts, sparsity=0.0, engine="flux", method="dense")
-    yield row(full, "sdpa-cudnn", sdpa["sdpa-cudnn"], **dense, **rate(full, pairs))
+    full, dense = sdpa["sdpa-cudnn"], dict(facts, sparsity=0.0, engine="flux", method="dense")
+    if length >= cudnn.LONG:
+        both = (partial(_sdpa, "sdpa-cudnn", query, key, value, True), partial(kernels.full, query, key, value, scale))
+        base, full = measure_in_turn(both)  # as they differ in the power that they draw
+        yield row(full, "sdpa-cudnn", base, **dense, **rate(full, pairs))
     for last in (128, 8192):  # triangle's last rows, and a later part of a prompt
         if last < length:
             few = query[:, :, -last:]
             ours = measure(partial(kernels.full, few, key, value, scale))
             base = measure(partial(_sdpa, "sdpa-cudnn", few, key, value, False))
             late = pairs - Full().pairs(length - last)
-            yield row(ours, "sdpa-cudnn", base, **dense, queries=last, **rate(ours, late))
+            yield row(ours, "sdpa-cudnn-unmasked", base, **dense, queries=last, **rate(ours, late))
     ours = measure(partial(kernels.streaming, query, key, value, PATTERN.sink, PATTERN.window, scale))
     sparse = dict(facts, sparsity=1.0, engine="flux", method="sparse", **rate(ours, PATTERN.pairs(length)))
     yield row(ours, "sdpa-cudnn", sdpa["sdpa-cudnn"], **sparse)

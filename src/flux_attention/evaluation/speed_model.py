@@ -201,27 +201,30 @@ def decode(
             dense = None
             facts = dict(shape=shape, seq_len=length, batch=batch, phase="decode", engine=ENGINES[compile])
             for sparsity in sorted({0.0, *sparsities}):
+                cache = None  # the one before
+                torch.cuda.empty_cache()
                 try:
                     cache = random_cache(routing, batch, length, sparsity)
                     step.load(cache, 60)
                     times = measure(step.run, seconds=0.2, most=50, warm=3)
-                    token = _generate(routing.model, cache)
                 except torch.OutOfMemoryError:
                     yield dict(facts, sparsity=sparsity, error="out of memory")
                     continue
                 dense = times if sparsity == 0.0 else dense
+                token = _generate(routing.model, cache)
                 counts = _counts(routing, length, sparsity)
                 floor = floor_ms(counts["weight_bytes"] + batch * counts["kv_bytes"], "copy_tbps")
                 yield row(times, "own-dense", dense, **facts, sparsity=sparsity,
                           method="static" if sparsity else "dense", floor_ms=round(floor, 4),
                           over_floor=round(times["ms"] / floor, 3), generate_ms=token,
                           capture_s=round(step.seconds, 1))  # fmt: skip
-                del cache
-                torch.cuda.empty_cache()
 
 
-def _generate(model, cache: DynamicCache) -> float:
-    """Milliseconds of a token, greedily generated behind ``cache``: of 36 tokens less 4, which have the first one."""
+def _generate(model, cache: DynamicCache) -> float | None:
+    """
+    Milliseconds of a token, greedily generated behind ``cache``: of 36 tokens less 4, which have the first one. None
+    without the memory for it.
+    """
     model.generation_config.eos_token_id = None
 
     def seconds(tokens: int) -> float:
@@ -234,8 +237,11 @@ def _generate(model, cache: DynamicCache) -> float:
         return time.perf_counter() - began
 
     with torch.no_grad(), without_collection():
-        seconds(4)
-        few, more = seconds(4), seconds(36)
+        try:
+            seconds(4)
+            few, more = seconds(4), seconds(36)
+        except torch.OutOfMemoryError:
+            return None
     return round(1000 * (more - few) / 32, 4)
 
 

@@ -10,22 +10,26 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 from __future__ import annotations
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-#: Queries of a block, and keys of a call that reads earlier ones, at least.
+#: Queries of a block, the last of which has the rest too; and keys of a call that reads earlier ones, at least.
 BLOCK, FEWEST = 2**15, 64
 #: Tokens from which a whole prompt is read so.
 LONG = 2**17
-#: Queries × keys from which the last queries of a prompt are: a call of new sizes takes the host about 15 ms, once.
-MANY = 2**26
+#: Queries × keys from which the last queries of a prompt are: in each thread a call of new sizes takes the host some
+#: milliseconds, once.
+MANY = 2**27
 
 
-def pays(*states: torch.Tensor) -> bool:
-    """Whether ``full`` takes query, key and value states, and is faster than what else ``kernels.full`` has."""
-    length, keys, dim = states[0].shape[2], states[1].shape[2], states[0].shape[3]
+def pays(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor) -> bool:
+    """Whether ``full`` takes these states, and is faster than what else ``kernels.full`` has."""
+    length, keys = query_BHSD.shape[2], key_BKTD.shape[2]
     large = keys >= LONG if length == keys else length * keys >= MANY and min(length, keys - length) >= FEWEST
-    if not large or dim % 8 or any(tensor.stride(-1) != 1 for tensor in states):
+    # Checkpointing would keep every block's outputs, also of what is computed without gradients in training.
+    if not large or any(states.requires_grad for states in (query_BHSD, key_BKTD, value_BKTD)):
         return False
-    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in states)
+    part = (states[:, :, :FEWEST] for states in (query_BHSD, key_BKTD, value_BKTD))
+    return can_use_cudnn_attention(SDPAParams(*part, None, 0.0, True, True))
 
 
 def _attend(query_BHSD, key_BKTD, value_BKTD, causal, scale):
@@ -41,7 +45,7 @@ def full(query_BHSD, key_BKTD, value_BKTD, scale):
     earlier = key_BKTD.shape[2] - length
     output = query_BHSD.new_empty(batch, length, heads, dim).transpose(1, 2)
     starts = range(0, max(1, length - BLOCK + 1), BLOCK)
-    for start, stop in zip(starts, [*starts[1:], length], strict=True):  # the last one has the rest, too
+    for start, stop in zip(starts, [*starts[1:], length], strict=True):
         query, past, own = query_BHSD[:, :, start:stop], slice(earlier + start), slice(earlier + start, earlier + stop)
         block, lse_BHS = _attend(query, key_BKTD[:, :, own], value_BKTD[:, :, own], True, scale)
         if past.stop:

@@ -81,17 +81,20 @@ def _rows(pointer, batch, head_M, row_M, stride_b, stride_h, stride_s, D: tl.con
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
-    query_ptr, key_desc, value_desc, output_ptr, lse_ptr,
-    query_b, query_h, query_s, output_b, output_h, output_s,
+    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
+    query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_s,
     S, T, sink, window, scale_log2,
-    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
+    """``COPY``: keys and values are descriptors of blocks, which the copy engine loads; else they are addresses."""
     batch, kv_head, head_M, i_M, first, last = _tile(S, T, G, M, PACK)
     row_M = i_M - (T - S)
     real_M = i_M < T
     mask = real_M[:, None]
     query = tl.load(_rows(query_ptr, batch, head_M, row_M, query_b, query_h, query_s, D), mask=mask, other=0.0)
-    batch_index, head_index = batch.to(tl.int32), kv_head.to(tl.int32)
+    if not COPY:
+        key_ptr += batch * key_b + kv_head * key_h
+        value_ptr += batch * value_b + kv_head * value_h
 
     acc = tl.zeros([M, D], tl.float32)
     top = tl.full([M], -1e30, tl.float32)  # finite, so that a block without a visible key leaves no NaN
@@ -99,7 +102,10 @@ def _forward(
     sinks, start, count = _blocks(first, last, sink, window, N)
     for n in tl.range(0, count):
         begin, end, masked = _block(n, sinks, start, first, last, sink, window, N)
-        key = key_desc.load([batch_index, head_index, begin, 0]).reshape([N, D])
+        if COPY:
+            key = key_ptr.load([batch.to(tl.int32), kv_head.to(tl.int32), begin, 0]).reshape([N, D])
+        else:
+            key = _load(key_ptr, begin, key_t, T, N, D)
         score = tl.dot(query, key.T)
         if masked:
             j_N = begin + tl.arange(0, N)
@@ -108,7 +114,10 @@ def _forward(
         weight = tl.exp2(score * scale_log2 - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weight, 1)
-        value = value_desc.load([batch_index, head_index, begin, 0]).reshape([N, D])
+        if COPY:
+            value = value_ptr.load([batch.to(tl.int32), kv_head.to(tl.int32), begin, 0]).reshape([N, D])
+        else:
+            value = _load(value_ptr, begin, value_t, T, N, D)
         acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None])
         top = new_top
 
@@ -236,16 +245,12 @@ def _rows_contiguous(states: torch.Tensor) -> torch.Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
-def _loadable(states_BKTD: torch.Tensor) -> torch.Tensor:
-    """As Hopper's copy engine takes it: rows in one piece, each at a multiple of 16 bytes."""
+def _blocks_of(states_BKTD: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of a head's rows, for the copy engine: it takes rows in one piece, each at a multiple of 16 bytes."""
     *strides, last = states_BKTD.stride()
     steps = (states_BKTD.data_ptr(), *(stride * states_BKTD.element_size() for stride in strides))
-    fits = last == 1 and min(strides) > 0 and all(step % 16 == 0 for step in steps)
-    return states_BKTD if fits else states_BKTD.clone(memory_format=torch.contiguous_format)
-
-
-def _blocks_of(states_BKTD: torch.Tensor, rows: int) -> TensorDescriptor:
-    """What Hopper's copy engine needs to load blocks of a head's rows; for others Triton makes addresses of it."""
+    if last != 1 or min(strides) <= 0 or any(step % 16 for step in steps):
+        states_BKTD = states_BKTD.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor(states_BKTD, states_BKTD.shape, states_BKTD.stride(), [1, 1, rows, states_BKTD.shape[-1]])
 
 
@@ -264,40 +269,41 @@ def shared_memory(device: torch.device) -> int:
 
 
 @lru_cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether ``device`` has the instructions and the copy engine of compute capability 9.0 or newer."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)  # the interpreter
 
 
 def _run_forward(query, key, value, sink, window, scale, with_lse):
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
-    key, value = _loadable(key), _loadable(value)
-    tile = forward_tile(dim, shared_memory(query.device), is_hopper(query.device))
+    tile = forward_tile(dim, shared_memory(query.device), capability(query.device))
     pack = _pack(groups, tile.pop("most_packed"))
     output = _like(query)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
     grid = (triton.cdiv(length, tile["M"] // pack), heads // pack, batch)
+    blocks = [_blocks_of(states, tile["N"]) for states in (key, value)] if tile["COPY"] else (key, value)
     with on_device(query):
         _forward[grid](
-            query, _blocks_of(key, tile["N"]), _blocks_of(value, tile["N"]), output, lse,
-            *query.stride()[:3], *output.stride()[:3],
+            query, *blocks, output, lse,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             length, key.shape[2], sink, window, scale * LOG2E.value,
             G=groups, D=dim, PACK=pack, **tile,
         )  # fmt: skip
     return output, lse
 
 
-def forward_tile(dim: int, shared: int, hopper: bool) -> dict[str, int]:
+def forward_tile(dim: int, shared: int, capability: tuple[int, int]) -> dict[str, int]:
     """Tile sizes of the forward kernel, for programs that may use ``shared`` bytes of shared memory."""
+    tile = dict(M=64, N=64, num_warps=4, num_stages=2, most_packed=4, COPY=capability >= (9, 0))
     if dim > 128:
-        return dict(M=64, N=32, num_warps=4, num_stages=2, most_packed=4)
-    if hopper:
-        # Larger tiles halve what is read from L2, which would bound the kernel; few enough registers for two programs.
-        return dict(M=128, N=64, num_warps=8, num_stages=2, maxnreg=128, most_packed=4)
+        return tile | dict(N=32)
+    if (9, 0) <= capability < (12, 0):
+        # Tiles that read half as much from L2, in few enough registers for two programs on a multiprocessor.
+        return tile | dict(M=128, num_warps=8, maxnreg=128)
     # Small tiles, so that two programs share a multiprocessor and one computes while the other takes its softmax. Three
     # stages take up to 112 KiB, two 80 KiB: consumer GPUs have 99.
-    return dict(M=64, N=64, num_warps=4, num_stages=3 if shared >= 140_000 or dim <= 64 else 2, most_packed=4)
+    return tile | dict(num_stages=3 if shared >= 140_000 or dim <= 64 else 2)
 
 
 def backward_tile(dim: int) -> dict[str, int]:
@@ -395,8 +401,9 @@ def attention(
         Return the log-sum-exp of each query's scores too: float32 (B, H, S), natural logarithm.
     """
     query, key, value = map(_rows_contiguous, (query_BHSD, key_BKTD, value_BKTD))
-    # In training the operator also where gradients are off, so that checkpointing sees it there, too.
-    if any(states.requires_grad for states in (query, key, value)):
+    # In training the operator also where gradients are off, so that checkpointing sees it there, too; and in what is
+    # compiled, as a launch reads addresses.
+    if torch.compiler.is_compiling() or any(states.requires_grad for states in (query, key, value)):
         output, lse = streaming(query, key, value, sink, window, scale)
     else:
         output, lse = _run_forward(query, key, value, sink, window, scale, return_lse)
