@@ -1,10 +1,13 @@
 """Tables and plots of the speed and memory results.
 
-Run: ``python benchmarks/show_speed.py``. Reads benchmarks/results/, which ``flux-attention bench`` writes; prints the
-tables of docs/performance.md and of docs/training.md, and writes images. What has not been measured is left out.
+Run: ``python benchmarks/show_speed.py``. Reads benchmarks/results/, which ``flux-attention bench`` writes; prints
+tables, writes those that docs/performance.md and docs/training.md have into them, and the images. What has not been
+measured is left out.
 """
 
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -47,10 +50,26 @@ def draw(name, title, y_label, series, log_y=False, reference=None):
     plt.close(figure)
 
 
+#: What was printed, by its heading.
+TABLES = defaultdict(list)
+
+
 def table(columns, lines):
-    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
-    for line in lines:
-        print("| " + " | ".join(map(str, line)) + " |")
+    heading = "| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns) + "\n"
+    TABLES[heading].append("".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines))
+    print("\n" + heading + TABLES[heading][-1])
+
+
+def write_pages():
+    """Fill in the pages' tables: the first of a heading by the first that was printed, and so on."""
+    for name in ("performance", "training"):
+        page = HERE.parent / f"docs/{name}.md"
+        text = page.read_text()
+        for heading, bodies in TABLES.items():
+            before, *rest = re.split(re.escape(heading) + r"(?:\|.*\n)*", text)
+            bodies = [*bodies[: len(rest)], *[""] * (len(rest) - len(bodies))]
+            text = before + "".join(heading + body + after for body, after in zip(bodies, rest, strict=True))
+        page.write_text(text)
 
 
 def of_shape(name, shape):
@@ -182,19 +201,18 @@ def training():
     )
 
 
-def attention(name, heading, rate):
+def attention(name, title, rate):
     results = load(name)
     if not results["rows"]:
         return
-    print(f"\n{heading}, {results['meta']['device']}")
+    print(f"\n{title}, {results['meta']['device']}")
     table(
-        ["tokens", "batch", "engine, method", "Ω", "ms", rate[1], "baseline", "its ms", "ratio"],
+        ["tokens", "batch", "engine, method", "ms", rate[1], "baseline", "its ms", "ratio"],
         [
             [
                 label(row["seq_len"]),
                 row["batch"],
                 f"{row['engine']}, {row['method']}" + (f", last {row['queries']}" if "queries" in row else ""),
-                row["sparsity"],
                 f"{row['ms']:.4f}",
                 row.get(rate[0], ""),
                 row.get("baseline", ""),
@@ -202,6 +220,8 @@ def attention(name, heading, rate):
                 times(row.get("speedup")),
             ]
             for row in results["rows"]
+            # Heads at a share of a half, and the faster of SDPA's two backends: the file has all.
+            if row.get("baseline") != "sdpa-flash" and (row["method"] != "head" or row["sparsity"] == 0.5)
         ],
     )
 
@@ -246,6 +266,7 @@ def main():
     attention("attention_decode", "One layer's decode step", ("tbps", "TB/s"))
     profile()
     memory()
+    write_pages()
 
 
 if __name__ == "__main__":

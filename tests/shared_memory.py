@@ -45,12 +45,13 @@ def main(capability, limit):
     used = {}
     for dim in (64, 128, 256):
         shape = dict(G=4, D=dim)
-        tile = triton_prefill.forward_tile(dim, limit, divmod(capability, 10))
-        pack = tile.pop("most_packed")
-        sizes, options = {name: tile.pop(name) for name in ("M", "N", "COPY")}, tile
-        used[f"forward {dim}"] = shared(
-            triton_prefill._forward, capability, dict(shape, PACK=pack, lse_ptr=None, **sizes), **options
-        )
+        for queries in (1, 2**20):
+            tile = triton_prefill.forward_tile(dim, queries, limit, divmod(capability, 10))
+            pack = tile.pop("most_packed")
+            sizes, options = {name: tile.pop(name) for name in ("M", "N", "COPY")}, tile
+            used[f"forward {dim}, {queries}"] = shared(
+                triton_prefill._forward, capability, dict(shape, PACK=pack, lse_ptr=None, **sizes), **options
+            )
         tile = triton_prefill.backward_tile(dim)
         sizes, options = {name: tile.pop(name) for name in "MN"}, tile
         used[f"query gradient {dim}"] = shared(

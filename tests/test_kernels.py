@@ -96,32 +96,29 @@ def poisoned():
 
 @INTERPRETED
 @settings(max_examples=40, deadline=None)
-@given(problems(), st.sampled_from([(8, 0), (9, 0)]))
-def test_prefill_by_the_interpreter(problem, capability):
+@given(problems(), st.booleans())
+def test_prefill_by_the_interpreter(problem, copied):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_prefill, "capability", lambda device: capability)
+        patch.setattr(triton_prefill, "FEWEST_COPIED", 0 if copied else math.inf)
         check_prefill("cpu", torch.float16, **problem)
 
 
 @pytest.mark.gpu
 @settings(max_examples=60, deadline=None)
-@given(problems(dims=(64,), most=3000), st.sampled_from([torch.float16, torch.bfloat16]))
-def test_prefill_of_random_shapes(problem, dtype):
-    check_prefill("cuda", dtype, **problem)
-
-
-@pytest.mark.gpu
-def test_prefill_as_for_an_older_gpu(monkeypatch):
-    monkeypatch.setattr(triton_prefill, "capability", lambda device: (8, 0))
-    for dim, keys, length in ((64, 2049, 2049), (128, 3000, 130)):
-        check_prefill("cuda", torch.bfloat16, 8, 2, keys, length, dim, 128, 1024, ("BSHD", "BSHD", "BHSD"), dim)
+@given(problems(dims=(64,), most=3000), st.sampled_from([torch.float16, torch.bfloat16]), st.booleans())
+def test_prefill_of_random_shapes(problem, dtype, copied):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_prefill, "FEWEST_COPIED", 0 if copied else math.inf)
+        check_prefill("cuda", dtype, **problem)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2), (5, 1)])
 @pytest.mark.parametrize("keys, length", [(1, 1), (127, 127), (2049, 2049), (3000, 130)])
-def test_prefill_of_every_tile(dim, heads, kv_heads, keys, length):
+@pytest.mark.parametrize("copied", [False, True])
+def test_prefill_of_every_tile(dim, heads, kv_heads, keys, length, copied, monkeypatch):
+    monkeypatch.setattr(triton_prefill, "FEWEST_COPIED", 0 if copied else math.inf)
     for sink, window in ((0, 1), (128, 1024), (100, 300), (0, keys)):
         layouts = ("BSHD", "BSHD", "BHSD")
         check_prefill("cuda", torch.bfloat16, heads, kv_heads, keys, length, dim, sink, window, layouts, keys + dim)
@@ -129,7 +126,8 @@ def test_prefill_of_every_tile(dim, heads, kv_heads, keys, length):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["a column late", "one batch for all", "columns apart"])
-def test_prefill_of_keys_that_cannot_be_copied_by_blocks(device, layout):
+def test_prefill_of_keys_that_cannot_be_copied_by_blocks(device, layout, monkeypatch):
+    monkeypatch.setattr(triton_prefill, "FEWEST_COPIED", 0)
     generator = torch.Generator(device).manual_seed(0)
     query = states(generator, 4, 40, 16, torch.float16, "BSHD")
     key = states(generator, 2, 40, 32, torch.float16, "BSHD")
@@ -190,13 +188,14 @@ def test_long_dense_prompts_are_read_in_blocks(monkeypatch):
     full = cudnn.full
     monkeypatch.setattr(cudnn, "full", lambda *args: seen.append(args[0].shape[2]) or full(*args))
     monkeypatch.setattr(cudnn, "LONG", 2000)
-    monkeypatch.setattr(cudnn, "MANY", 300 * 3000)
+    monkeypatch.setattr(cudnn, "LATER", 2500)
     query, key = (torch.randn(1, heads, 3000, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
     kernels.full(query, key, key, 0.1)
     kernels.full(query[:, :, -300:], key, key, 0.1)
     for other in (query[:, :, :1999], query.clone().requires_grad_()):
         kernels.full(other, key[:, :, : other.shape[2]], key[:, :, : other.shape[2]], 0.1)
-    kernels.full(query[:, :, -299:], key, key, 0.1)  # few queries
+    kernels.full(query[:, :, -63:], key, key, 0.1)  # few queries
+    kernels.full(query[:, :, -300:], key[:, :, 501:], key[:, :, 501:], 0.1)  # few keys
     kernels.full(query[:, :, -2999:], key, key, 0.1)  # one earlier key
     with torch.no_grad():  # in training what is computed without gradients, too
         kernels.full(query.clone().requires_grad_(), key, key, 0.1)
@@ -240,7 +239,7 @@ def test_tiles_fit_every_supported_gpu(capability):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert result.returncode == 0, result.stderr[-2000:]
     used = json.loads(result.stdout.strip().split("\n")[-1])
-    assert len(used) == 12
+    assert len(used) == 15
     assert max(used.values()) <= SHARED[capability], used
 
 

@@ -109,17 +109,26 @@ def measure_in_turn(
 
 
 def measure_graph(run: Callable[[], Any], launches: int = 20) -> dict[str, float]:
-    """As ``measure``, for short kernels: milliseconds of one of ``launches`` launches in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(launches):
+    """As ``measure``, without the host's part: milliseconds of one of ``launches`` launches in a CUDA graph."""
+    return measure_graphs([run], launches)[0]
+
+
+def measure_graphs(runs: Sequence[Callable[[], Any]], launches: int) -> list[dict[str, float]]:
+    """As ``measure_graph``, of several runs in turn."""
+    replays, stream = [], torch.cuda.Stream()
+    for run in runs:
+        with torch.cuda.stream(stream):
             run()
-    times = measure(graph.replay, seconds=0.2)
-    return {name: value if name == "repeats" else value / launches for name, value in times.items()}
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(launches):
+                run()
+        replays.append(graph.replay)
+    return [
+        {name: value if name == "repeats" else value / launches for name, value in times.items()}
+        for times in measure_in_turn(replays, seconds=0.2)
+    ]
 
 
 @lru_cache
@@ -176,7 +185,7 @@ def _mean(share: float, sparse: dict[str, float], full: dict[str, float]) -> dic
 
 def attention_prefill(shape: str, lengths: Sequence[int], sparsities: Sequence[float]) -> Iterator[dict[str, Any]]:
     """
-    One layer's prefill: dense, streaming, and streaming on a share of the KV heads (``head``).
+    One layer's prefill, in CUDA graphs: dense, streaming, and streaming on a share of the KV heads (``head``).
 
     Yields
     ------
@@ -198,6 +207,7 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
     groups, scale = heads // kv_heads, dim**-0.5
     query, key, value = (_states(1, count, length, dim) for count in (heads, kv_heads, kv_heads))
     facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill")
+    timed = partial(measure_graph, launches=10 if length <= 2**15 else 1)
 
     def floor(flops):
         return {"floor_ms": round(floor_ms(flops, "matmul_tflops"), 5)}
@@ -206,23 +216,23 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
         flops = 4 * pairs * heads * dim
         return {"tflops": round(flops / times["ms"] / 1e9, 1), **floor(flops)}
 
-    sdpa = {name: measure(partial(_sdpa, name, query, key, value, True)) for name in BACKENDS}
+    sdpa = {name: timed(partial(_sdpa, name, query, key, value, True)) for name in BACKENDS}
     pairs = Full().pairs(length)
     for name, times in sdpa.items():
         yield row(times, "", None, **facts, sparsity=0.0, engine=name, method="dense", **rate(times, pairs))
     full, dense = sdpa["sdpa-cudnn"], dict(facts, sparsity=0.0, engine="flux", method="dense")
     if length >= cudnn.LONG:
         both = (partial(_sdpa, "sdpa-cudnn", query, key, value, True), partial(kernels.full, query, key, value, scale))
-        base, full = measure_in_turn(both)  # as they differ in the power that they draw
+        base, full = measure_graphs(both, 1)  # in turn, as they differ in the power that they draw
         yield row(full, "sdpa-cudnn", base, **dense, **rate(full, pairs))
     for last in (128, 8192):  # triangle's last rows, and a later part of a prompt
         if last < length:
             few = query[:, :, -last:]
-            ours = measure(partial(kernels.full, few, key, value, scale))
-            base = measure(partial(_sdpa, "sdpa-cudnn", few, key, value, False))
+            ours = timed(partial(kernels.full, few, key, value, scale))
+            base = timed(partial(_sdpa, "sdpa-cudnn", few, key, value, False))
             late = pairs - Full().pairs(length - last)
             yield row(ours, "sdpa-cudnn-unmasked", base, **dense, queries=last, **rate(ours, late))
-    ours = measure(partial(kernels.streaming, query, key, value, PATTERN.sink, PATTERN.window, scale))
+    ours = timed(partial(kernels.streaming, query, key, value, PATTERN.sink, PATTERN.window, scale))
     sparse = dict(facts, sparsity=1.0, engine="flux", method="sparse", **rate(ours, PATTERN.pairs(length)))
     yield row(ours, "sdpa-cudnn", sdpa["sdpa-cudnn"], **sparse)
 
@@ -231,7 +241,7 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
 
     build = partial(create_block_mask, seen, None, None, length, length, device="cuda", _compile=True)
     flex = torch.compile(flex_attention, dynamic=False)
-    flexed = measure(partial(flex, query, key, value, block_mask=build(), scale=scale, enable_gqa=True))
+    flexed = timed(partial(flex, query, key, value, block_mask=build(), scale=scale, enable_gqa=True))
     yield row(ours, "flex", flexed, **sparse, mask_ms=round(measure(build, seconds=0.1)["ms"], 4))
 
     def by_head(few):
@@ -243,7 +253,7 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
         share = few / kv_heads
         mean = _mean(share, ours, full)
         flops = 4 * (share * PATTERN.pairs(length) + (1 - share) * Full().pairs(length)) * heads * dim
-        yield row(measure(partial(by_head, few)), "routed", mean, **facts, sparsity=share, engine="flux",
+        yield row(timed(partial(by_head, few)), "routed", mean, **facts, sparsity=share, engine="flux",
                   method="head", **floor(flops))  # fmt: skip
 
 

@@ -14,17 +14,15 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 #: Queries of a block, the last of which has the rest too; and keys of a call that reads earlier ones, at least.
 BLOCK, FEWEST = 2**15, 64
-#: Tokens from which a whole prompt is read so.
-LONG = 2**17
-#: Queries × keys from which the last queries of a prompt are: in each thread a call of new sizes takes the host some
-#: milliseconds, once.
-MANY = 2**27
+#: Tokens from which a whole prompt is read so, and keys from which the last queries of a prompt are: in each thread a
+#: call of new sizes takes the host about 5 ms, once.
+LONG, LATER = 2**17, 2**15
 
 
 def pays(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor) -> bool:
     """Whether ``full`` takes these states, and is faster than what else ``kernels.full`` has."""
     length, keys = query_BHSD.shape[2], key_BKTD.shape[2]
-    large = keys >= LONG if length == keys else length * keys >= MANY and min(length, keys - length) >= FEWEST
+    large = keys >= LONG if length == keys else keys >= LATER and min(length, keys - length) >= FEWEST
     # Checkpointing would keep every block's outputs, also of what is computed without gradients in training.
     if not large or any(states.requires_grad for states in (query_BHSD, key_BKTD, value_BKTD)):
         return False

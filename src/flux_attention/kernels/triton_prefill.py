@@ -22,6 +22,8 @@ from flux_attention.kernels import on_device
 LOG2E = tl.constexpr(1.4426950408889634)
 #: Arguments that change from prompt to prompt: compiled once for all values.
 SIZES = ["S", "T", "sink", "window"]
+#: Queries of a call from which the copy engine loads keys and values.
+FEWEST_COPIED = 2**13
 
 
 @triton.jit
@@ -277,7 +279,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 def _run_forward(query, key, value, sink, window, scale, with_lse):
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
-    tile = forward_tile(dim, shared_memory(query.device), capability(query.device))
+    tile = forward_tile(dim, batch * length, shared_memory(query.device), capability(query.device))
     pack = _pack(groups, tile.pop("most_packed"))
     output = _like(query)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
@@ -293,12 +295,14 @@ def _run_forward(query, key, value, sink, window, scale, with_lse):
     return output, lse
 
 
-def forward_tile(dim: int, shared: int, capability: tuple[int, int]) -> dict[str, int]:
+def forward_tile(dim: int, queries: int, shared: int, capability: tuple[int, int]) -> dict[str, int]:
     """Tile sizes of the forward kernel, for programs that may use ``shared`` bytes of shared memory."""
-    tile = dict(M=64, N=64, num_warps=4, num_stages=2, most_packed=4, COPY=capability >= (9, 0))
+    # The host takes longer to describe blocks than a short prompt takes the device.
+    copy = capability >= (9, 0) and queries >= FEWEST_COPIED
+    tile = dict(M=64, N=64, num_warps=4, num_stages=2, most_packed=4, COPY=copy)
     if dim > 128:
         return tile | dict(N=32)
-    if (9, 0) <= capability < (12, 0):
+    if copy and capability < (12, 0):
         # Tiles that read half as much from L2, in few enough registers for two programs on a multiprocessor.
         return tile | dict(M=128, num_warps=8, maxnreg=128)
     # Small tiles, so that two programs share a multiprocessor and one computes while the other takes its softmax. Three
