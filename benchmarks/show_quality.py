@@ -41,6 +41,10 @@ def grouped(rows, length):
     return {name: list(seeds.values()) for name, seeds in found.items()}
 
 
+def routers_of(seed):
+    return next(iter(seed.values()))["routers"]
+
+
 def over_seeds(values, form):
     """The mean, and least and most of several seeds."""
     values = list(values)
@@ -76,11 +80,10 @@ def differences(rows, length):
         for rival in ["dense", *rivals] if method in ("routed", "head") else []:
             if rival not in groups:
                 continue
-            found = [
-                (difference(list(seed.values()), list(other.values())), seed, other)
-                for seed in seeds
-                for other in groups[rival]
-            ]
+            pairs = [(seed, other) for seed in seeds for other in groups[rival]]
+            # What was chosen for some routers is set beside those.
+            own = [(seed, other) for seed, other in pairs if routers_of(seed) == routers_of(other)]
+            found = [(difference(list(a.values()), list(b.values())), a, b) for a, b in own or pairs]
             if any(points is None or ratio is None for (points, ratio), _, _ in found):
                 continue  # of an older version
             sparser = [

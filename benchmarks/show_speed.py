@@ -57,7 +57,7 @@ TABLES = defaultdict(list)
 def table(columns, lines):
     heading = "| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns) + "\n"
     TABLES[heading].append("".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines))
-    print("\n" + heading + TABLES[heading][-1])
+    print("\n" + heading + TABLES[heading][-1], end="")
 
 
 def write_pages():

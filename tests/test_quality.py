@@ -257,7 +257,7 @@ def _script(path, name):
 
 
 def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
-    """Three seeds of one target beside rivals that are measured once, and beside heads."""
+    """Three seeds of one target, each beside the static layers chosen for it, and beside heads of one seed."""
     root = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(root / "benchmarks")
     show = _script(root / "benchmarks/show_quality.py", "show_quality")
@@ -272,14 +272,14 @@ def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
     every = [
         *rows("dense", None, 0.0, 10, 1.0),
         *(row for seed, name in enumerate(names) for row in rows("routed", name, 0.7, 9 - seed, 1.0)),
-        *rows("static", names[0], 0.6, 5, 1.1),
+        *(row for seed, name in enumerate(names) for row in rows("static", name, 0.6, 5 + seed // 2, 1.1)),
         *rows("head", "head-0.65-0", 0.65, 8, 1.0),
     ]
     show.differences(every, 4096)
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     found = {(line[0].strip("| "), line[1]): line[2] for line in lines[3:]}
     assert found["routed (0.65)", "dense"] == "-20.0 (-30.0 to -10.0)"
-    assert found["routed (0.65)", "static (0.65)"] == "+30.0 (+20.0 to +40.0)"
+    assert found["routed (0.65)", "static (0.65)"] == "+26.7 (+10.0 to +40.0)"
     assert found["routed (0.65)", "head (0.65)"] == "+0.0 (-10.0 to +10.0)"
     assert found["head (0.65)", "dense"] == "-20.0"
     (mean,) = [row for row in show.seeds_as_one(every) if (row["method"], row["task"]) == ("routed", "count")]

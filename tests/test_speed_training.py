@@ -34,6 +34,18 @@ def test_both_formulas_give_the_same_loss_and_gradients(routing):
         torch.testing.assert_close(mixed, plain, atol=1e-7, rtol=1e-4)
 
 
+def test_neither_formula_keeps_gates_that_were_computed_again(routing, monkeypatch):
+    calls, finish = [], Call.finish
+    monkeypatch.setattr(Call, "finish", lambda self: calls.append(self) or finish(self))
+    routing.model.gradient_checkpointing_enable({"use_reentrant": False})
+    routing.model.train()
+    module = RoutedTraining(routing, SparsityObjective({"all": 0.5}))
+    for formula in (speed_training.plain_formula(), torch.enable_grad()):
+        with formula:
+            module(**speed_training.pack_of(routing, 40))["loss"].backward()
+        assert not calls[-1].gates
+
+
 def test_the_plain_formula_runs_each_branch_once(routing, monkeypatch):
     """Two attentions a layer for either: the comparison is about the backward pass."""
     runs = []

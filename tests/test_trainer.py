@@ -512,6 +512,30 @@ def test_a_restart_forgets_the_run_before(recipe, tmp_path):
     assert len(losses(folder)) == 4
 
 
+def test_what_is_not_of_an_unfinished_run_is_not_deleted(recipe, tmp_path):
+    folder = Path(recipe.output)
+    folder.mkdir()
+    (folder / "README.md").write_text("a project's own")
+    for restart in (False, True):
+        with pytest.raises(RecipeError, match=r"holds README\.md, but no recipe\.yaml"):
+            train(recipe, restart=restart)
+    (folder / "README.md").unlink()
+    train(recipe)
+    for checkpoint in folder.glob("checkpoint-*"):  # to save space
+        shutil.rmtree(checkpoint)
+    adapter = (folder / "routers.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match="no checkpoint to go on from"):
+        train(recipe)
+    recipe.start = str(folder)
+    for restart in (False, True):
+        with pytest.raises(RecipeError, match="the adapter that is started from"):
+            train(recipe, restart=restart)
+    assert (folder / "routers.safetensors").read_bytes() == adapter
+    recipe.start = None
+    train(recipe, restart=True)
+    assert len(losses(folder)) == recipe.training["max_steps"]
+
+
 def test_a_run_that_is_done_is_not_trained_further(recipe):
     first = train(recipe).routing.routers.state_dict()
     folder = Path(recipe.output)

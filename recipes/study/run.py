@@ -103,12 +103,10 @@ def evaluate(args, names):
     print(f"judging {', '.join(names)}", flush=True)
     # Those that routers were trained on: the backbone was, too.
     families = list(itertools.chain.from_iterable(source["tasks"] for source in Recipe.from_yaml(args.recipe).data))
-    model, commands, targets = str(args.model or args.folder / "backbone"), {}, set()
-    for name, (_, target, granularity) in names.items():
-        methods, rivals = ("routed", ",static,random") if granularity == "layer" else ("head", ",head-static")
-        if (target, granularity) not in targets:  # they do not depend on the routers' seed
-            methods += rivals
-        targets.add((target, granularity))
+    model, commands = str(args.model or args.folder / "backbone"), {}
+    for name, (_, _, granularity) in names.items():
+        # Rivals for every seed: they have as many full layers as its routers use.
+        methods = "routed,static,random" if granularity == "layer" else "head,head-static"
         if name == next(iter(names)):  # what does not depend on routers, once
             methods = f"dense,sparse,{methods}"
         options = {

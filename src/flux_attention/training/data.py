@@ -95,7 +95,7 @@ class Report:
             lines.append(f"{len(self.malformed):,} malformed records were left out:")
             lines += [f"  {where}: {reason}" for where, reason in self.malformed[:10]]
             if len(self.malformed) > 10:
-                lines.append(f"  … and {len(self.malformed) - 10:,} more; malformed.txt in the output has them all")
+                lines.append(f"  … and {len(self.malformed) - 10:,} more")
         return "\n".join(lines)
 
 

@@ -47,17 +47,27 @@ def load_model(recipe: Recipe) -> Routing:
     return attach(model, routers)
 
 
-def check_output(recipe: Recipe, folder: Path) -> None:
+def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
     """
-    Refuse to go on with a run that another recipe began.
+    Refuse an output folder in which something would be lost, and to go on with a run that another recipe began.
 
     Raises
     ------
     RecipeError
-        With the keys that differ.
+        With the files that would be lost, or the recipe's keys that differ.
     """
+    if recipe.start is not None and Path(shipped.adapter_path(recipe.start)).resolve() == folder.resolve():
+        raise RecipeError(f"the output is {folder}, the adapter that is started from: use another output")
     kept = folder / "recipe.yaml"
-    if not kept.exists() or last_checkpoint(folder) is None:
+    found = [name for name in RESULTS if name != "malformed.txt" and (folder / name).exists()]
+    if found and not kept.exists():
+        raise RecipeError(f"{folder} holds {', '.join(found)}, but no recipe.yaml of a run: use another output")
+    if found and not restart and last_checkpoint(folder) is None:
+        raise RecipeError(
+            f"{folder} holds {', '.join(found)}, but no checkpoint to go on from: use another output, or --restart, "
+            "which deletes them"
+        )
+    if restart or not kept.exists() or last_checkpoint(folder) is None:
         return
     before, now = Recipe.from_yaml(kept).resolved, recipe.resolved
     changed = sorted(key for key in now if key != "output" and now[key] != before[key])
@@ -100,8 +110,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     main = args.process_index == 0
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise ImportError("matplotlib is missing, which draws the run: pip install 'flux-attention[train]'")
-    if not restart:
-        check_output(recipe, folder)
+    check_output(recipe, folder, restart)
     # Before the model: what is wrong with data is known before a large one is loaded.
     data, report = load_data(recipe, AutoTokenizer.from_pretrained(shipped.model_path(recipe.model)))
     if main:
@@ -131,6 +140,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
         if report.malformed:
             lines = "".join(f"{where}: {reason}\n" for where, reason in report.malformed)
             (folder / "malformed.txt").write_text(lines, encoding="utf-8")
+            say(f"all malformed records are listed in {folder / 'malformed.txt'}")
         (folder / "data.sha256").write_text(digest + "\n")
     state = None if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
     try:
@@ -228,9 +238,8 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         "",
         f"# {of} routers for {base.name}",
         "",
-        f"A [flux-attention](https://pypi.org/project/flux-attention/) adapter: for each prompt and each of "
-        f"{len(routing.units)} {kind} it picks full or sparse attention ({routing.config.pattern}, sink "
-        f"{routing.config.sink}, window {routing.config.window}).",
+        f"A flux-attention adapter: for each prompt and each of {len(routing.units)} {kind} it picks full or sparse "
+        f"attention ({routing.config.pattern}, sink {routing.config.sink}, window {routing.config.window}).",
         "",
         "```python",
         "from flux_attention import attach",
