@@ -58,16 +58,16 @@ def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
     """
     if recipe.start is not None and Path(shipped.adapter_path(recipe.start)).resolve() == folder.resolve():
         raise RecipeError(f"the output is {folder}, the adapter that is started from: use another output")
-    kept = folder / "recipe.yaml"
+    kept, checkpoint = folder / "recipe.yaml", last_checkpoint(folder)
     found = [name for name in RESULTS if name != "malformed.txt" and (folder / name).exists()]
     if found and not kept.exists():
         raise RecipeError(f"{folder} holds {', '.join(found)}, but no recipe.yaml of a run: use another output")
-    if found and not restart and last_checkpoint(folder) is None:
+    if found and not restart and checkpoint is None:
         raise RecipeError(
             f"{folder} holds {', '.join(found)}, but no checkpoint to go on from: use another output, or --restart, "
             "which deletes them"
         )
-    if restart or not kept.exists() or last_checkpoint(folder) is None:
+    if restart or not kept.exists() or checkpoint is None:
         return
     before, now = Recipe.from_yaml(kept).resolved, recipe.resolved
     changed = sorted(key for key in now if key != "output" and now[key] != before[key])
