@@ -76,7 +76,10 @@ def differences(rows, length):
     groups, lines = grouped(rows, length), []
     for name, seeds in groups.items():
         method, _, goal = name.partition(" ")
-        rivals = {"routed": [f"static {goal}", f"head {goal}"], "head": [f"head-static {goal}"]}.get(method, [])
+        rivals = {
+            "routed": [f"static {goal}", f"best-static {goal}", f"head {goal}"],
+            "head": [f"head-static {goal}"],
+        }.get(method, [])
         for rival in ["dense", *rivals] if method in ("routed", "head") else []:
             if rival not in groups:
                 continue
@@ -141,7 +144,7 @@ def main():
     by_family(rows, 4096, ["dense", "routed (0.5)", "routed (0.65)", "static (0.65)"])
     for name in ("0.5", "0.65"):
         figure = heat_map(rows, 4096, grouped(rows, 4096)[f"routed ({name})"][0]["plain"]["routers"])
-        figure.axes[0].set_title(f"Share of inputs with full attention, target {name}, 4,096 tokens", size=11)
+        figure.axes[0].set_title(f"Share of inputs with full attention, target {name}, seed 0, 4,096 tokens", size=11)
         save(figure, f"quality_routes_{name}")
 
 

@@ -17,7 +17,7 @@ from test_cli import flux
 from flux_attention import shipped
 from flux_attention.evaluation import quality
 from flux_attention.evaluation.harness import Scores, evaluate
-from flux_attention.evaluation.quality import Evaluation, greedy_layers, random_routes
+from flux_attention.evaluation.quality import Evaluation, best_layers, greedy_layers, random_routes
 from flux_attention.evaluation.report import comparisons, difference, short_names, summary, write_report
 from flux_attention.evaluation.tasks import Haystack
 from flux_attention.evaluation.text import local_texts
@@ -51,6 +51,25 @@ def test_greedy_layers_take_what_lowers_the_loss_most():
     assert greedy_layers(loss, list(worth), 4) == [3, 5, 8, 9]
 
 
+def test_best_layers_are_the_best_of_all_sets():
+    """Greedy search takes 3 first; together 5 and 9 are better. A look at few samples may mistake a set."""
+    worth = {3: 5.0, 5: 1.0, 8: 2.0, 9: 0.1}
+    asked = []
+
+    def value(chosen, few):
+        asked.append((tuple(chosen), few))
+        both = {5, 9} <= set(chosen)
+        return 20.0 * (both and not few), sum(worth[layer] for layer in chosen)
+
+    assert best_layers(value, list(worth), 2) == [5, 9]
+    assert [few for _, few in asked].count(True) == 6 == len(set(asked[:6]))
+    assert best_layers(value, list(worth), 1) == [3] and best_layers(value, list(worth), 0) == []
+    # Of more than ten sets those that look worst are not judged again.
+    asked.clear()
+    best_layers(lambda chosen, few: (asked.append(few), sum(chosen))[1:], range(6), 3)
+    assert asked == [True] * 20 + [False] * 10
+
+
 def test_random_routes_are_seeded_and_of_the_size_asked_for(setting):
     samples = make(setting).make("single_needle", 1024, 6)
     routes = random_routes(samples, 10, 3)
@@ -80,6 +99,34 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
                 scores = evaluate(model, evaluation.make("plain", 1024, 3), routing)
             assert rows["plain", method]["perplexity"] == pytest.approx(scores.perplexity, abs=1e-4)
             assert rows["plain", method]["low"] < scores.perplexity < rows["plain", method]["high"]
+    finally:
+        routing.detach()
+
+
+def test_the_best_static_layers_are_found_once_and_used_for_all(setting, monkeypatch):
+    """The search's own choice, by hand: accuracy of the questions first, then the loss of all families."""
+    evaluation = make(setting, methods=["best-static"], calibration=2)
+    values = []
+
+    def search(value, layers, count, tell):
+        values.append([value([2, 5], few) for few in (True, False)])
+        return [2, 5]
+
+    monkeypatch.setattr(quality, "best_layers", search)
+    rows = [row for row in evaluation.rows() if row["method"] == "best-static"]
+    assert [row["task"] for row in rows] == evaluation.families and len(values) == 1
+    assert all(row["full_layers"] == [2, 5] and row["sparsity"] == 0.8 for row in rows)
+    again = [row for row in evaluation.rows(rows[:1]) if row["method"] == "best-static"]
+    assert again == rows and len(values) == 1
+    from flux_attention import attach
+
+    routing = attach(setting[0], shipped.ROUTERS)
+    try:
+        for count, (accuracy, loss) in zip((1, 2), values[0], strict=True):
+            some = [evaluation.make(task, 1024, count, quality.CALIBRATION_SEED) for task in evaluation.families]
+            needle, plain = (evaluate(setting[0], samples, routing, routes=[2, 5]) for samples in some)
+            assert accuracy == needle.accuracy
+            assert -loss == pytest.approx((np.mean(needle.nats) + np.mean(plain.nats)) / 2, abs=1e-5)
     finally:
         routing.detach()
 
@@ -289,7 +336,10 @@ def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
 def test_parts_of_the_study_are_merged_if_measured_alike(tmp_path, monkeypatch):
     study = _script(Path(__file__).parents[1] / "recipes/study/run.py", "study")
     monkeypatch.setattr(study, "write_report", lambda path, folder: (path, path))
-    meta = dict(device="a", torch="1", transformers="1", commit="c", settings={"adapters": []})
+    settings = dict(
+        adapters=[], dtype="bfloat16", samples=2, calibration=1, text="t", families=["count"], lengths=[4096]
+    )
+    meta = dict(device="a", torch="1", transformers="1", commit="c", settings=settings)
     row = dict(task="count", seq_len=4096, sparsity=0.0, n=2, accuracy=0.5)
     for name, commit, rows in (
         ("one", "c", [dict(row, method="dense", routers=None), dict(row, method="routed", routers="one")]),
@@ -302,3 +352,7 @@ def test_parts_of_the_study_are_merged_if_measured_alike(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "all.json").read_text())["rows"]) == 3
     with pytest.raises(SystemExit, match=r"measured with commit \['c', 'd'\]"):
         study.merge([*parts, tmp_path / "other.json"], tmp_path / "all.json")
+    more = {"meta": {**meta, "settings": {**settings, "samples": 3}}, "rows": []}
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    with pytest.raises(SystemExit, match=r"measured with samples \['2', '3'\]"):
+        study.merge([*parts, tmp_path / "more.json"], tmp_path / "all.json")

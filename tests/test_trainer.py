@@ -316,6 +316,9 @@ def test_generated_questions_need_no_file(recipe, tokenizer):
     again, _ = load_data(recipe, tokenizer)
     for one, two in zip(data, again, strict=True):
         assert all(np.array_equal(a.input_ids, b.input_ids) for (_, a), (_, b) in zip(one, two, strict=True))
+    recipe.training = {**recipe.training, "seed": 1}
+    other, _ = load_data(recipe, tokenizer)
+    assert len({example.input_ids.tobytes() for some in (again, other) for items in some for _, example in items}) == 16
 
 
 @settings(deadline=None)

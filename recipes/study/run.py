@@ -106,7 +106,7 @@ def evaluate(args, names):
     model, commands = str(args.model or args.folder / "backbone"), {}
     for name, (_, _, granularity) in names.items():
         # Rivals for every seed: they have as many full layers as its routers use.
-        methods = "routed,static,random" if granularity == "layer" else "head,head-static"
+        methods = "routed,static,best-static,random" if granularity == "layer" else "head,head-static"
         if name == next(iter(names)):  # what does not depend on routers, once
             methods = f"dense,sparse,{methods}"
         options = {
@@ -129,9 +129,10 @@ def merge(parts: list[Path], path: Path) -> None:
     """One result file of all, and its report."""
     found = [json.loads(part.read_text()) for part in parts]
     meta = found[0]["meta"]
-    for fact in ("device", "torch", "transformers", "commit"):
-        if len(values := {part["meta"][fact] for part in found}) > 1:
-            sys.exit(f"measured with {fact} {sorted(map(str, values))}: evaluate all with one")
+    for fact in ("device", "torch", "transformers", "commit", "dtype", "samples", "calibration", "text", "lengths"):
+        values = {str({**part["meta"]["settings"], **part["meta"]}[fact]) for part in found}
+        if len(values) > 1:
+            sys.exit(f"measured with {fact} {sorted(values)}: evaluate all with one")
     meta["settings"]["adapters"] = [adapter for part in found for adapter in part["meta"]["settings"]["adapters"]]
     # A run that was extended may hold what does not depend on routers twice.
     rows = {row_key(row): row for part in found for row in part["rows"]}.values()

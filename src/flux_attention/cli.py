@@ -380,7 +380,7 @@ def evaluate(
     routers: Annotated[Optional[list[str]], typer.Option(help="Adapter; may be given several times.")] = None,  # noqa: UP045
     families: Annotated[Optional[str], typer.Option(help="Default: all; for 'shipped' those it has learnt.")] = None,  # noqa: UP045
     lengths: Annotated[str, typer.Option(help="Tokens of a sample.")] = "4K",
-    methods: Annotated[Optional[str], typer.Option(help="Ways of choosing full layers; default: all.")] = None,  # noqa: UP045
+    methods: Annotated[Optional[str], typer.Option(help="Of full layers; default: all but best-static.")] = None,  # noqa: UP045
     samples: Annotated[int, typer.Option(min=2, help="Samples of each family and length.")] = 100,
     calibration: Annotated[int, typer.Option(min=1, help="Samples of each family to choose static layers on.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 1,
@@ -411,7 +411,7 @@ def evaluate(
             Haystack(texts, tokenizer),
             families.split(",") if families else list(FAMILIES if model == "shipped" else EVERY_FAMILY),
             tokens,
-            methods.split(",") if methods else quality.METHODS,
+            methods.split(",") if methods else quality.DEFAULT_METHODS,
             samples,
             calibration,
             batch_size,

@@ -280,7 +280,7 @@ class Generated(Sequence):
     max_chars, held_out
         See ``local_texts``; held-out names, values and text are those of evaluation.
     seed : int
-        Sources of different seeds have no sequence in common.
+        Sources of different seeds have no sequence in common: a recipe's sources, and runs of different seeds.
     """
 
     def __init__(
@@ -452,7 +452,8 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
             examples: Sequence[Example] = load_records(source, tokenizer, recipe.max_length, recipe.targets, report)
             report.tasks.update(example.task for example in examples)
         else:
-            examples = _generated(source, recipe, tokenizer, len(sources))
+            seed = len(sources) + 1000 * recipe.training_arguments["seed"]
+            examples = _generated(source, recipe, tokenizer, seed)
             report.tasks.update(examples.task(index) for index in range(len(examples)))
         sources.append(examples)
     report.used = sum(map(len, sources))
