@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flux_attention.evaluation import text
 from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack, Words, make_sample, training_sample
 from flux_attention.evaluation.words import ADJECTIVES, CITIES, NOUNS, PEOPLE, split_words
 from flux_attention.shipped import BACKBONE
+
+EVERY_WORD = [*ADJECTIVES, *NOUNS, *PEOPLE, *CITIES]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,49 @@ def test_the_answer_follows_from_the_prompt(family, haystack, tokenizer, seed, h
     assert answer_by_reading(family, tokenizer.decode(sample.prompt_ids)) == answer.strip()
 
 
+#: How Llama 3 and Qwen cut text: line ends stay with the signs before them.
+WITH_LINE_ENDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def trained(kind):
+    """Tokenizers as other models have them, trained on a little text: where spaces and line ends go differs."""
+    if kind == "SentencePiece":  # Llama 2, Mistral, Gemma
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "removed"), spaces])
+    else:
+        tokenizer, special = Tokenizer(models.BPE()), ["<s>"]
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "GPT-2")
+        cut = [] if kind == "GPT-2" else [pre_tokenizers.Split(Regex(WITH_LINE_ENDS), "isolated")]
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([*cut, bytes_]), decoders.ByteLevel()
+    vocabulary = [*text.local_texts(held_out=True, max_chars=300_000), *(f" {word}" for word in EVERY_WORD * 20)]
+    tokenizer.train_from_iterator(vocabulary, trainers.BpeTrainer(vocab_size=3000, special_tokens=special))
+    if kind == "SentencePiece":  # line ends are bytes
+        tokenizer.pre_tokenizer = spaces
+        marks = decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Sequence(list(marks))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama 3", "SentencePiece"])
+def test_any_fast_tokenizer_will_do(kind):
+    tokenizer = trained(kind)
+    haystack = Haystack(text.local_texts(held_out=True, max_chars=100_000), tokenizer)
+    for family, make in EVERY_FAMILY.items():
+        for seed in range(5):
+            sample = make_sample(family, haystack, tokenizer, 2048, seed)
+            assert len(sample.input_ids) == 2048 and sample.input_ids[0] == tokenizer.bos_token_id
+            if make is None:
+                continue
+            decoded = tokenizer.decode(sample.prompt_ids[1:])
+            # A piece that was encoded alone may begin with a space.
+            lines = "".join(re.sub("^ # ", "# ", line) for line in decoded.splitlines(keepends=True))
+            answer = tokenizer.decode(sample.answer_ids)
+            assert answer.endswith("\n")
+            assert answer_by_reading(family, lines) == answer.strip()
+
+
 def test_held_out_and_training_vocabularies_are_disjoint():
     for words in (ADJECTIVES, NOUNS, PEOPLE, CITIES):
         parts = [set(split_words(words, held_out)) for held_out in (False, True)]
@@ -92,7 +138,7 @@ def test_held_out_and_training_vocabularies_are_disjoint():
 
 
 def test_every_name_is_one_token(tokenizer):
-    for word in (*ADJECTIVES, *NOUNS, *PEOPLE, *CITIES):
+    for word in EVERY_WORD:
         assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1, word
 
 
