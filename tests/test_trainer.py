@@ -301,6 +301,35 @@ def test_parquet_gives_the_same_sequences(recipe, tokenizer, tmp_path):
     assert found[0] == found[1] and len(found[0]) == 6
 
 
+def test_a_dataset_is_read_by_name_and_split(recipe, tokenizer, tmp_path, monkeypatch):
+    """A folder as the Hub holds one: configurations in the card, a file for each split."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    files = [("qa", "train", 3), ("qa", "validation", 2), ("code", "train", 4)]
+    card = "---\nconfigs:\n"
+    for name in ("qa", "code"):
+        card += f"- config_name: {name}\n  data_files:\n"
+        card += "".join(f"  - {{split: {s}, path: {n}-{s}.jsonl}}\n" for n, s, _ in files if n == name)
+    (folder / "README.md").write_text(f"{card}---\n")
+    for name, split, count in files:
+        lines = [json.dumps(record("Single QA" if name == "qa" else "Code", i)) for i in range(count)]
+        (folder / f"{name}-{split}.jsonl").write_text("\n".join(lines))
+    for source, tasks in (
+        ({"name": "qa"}, {"Single QA": 3}),
+        ({"name": "qa", "split": "validation"}, {"Single QA": 2}),
+        ({"name": "code", "split": "train[:50%]"}, {"Code": 2}),
+    ):
+        recipe.data = [{"path": str(folder), **source}]
+        data, report = load_data(recipe, tokenizer)
+        assert report.tasks == tasks and not report.malformed
+    for source, message in (({"name": "poems"}, "poems"), ({"name": "qa", "split": "test"}, "test")):
+        recipe.data = [{"path": str(folder), **source}]
+        with pytest.raises(DataError, match=f"cannot read .*questions.*{message}"):
+            load_data(recipe, tokenizer)
+
+
 def test_generated_questions_need_no_file(recipe, tokenizer):
     recipe.targets = {"look-up": 0.8, PLAIN: 1.0}
     tasks = {"single_needle": "look-up", "plain": PLAIN}
