@@ -48,8 +48,8 @@ def full(query_BHSD, key_BKTD, value_BKTD, scale):
         block, lse_BHS = _attend(query, key_BKTD[:, :, own], value_BKTD[:, :, own], True, scale)
         if past.stop:
             before, before_lse_BHS = _attend(query, key_BKTD[:, :, past], value_BKTD[:, :, past], False, scale)
-            share = (before_lse_BHS - lse_BHS).sigmoid().unsqueeze(-1).to(output.dtype)
-            torch.lerp(block, before, share, out=output[:, :, start:stop])
+            share = (before_lse_BHS - lse_BHS).sigmoid().unsqueeze(-1)  # float32, so that the sum is rounded once
+            torch.addcmul(block * (1 - share), before, share, out=output[:, :, start:stop])
         else:
             output[:, :, start:stop] = block
     return output
