@@ -185,15 +185,22 @@ def training():
     results = load("training")
     print(f"\nTraining, {results['meta'].get('device')}")
     table(
-        ["tokens", "gradients", "tokens/s", "peak, GB", "of a matrix product's rate", "paper's run on 8 GPUs, hours"],
+        [
+            "tokens",
+            "gradients",
+            "tokens/s",
+            "peak, GB",
+            "of a matrix product's rate",
+            "the paper's run on 8 such GPUs, hours",
+        ],
         [
             [
                 label(row["seq_len"]),
                 {"flux": "one backward", "plain": "plain formula"}[row["engine"]],
-                row["tokens_per_s"],
+                f"{row['tokens_per_s']:,}",
                 f"{row['peak_bytes'] / 1e9:.1f}",
-                row["of_matmul"],
-                row["paper_hours"],
+                f"{row['of_matmul']:.3f}",
+                f"{row['paper_hours']:.1f}",
             ]
             for row in results["rows"]
             if "ms" in row
