@@ -112,6 +112,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a backbone of these sizes to go on from; default: random weights")
     parser.add_argument(
         "--stages", type=stages, default="1024:1446,4096:3077", help="sequence lengths, each up to a step"
     )
@@ -170,7 +171,10 @@ def main():
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="sdpa",
     )
-    model = Qwen3ForCausalLM(config).to(device)
+    if args.start is None:
+        model = Qwen3ForCausalLM(config).to(device)
+    else:
+        model = Qwen3ForCausalLM.from_pretrained(args.start, config=config, dtype=torch.float32).to(device)
     print(f"{model.num_parameters():,} parameters")
 
     decay = [p for p in model.parameters() if p.ndim >= 2]
