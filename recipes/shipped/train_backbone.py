@@ -60,7 +60,8 @@ class Mixture(IterableDataset):
                     text[0] = self.tokenizer.bos_token_id
                     ids.append(text)
                 else:
-                    sample = training_sample(self.haystack, self.tokenizer, length, rng, hint, args.families)
+                    held_out = args.all_names and rng.random() < 0.5
+                    sample = training_sample(self.haystack, self.tokenizer, length, rng, hint, args.families, held_out)
                     for start, end in sample.answers:
                         weight[start:end] = ANSWER_WEIGHT
                     ids.append(sample.input_ids)
@@ -133,6 +134,7 @@ def main():
     parser.add_argument("--ffn", type=int, default=512)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--families", nargs="+", choices=EVERY_FAMILY, default=list(FAMILIES), help="of questions")
+    parser.add_argument("--all-names", action="store_true", help="ask half of the questions about held-out names")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     if args.save_every % 100:

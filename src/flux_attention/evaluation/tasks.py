@@ -361,19 +361,26 @@ def make_sample(family: str, haystack: Haystack, tokenizer, length: int, seed: i
 
 
 def training_sample(
-    haystack: Haystack, tokenizer, length: int, rng: random.Random, hint: float, families: Sequence[str] = RETRIEVAL
+    haystack: Haystack,
+    tokenizer,
+    length: int,
+    rng: random.Random,
+    hint: float,
+    families: Sequence[str] = RETRIEVAL,
+    held_out: bool = False,
 ) -> Sample:
     """
     A sample with many episodes and questions of ``families``: dense supervision for training a backbone.
 
-    ``single_needle`` and ``multi_key`` are one here, with one to sixteen keys. ``hint`` as in ``two_hop``.
+    ``single_needle`` and ``multi_key`` are one here, with one to sixteen keys. ``hint`` as in ``two_hop``, ``held_out`` as in
+    ``Words``.
 
     Raises
     ------
     ValueError
         If no family asks anything, or the text is shorter than ``length``.
     """
-    words = Words(rng)
+    words = Words(rng, held_out)
     # Families that are learnt slowly stand here twice.
     makers: list[tuple[str, Callable[[], Episode]]] = [
         ("multi_key", lambda: needles(words, keys=rng.randint(1, 16), questions=rng.randint(1, 8))),
