@@ -372,8 +372,8 @@ def training_sample(
     """
     A sample with many episodes and questions of ``families``: dense supervision for training a backbone.
 
-    ``single_needle`` and ``multi_key`` are one here, with one to sixteen keys. ``hint`` as in ``two_hop``, ``held_out`` as in
-    ``Words``.
+    ``single_needle`` and ``multi_key`` are one here, with one to sixteen keys. ``hint`` is as in ``two_hop``,
+    ``held_out`` as in ``Words``.
 
     Raises
     ------
