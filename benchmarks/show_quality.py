@@ -83,10 +83,10 @@ def differences(rows, length):
         for rival in ["dense", *rivals] if method in ("routed", "head") else []:
             if rival not in groups:
                 continue
-            pairs = [(seed, other) for seed in seeds for other in groups[rival]]
-            # What was chosen for some routers is set beside those.
-            own = [(seed, other) for seed, other in pairs if routers_of(seed) == routers_of(other)]
-            found = [(difference(list(a.values()), list(b.values())), a, b) for a, b in own or pairs]
+            # What was chosen for some routers is set beside those, what was not beside all.
+            own = {routers_of(other): [other] for other in groups[rival]}
+            pairs = [(seed, other) for seed in seeds for other in own.get(routers_of(seed), groups[rival])]
+            found = [(difference(list(a.values()), list(b.values())), a, b) for a, b in pairs]
             if any(points is None or ratio is None for (points, ratio), _, _ in found):
                 continue  # of an older version
             sparser = [

@@ -320,6 +320,7 @@ def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
         *rows("dense", None, 0.0, 10, 1.0),
         *(row for seed, name in enumerate(names) for row in rows("routed", name, 0.7, 9 - seed, 1.0)),
         *(row for seed, name in enumerate(names) for row in rows("static", name, 0.6, 5 + seed // 2, 1.1)),
+        *rows("best-static", names[0], 0.6, 6, 1.1),
         *rows("head", "head-0.65-0", 0.65, 8, 1.0),
     ]
     show.differences(every, 4096)
@@ -327,6 +328,7 @@ def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
     found = {(line[0].strip("| "), line[1]): line[2] for line in lines[3:]}
     assert found["routed (0.65)", "dense"] == "-20.0 (-30.0 to -10.0)"
     assert found["routed (0.65)", "static (0.65)"] == "+26.7 (+10.0 to +40.0)"
+    assert found["routed (0.65)", "best-static (0.65)"] == "+20.0 (+10.0 to +30.0)"
     assert found["routed (0.65)", "head (0.65)"] == "+0.0 (-10.0 to +10.0)"
     assert found["head (0.65)", "dense"] == "-20.0"
     (mean,) = [row for row in show.seeds_as_one(every) if (row["method"], row["task"]) == ("routed", "count")]

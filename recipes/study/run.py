@@ -104,9 +104,11 @@ def evaluate(args, names):
     # Those that routers were trained on: the backbone was, too.
     families = list(itertools.chain.from_iterable(source["tasks"] for source in Recipe.from_yaml(args.recipe).data))
     model, commands = str(args.model or args.folder / "backbone"), {}
-    for name, (_, _, granularity) in names.items():
-        # Rivals for every seed: they have as many full layers as its routers use.
-        methods = "routed,static,best-static,random" if granularity == "layer" else "head,head-static"
+    for name, (seed, _, granularity) in names.items():
+        # Rivals for every seed: they have as many full layers as its routers use. All sets are tried for one seed only.
+        methods = "routed,static,random" if granularity == "layer" else "head,head-static"
+        if granularity == "layer" and seed == args.seeds[0]:
+            methods += ",best-static"
         if name == next(iter(names)):  # what does not depend on routers, once
             methods = f"dense,sparse,{methods}"
         options = {
