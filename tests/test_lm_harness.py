@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from flux_attention.evaluation.lm_harness import FluxLM, _parse_force  # noqa: E402
+from flux_attention.evaluation import quality  # noqa: E402
+from flux_attention.evaluation.lm_harness import FluxLM, TaskEvaluation, _parse_force  # noqa: E402
+from flux_attention.evaluation.report import write_report  # noqa: E402
 
 ARGUMENTS = dict(device="cpu", dtype="float32")
 #: Of different lengths, some of one token, and two that differ in their last token only.
@@ -258,6 +261,62 @@ def test_command_line(tasks, tmp_path):
     (path,) = Path(tmp_path).rglob("results_*.json")
     facts = json.loads(path.read_text())["config"]["flux_attention"]
     assert facts["mean_msr"] == pytest.approx(0.8) and facts["force"] == "3;7"
+
+
+def test_tasks_by_method(tasks, tmp_path, monkeypatch):
+    """Rows are what lm-eval says of the same forced routes; a run goes on, and has a report."""
+    model, tokenizer, routing = load_shipped()
+    routing.detach()
+    counts = []
+
+    def make(**changes):
+        names = ["flux_choice", "flux_answer"]
+        arguments = dict(choose=lambda routing, count, tell: counts.append(count) or [6, 8], include_path=str(tasks))
+        return TaskEvaluation(model, tokenizer, [str(ROUTERS)], names, samples=3, **{**arguments, **changes})
+
+    rows = quality.run(make(), tmp_path, False, lambda text: None)
+    by = {(row["task"], row["method"]): row for row in rows}
+    assert set(by) == {(t, m) for t in ("flux_choice", "flux_answer") for m in ("dense", "sparse", "routed", "static")}
+    for method, force in (("sparse", "sparse"), ("routed", None)):
+        lm = FluxLM(model, routers=str(ROUTERS), tokenizer=tokenizer, force=force)
+        manager = TaskManager(include_path=str(tasks))
+        found = lm_eval.simple_evaluate(lm, tasks=["flux_choice"], task_manager=manager, bootstrap_iters=0)
+        lm.routing.detach()
+        row = by["flux_choice", method]
+        assert row["accuracy"] == pytest.approx(found["results"]["flux_choice"]["acc,none"], abs=1e-4)
+        assert sum(row["scores"]) == pytest.approx(3 * row["accuracy"], abs=1e-3) and row["metric"] == "acc"
+        assert row["sparsity"] == pytest.approx(fmean(lm.msr), abs=1e-4)
+        assert row["low"] <= row["accuracy"] <= row["high"]
+    assert by["flux_answer", "dense"]["metric"] == "exact_match" and by["flux_answer", "dense"]["accuracy"] >= 0.6
+    mean = fmean(by[task, "routed"]["sparsity"] for task in ("flux_choice", "flux_answer"))
+    assert counts == [math.ceil((1 - mean) * 10 - 1e-3)]
+    assert by["flux_choice", "static"]["full_layers"] == [6, 8]
+    monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # nothing is measured again
+    assert quality.run(make(), tmp_path, False, lambda text: None) == rows
+    _, markdown = write_report(tmp_path / "quality.json", tmp_path)
+    assert "## Accuracy on lm-eval's tasks" in markdown.read_text()
+    with pytest.raises(ValueError, match=r"no tasks \['poems'\]"):
+        TaskEvaluation(model, tokenizer, [str(ROUTERS)], ["poems"])
+    with pytest.raises(ValueError, match=r"methods \['random'\] are not for"):
+        make(methods=["random"])
+
+
+def test_flux_attention_eval(tasks, tmp_path):
+    command = [sys.executable, "-m", "flux_attention.cli", "eval", "shipped", "--tasks", "flux_choice"]
+    command += ["--device", "cpu", "--dtype", "float32"]
+    command += ["--include-path", str(tasks), "--samples", "2", "--methods", "dense,routed", "--output", str(tmp_path)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert [(row["task"], row["method"], row["n"]) for row in rows] == [
+        ("flux_choice", "dense", 2),
+        ("flux_choice", "routed", 2),
+    ]
+    assert "flux_choice" in (tmp_path / "report.html").read_text()
+    both = [*command, "--families", "count"]
+    result = subprocess.run(both, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 1 and "--tasks and --families are both there" in result.stderr
 
 
 def test_force(shipped):

@@ -379,9 +379,11 @@ def evaluate(
     model: Model,
     routers: Annotated[Optional[list[str]], typer.Option(help="Adapter; may be given several times.")] = None,  # noqa: UP045
     families: Annotated[Optional[str], typer.Option(help="Default: all; for 'shipped' those it has learnt.")] = None,  # noqa: UP045
+    tasks: Annotated[Optional[str], typer.Option(help="lm-eval's tasks, instead of generated questions.")] = None,  # noqa: UP045
+    include_path: Annotated[Optional[Path], typer.Option(help="Folder with more of lm-eval's task files.")] = None,  # noqa: UP045
     lengths: Annotated[str, typer.Option(help="Tokens of a sample.")] = "4K",
     methods: Annotated[Optional[str], typer.Option(help="Of full layers; default: all but best-static.")] = None,  # noqa: UP045
-    samples: Annotated[int, typer.Option(min=2, help="Samples of each family and length.")] = 100,
+    samples: Annotated[int, typer.Option(min=2, help="Samples of each family and length, or task.")] = 100,
     calibration: Annotated[int, typer.Option(min=1, help="Samples of each family to choose static layers on.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 1,
     text: Annotated[Optional[Path], typer.Option(help="File to hide questions in; default: local source text.")] = None,  # noqa: UP045
@@ -390,39 +392,61 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = "auto",
 ):
-    """Score a model on generated questions by every way of choosing full layers or heads; write a report."""
+    """Score a model on generated questions or lm-eval's tasks by every way of choosing full layers; write a report."""
     from flux_attention import shipped
     from flux_attention.evaluation import quality
-    from flux_attention.evaluation.report import label, short_names, summary, write_report
+    from flux_attention.evaluation.report import label, short_names, summary, tokens, write_report
     from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack
     from flux_attention.evaluation.text import local_texts
 
-    tokens = _numbers(lengths, int, 256, 2**24)
+    if tasks and families:
+        raise _UserError(
+            "--tasks and --families are both there: lm-eval's tasks and generated questions take a run each"
+        )
+    if tasks and find_spec("lm_eval") is None:
+        raise _UserError("lm-eval is missing, which has the tasks: pip install 'flux-attention[eval]'")
+    sizes = _numbers(lengths, int, 256, 2**24)
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise _UserError("matplotlib is missing, which draws the report: pip install 'flux-attention[eval]'")
     adapters = [shipped.adapter_path(name) for name in routers or (["shipped"] if model == "shipped" else [])]
     loaded, tokenizer = _load_model(model, device, dtype)
     with err.status("reading text") as status:
-        texts = [_read(str(text))] if text else local_texts(True, site_packages=True, max_chars=5_000_000)
-        evaluation = quality.Evaluation(
-            loaded,
-            tokenizer,
-            adapters,
-            Haystack(texts, tokenizer),
-            families.split(",") if families else list(FAMILIES if model == "shipped" else EVERY_FAMILY),
-            tokens,
-            methods.split(",") if methods else quality.DEFAULT_METHODS,
-            samples,
-            calibration,
-            batch_size,
-        )
+
+        def generated(chosen=quality.DEFAULT_METHODS) -> quality.Evaluation:
+            texts = [_read(str(text))] if text else local_texts(True, site_packages=True, max_chars=5_000_000)
+            named = families.split(",") if families else list(FAMILIES if model == "shipped" else EVERY_FAMILY)
+            found = Haystack(texts, tokenizer)
+            return quality.Evaluation(
+                loaded, tokenizer, adapters, found, named, sizes, chosen, samples, calibration, batch_size
+            )
+
+        asked = methods.split(",") if methods else None
+        if tasks:
+            from flux_attention.evaluation.lm_harness import METHODS, TaskEvaluation
+
+            def static(routing, count, tell) -> list[int]:
+                return generated().static_layers(routing, sizes[0], count, tell)
+
+            evaluation = TaskEvaluation(
+                loaded,
+                tokenizer,
+                adapters,
+                tasks.split(","),
+                asked or METHODS,
+                samples,
+                batch_size,
+                static,
+                include_path,
+            )
+        else:
+            evaluation = generated(asked or quality.DEFAULT_METHODS)
         rows = quality.run(evaluation, output, restart, lambda text: status.update(escape(text)))
         page, _ = write_report(output / "quality.json", output)
     table = Table("method", "tokens", "mean accuracy", "perplexity", "mean Ω_MSR")
     for each in summary(rows):
         numbers = [each["accuracy"], each["perplexity"], each["sparsity"]]
         cells = ["" if number is None else f"{number:.3f}" for number in numbers]
-        table.add_row(label(each, short_names(rows)), f"{each['seq_len']:,}", *cells)
+        table.add_row(label(each, short_names(rows)), tokens(each["seq_len"]), *cells)
     out.print(table)
     out.print(f"the report is {page}", highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""Routed models in lm-evaluation-harness (the package ``lm-eval``), as its model ``flux``.
+"""Routed models in lm-evaluation-harness (the package ``lm-eval``), as its model ``flux``; and its tasks by method.
 
 lm-eval finds models of other packages only once they are imported. In Python, import this module; on the command line,
 run this module instead of ``lm_eval``, with the same arguments::
@@ -10,9 +10,10 @@ run this module instead of ``lm_eval``, with the same arguments::
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -22,11 +23,14 @@ from tqdm import tqdm
 from flux_attention import __version__
 from flux_attention.attach import attach
 from flux_attention.config import FluxConfig
+from flux_attention.evaluation.quality import adapter_hash
 from flux_attention.routes import RouteSpec, parse_routes, read_spec
 
 try:
+    import lm_eval
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise ImportError(
         f"evaluation by lm-eval needs packages that are missing or too old ({error}); "
@@ -171,6 +175,146 @@ class FluxLM(HFLM):
 def _parse_force(force: Any) -> RouteSpec | None:
     """What ``Routing.force`` takes, from what lm-eval makes of ``force=…``: it parses numbers, and splits at commas."""
     return read_spec(str(force), ";") if isinstance(force, (str, int)) else force
+
+
+#: Of ``quality.METHODS``, those that a table of lm-eval's tasks has.
+METHODS = ("dense", "sparse", "routed", "static", "head")
+
+
+class TaskEvaluation:
+    """
+    One model, several adapters, lm-eval's tasks instead of generated questions; what ``quality.run`` runs.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The base model, without routers attached.
+    adapters : sequence of str
+        Router adapters for it: directories or Hub ids. The first one's pattern is that of ``dense`` and ``sparse``.
+    tasks : sequence of str
+        lm-eval's tasks or groups of tasks, by name.
+    methods : sequence of str
+        Of ``METHODS``.
+    samples, batch_size : int
+        Documents of each task at most; sequences a forward.
+    choose : callable, optional
+        What picks ``static``'s full layers: of the attached routers' handle, how many, and a function to tell how far
+        it is.
+    include_path : str, optional
+        A folder with more task files.
+
+    Raises
+    ------
+    ValueError
+        For unknown methods or tasks, and no adapter.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        adapters: Sequence[str],
+        tasks: Sequence[str],
+        methods: Sequence[str] = METHODS,
+        samples: int = 100,
+        batch_size: int = 1,
+        choose: Callable[[Any, int, Callable[[str], None]], list[int]] | None = None,
+        include_path: str | None = None,
+    ):
+        if unknown := sorted(set(methods) - set(METHODS)):
+            raise ValueError(f"methods {unknown} are not for lm-eval's tasks, expected some of {list(METHODS)}")
+        if not adapters:
+            raise ValueError("name at least one adapter: its pattern says what sparse attention is")
+        self.manager = TaskManager(include_path=include_path)
+        if missing := sorted(set(tasks) - set(self.manager.match_tasks(list(tasks)))):
+            raise ValueError(f"lm-eval has no tasks {missing}; `lm_eval ls tasks` lists them")
+        self.model, self.tokenizer, self.adapters, self.tasks = model, tokenizer, list(adapters), list(tasks)
+        self.methods, self.samples, self.batch_size, self.choose = list(methods), samples, batch_size, choose
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the rows depend on."""
+        return {
+            "model": getattr(self.model.config, "_name_or_path", ""),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "adapters": [[adapter, adapter_hash(adapter)] for adapter in self.adapters],
+            "samples": self.samples,
+            "tasks": self.tasks,
+            "lm_eval": lm_eval.__version__,
+        }
+
+    def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
+        """Result rows as they are measured; see ``quality.Evaluation.rows``."""
+        for place, adapter in enumerate(self.adapters):
+            lm = FluxLM(self.model, routers=adapter, tokenizer=self.tokenizer, batch_size=self.batch_size)
+            try:
+                yield from self._of_adapter(lm, adapter, place == 0, done, tell)
+            finally:
+                lm.routing.detach()
+
+    def _of_adapter(self, lm: FluxLM, adapter: str, first: bool, done, tell) -> Iterator[dict]:
+        def rows(task: str, method: str, force, **more) -> list[dict[str, Any]]:
+            facts = dict(method=method, routers=None if method in ("dense", "sparse") else adapter, asked=task)
+            if known := [row for row in done if all(row.get(key) == value for key, value in facts.items())]:
+                return known
+            tell(f"{task}: {method}")
+            lm.msr.clear()
+            lm.routing.forced = force
+            found = lm_eval.simple_evaluate(
+                model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
+            )
+            return [{**row, **facts, "sparsity": round(fmean(lm.msr), 4), **more} for row in _task_rows(found)]
+
+        for method, spec in (("dense", "full"), ("sparse", "sparse")):
+            if method in self.methods and first:
+                for task in self.tasks:
+                    yield from rows(task, method, spec)
+        by_head = lm.routing.config.granularity == "head"
+        if not {"head"} & set(self.methods) if by_head else not {"routed", "static"} & set(self.methods):
+            return
+        measured = [rows(task, "head" if by_head else "routed", None) for task in self.tasks]
+        for some in measured:
+            yield from some
+        if "static" in self.methods and not by_head and self.choose is not None:
+            full = (1 - fmean(some[0]["sparsity"] for some in measured)) * len(lm.routing.layers)
+            known = next(
+                (row["full_layers"] for row in done if (row["method"], row["routers"]) == ("static", adapter)), None
+            )
+            chosen = self.choose(lm.routing, math.ceil(full - 1e-3), tell) if known is None else known
+            for task in self.tasks:
+                yield from rows(task, "static", chosen or "sparse", full_layers=chosen)
+
+
+def _task_rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each task in lm-eval's results: its first metric, with a 95 % interval, and all of them."""
+    for task, counts in results["n-samples"].items():
+        found = results["results"][task]
+        # "metric,filter"; RULER has -1 for lengths that it did not ask for.
+        metrics = {
+            name: value
+            for name, value in found.items()
+            if "," in name and "_stderr," not in name and isinstance(value, (int, float)) and value != -1
+        }
+        first, value = next(iter(metrics.items()))
+        metric, filter_ = first.split(",", 1)
+        error = found.get(f"{metric}_stderr,{filter_}")
+        error = 1.96 * error if isinstance(error, (int, float)) else math.nan
+        samples = [sample for sample in results["samples"][task] if sample.get("filter", filter_) == filter_]
+        scores = [sample.get(metric) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+        row = {
+            "task": task,
+            "seq_len": None,
+            "n": counts["effective"],
+            "metric": metric,
+            "perplexity" if "perplexity" in metric else "accuracy": round(value, 4),
+            "low": None if math.isnan(error) else round(value - error, 4),
+            "high": None if math.isnan(error) else round(value + error, 4),
+            "metrics": {name.removesuffix(",none"): round(value, 4) for name, value in metrics.items()},
+        }
+        if all(score in (0, 1) for score in scores):  # of right and wrong answers: methods are compared by document
+            row["scores"] = list(map(int, scores))
+        yield row
 
 
 def main() -> None:

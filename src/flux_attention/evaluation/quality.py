@@ -256,7 +256,7 @@ class Evaluation:
                 for family in self.families:
                     yield row(family, "head-static", lambda samples: liked())
             return
-        for method, choose in (("static", self._greedy), ("best-static", self._best)):
+        for method, choose in (("static", self.static_layers), ("best-static", self._best)):
             if method not in self.methods:
                 continue
             keys = [row_key(dict(task=task, method=method, seq_len=length, routers=adapter)) for task in self.families]
@@ -271,7 +271,8 @@ class Evaluation:
     def _calibration(self, length: int) -> list[list[Sample]]:
         return [self.make(family, length, self.calibration, CALIBRATION_SEED) for family in self.families]
 
-    def _greedy(self, routing, length, count, tell) -> list[int]:
+    def static_layers(self, routing, length: int, count: int, tell: Callable[[str], None]) -> list[int]:
+        """``count`` full layers for every input, chosen greedily by loss on calibration samples."""
         calibration = self._calibration(length)
 
         def loss(chosen: list[int]) -> float:

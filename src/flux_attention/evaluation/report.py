@@ -59,6 +59,16 @@ def label(row: dict[str, Any], names: dict[str, str]) -> str:
     return row["method"] if not row["routers"] else f"{row['method']} ({names[row['routers']]})"
 
 
+def _at(length: int | None) -> str:
+    """Of generated questions at a length, or of lm-eval's tasks, which have none."""
+    return "on lm-eval's tasks" if length is None else f"at {length:,} tokens"
+
+
+def tokens(length: int | None) -> str:
+    """A cell of a table."""
+    return "" if length is None else f"{length:,}"
+
+
 def by_method(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str | None], list[dict[str, Any]]]:
     """The rows of each length, method and adapter."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
@@ -147,7 +157,7 @@ def comparisons(rows: list[dict[str, Any]]) -> list[list[str]]:
                 shown = f"{points[0]:+.1f} ± {points[1]:.1f}" if points else ""
                 ratio = f"{perplexity[0]:.3f} ± {perplexity[1]:.3f}" if perplexity else ""
                 sparser = fmean(row["sparsity"] for row in some) - fmean(row["sparsity"] for row in others)
-                cells = [f"{length:,}", shown, ratio, f"{sparser:+.3f}"]
+                cells = [tokens(length), shown, ratio, f"{sparser:+.3f}"]
                 lines.append([label(some[0], names), label(others[0], names), *cells])
     return lines
 
@@ -169,7 +179,7 @@ def trade_off(rows: list[dict[str, Any]], length: int):
     legend = axes.legend(frameon=False)
     for text in legend.get_texts():
         text.set_color(INK)
-    axes.set_title(f"Accuracy and sparsity at {length:,} tokens", size=11)
+    axes.set_title(f"Accuracy and sparsity {_at(length)}", size=11)
     return figure
 
 
@@ -196,7 +206,7 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     value = row["accuracy"] if "accuracy" in row else row["perplexity"]
-    return f"{value:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{value:.3f}" + (f" [{row['low']:.2f}, {row['high']:.2f}]" if row["low"] is not None else "")
 
 
 def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -205,7 +215,7 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
     for each in summary(rows):
         accuracy = "" if each["accuracy"] is None else f"{each['accuracy']:.3f}"
         plain = "" if each["perplexity"] is None else f"{each['perplexity']:.3f}"
-        lines.append([label(each, names), f"{each['seq_len']:,}", accuracy, plain, f"{each['sparsity']:.3f}"])
+        lines.append([label(each, names), tokens(each["seq_len"]), accuracy, plain, f"{each['sparsity']:.3f}"])
     heading = ["method", "tokens", "mean accuracy", "plain text, perplexity", "mean Ω_MSR"]
     found = [("Summary", heading, lines)]
     if lines := comparisons(rows):
@@ -218,7 +228,7 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
         lines = [
             [task.replace("_", " "), *(_cell(by.get((task, column))) for column in columns)] for task in _names(some)
         ]
-        found.append((f"Accuracy at {length:,} tokens, with 95 % intervals", ["family", *columns], lines))
+        found.append((f"Accuracy {_at(length)}, with 95 % intervals", ["task", *columns], lines))
         routed = [column for column in columns if column.startswith("routed")]
         lines = [
             [task.replace("_", " "), *(f"{by[task, column]['sparsity']:.3f}" for column in routed)]
@@ -226,7 +236,7 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
             if all((task, column) in by for column in routed)
         ]
         if routed:
-            found.append((f"Ω_MSR of routed inputs at {length:,} tokens", ["family", *routed], lines))
+            found.append((f"Ω_MSR of routed inputs {_at(length)}", ["task", *routed], lines))
     return found
 
 
@@ -265,12 +275,14 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
         for length in dict.fromkeys(row["seq_len"] for row in rows):
             figures.append(_svg(trade_off(rows, length)))
             for routers in dict.fromkeys(row["routers"] for row in rows if row["method"] == "routed"):
-                if any(r["method"] == "routed" and (r["seq_len"], r["routers"]) == (length, routers) for r in rows):
+                some = [r for r in rows if (r["method"], r["seq_len"], r["routers"]) == ("routed", length, routers)]
+                if any("fa_rate" in row for row in some):
                     figures.append(_svg(heat_map(rows, length, routers)))
     intro = (
-        "Right answers: every token of the answer is the most likely one, so that greedy generation would give it. "
-        "All methods see the same samples. Static and random layers are as many as routed inputs use on average, "
-        "rounded up. Intervals are about other samples, not about other seeds in training."
+        "Right answers to generated questions: every token of the answer is the most likely one, so that greedy "
+        "generation would give it; of lm-eval's tasks the first metric. All methods see the same samples. Static and "
+        "random layers are as many as routed inputs use on average, rounded up. Intervals are about other samples, not "
+        "about other seeds in training."
     )
     facts = {key: value for key, value in data["meta"].items() if key != "settings"}
     facts |= data["meta"].get("settings", {})
