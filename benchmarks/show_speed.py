@@ -175,7 +175,8 @@ def decode(shape):
         own = {n: found[1, n, ratio][0] for n in lengths if (1, n, ratio) in found}
         series[f"Ω {ratio}"] = (COLOURS[ratio], "-", {n: row["ms"] for n, row in own.items()})
         series[f"Ω {ratio}, floor"] = (COLOURS[ratio], ":", {n: row["floor_ms"] for n, row in own.items()})
-    vllm = {row["seq_len"]: row["ms"] for row in load("vllm_dense")["rows"] if row["phase"] == "decode"}
+    rows = [row for row in load("vllm_dense")["rows"] if (row["phase"], row["shape"]) == ("decode", shape)]
+    vllm = {row["seq_len"]: row["ms"] for row in rows}
     if vllm:
         series["vLLM, dense"] = ("#009e73", "--", vllm)
     draw("decode_floor", f"One decode step, batch 1, {SHAPES[shape]}'s shape, {meta['device']}", "ms", series)
@@ -227,7 +228,7 @@ def attention(name, title, rate):
                 times(row.get("speedup")),
             ]
             for row in results["rows"]
-            # Heads at a share of a half, and the faster of SDPA's two backends: the file has all.
+            # Heads at a share of a half, and cuDNN's of SDPA's backends: the file has all.
             if row.get("baseline") != "sdpa-flash" and (row["method"] != "head" or row["sparsity"] == 0.5)
         ],
     )

@@ -68,7 +68,7 @@ def measured(shape, lengths, repeats):
 
 
 def main():
-    from flux_attention.evaluation.results import write_results
+    from flux_attention.evaluation.results import environment, write_results
     from flux_attention.evaluation.speed import row
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,14 +79,18 @@ def main():
     args = parser.parse_args()
 
     lengths = [1024 * int(length) for length in args.lengths.split(",")]
+    path, device = args.results / "vllm_dense.json", environment()["device"]
+    before = json.loads(path.read_text()) if path.exists() else {"meta": {"device": device}, "rows": []}
+    if before["meta"]["device"] != device:
+        raise SystemExit(f"{path} was measured on {before['meta']['device']}, this is {device}: use another --results")
+    others = [found for found in before["rows"] if found["shape"] != args.shape]
     dense, rows = {}, []
     for phase, length, times in measured(args.shape, lengths, args.repeats):
         dense[phase, length] = times
         facts = dict(shape=args.shape, seq_len=length, batch=1, phase=phase, engine="vllm", method="dense")
         rows.append(row(times, "", None, **facts, sparsity=0.0))
         print(rows[-1], flush=True)
-        write_results(args.results / "vllm_dense.json", rows, vllm=version("vllm"))
-    device = json.loads((args.results / "vllm_dense.json").read_text())["meta"]["device"]
+        write_results(path, others + rows, vllm=version("vllm"))
     for name in ("e2e_prefill", "e2e_decode"):
         path = args.results / f"{name}.json"
         if not path.exists():
@@ -95,12 +99,14 @@ def main():
         results = json.loads(path.read_text())
         if results["meta"]["device"] != device:
             raise SystemExit(f"{path} was measured on {results['meta']['device']}, vLLM on {device}: run both on one")
-        own = [found for found in results["rows"] if found.get("baseline") != "vllm-dense"]
+        own = [
+            found for found in results["rows"] if (found.get("baseline"), found["shape"]) != ("vllm-dense", args.shape)
+        ]
         twins = []
         for found in own:
             base = dense.get((found["phase"], found["seq_len"]))
             if base is None or "ms" not in found or (found["shape"], found["batch"]) != (args.shape, 1):
-                continue
+                continue  # vLLM's own rows of other shapes are kept as they are
             times = {key: found[key] for key in ("ms", "ms_min", "ms_max", "repeats")}
             facts = {key: value for key, value in found.items() if not key.startswith("baseline") and key not in times}
             twins.append(row(times, "vllm-dense", base, **facts))

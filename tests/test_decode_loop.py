@@ -2,12 +2,13 @@
 
 import functools
 import threading
+import time
 
 import pytest
 import torch
 from conftest import DEVICES, FAMILIES, VOCAB, tiny_model
 from test_attach import CONFIG, ids
-from transformers import AutoTokenizer, DynamicCache, StoppingCriteria, TextStreamer
+from transformers import AutoTokenizer, DynamicCache, LogitsProcessor, StoppingCriteria, TextStreamer
 
 from flux_attention import attach, generation, kernels
 from flux_attention.shipped import BACKBONE
@@ -171,6 +172,48 @@ def test_streamers_and_stopping_criteria(device):
         model, routing, routes=ROUTES[0], stop_strings=[words], tokenizer=tokenizer, pad_token_id=0, **arguments
     )
     assert torch.equal(stock, ours) and ours.shape[1] < 40
+
+
+def test_tokens_come_in_one_piece(device):
+    """Processors and criteria that view them as one row work as in the stock loop; so does what is returned."""
+    model, routing = routed("qwen3", device)
+    seen = []
+
+    class Views(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.view(-1).shape)
+            return scores
+
+    class Stops(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(input_ids.view(-1).shape)
+            return torch.full((len(input_ids),), input_ids.shape[1] == 12, device=input_ids.device)
+
+    arguments = dict(inputs=ids(3, 8).to(device), max_new_tokens=9, do_sample=False)
+    more = dict(logits_processor=[Views()], stopping_criteria=[Stops()])
+    stock, ours, _ = both(model, routing, **arguments, **more)
+    assert torch.equal(stock, ours) and ours.shape == (3, 12) and ours.is_contiguous()
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+def test_threads_share_a_capture(device, monkeypatch):
+    model, routing = routed("qwen3", device)
+    made = []
+    prepare = generation.DecodeStep._prepare
+
+    def slow(step):
+        made.append(step)
+        time.sleep(0.3)
+        return prepare(step)
+
+    monkeypatch.setattr(generation.DecodeStep, "_prepare", slow)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(generation.decode_step(routing, 1))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and len(found) == 3 and len(set(map(id, found))) == 1
 
 
 def test_other_ways_of_generating_are_the_stock_ones(device):

@@ -82,7 +82,7 @@ def compiled_layer(stock):
     # values to compute. Reordering would compute those first.
     prefill = torch.compile(stock, dynamic=True, fullgraph=True, options={"reorder_for_peak_memory": False})
     # A step is bound by reading the weights, which tuned reductions do faster than cuBLAS's matrix-vector products, for
-    # half a minute more of compilation, and those of query, key and value faster together. Its shapes are fixed for the
+    # more compilation, and those of query, key and value faster together. Its shapes are fixed for the
     # first batch size, any from the second on.
     step = torch.compile(stock, fullgraph=True, options={"coordinate_descent_tuning": True, "combo_kernels": True})
 

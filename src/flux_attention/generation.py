@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
@@ -258,7 +259,16 @@ def decode_step(routing: Routing, batch: int) -> DecodeStep:
     return _captured(routing, batch)
 
 
+#: Held while steps are looked up and captured: a second generation waits for the first one's capture and shares it.
+_CAPTURE = threading.Lock()
+
+
 def _captured(routing: Routing, batch: int) -> DecodeStep:
+    with _CAPTURE:
+        return _look_up(routing, batch)
+
+
+def _look_up(routing: Routing, batch: int) -> DecodeStep:
     state = _state(routing.model)
     if any(made_for != state for made_for, _ in routing.steps.values()):
         routing.steps.clear()
@@ -286,7 +296,9 @@ def _state(model) -> tuple:
         if hasattr(module, "merged_adapters")  # layers of PEFT
     ]
     tensors = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    return tensors, torch.is_autocast_enabled(model.device.type), tuple(adapters)
+    kind = model.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return tensors, autocast, tuple(adapters)
 
 
 class _OneToken(StoppingCriteria):
@@ -374,6 +386,7 @@ def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generatio
     layers = [cache.layers[layer] for layer in step.routing.layers]
     length, limit = start.sequences.shape[1], stopping_criteria.max_length
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    known = all(type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in stopping_criteria)
     pad = generation_config._pad_token_tensor
     ids = start.sequences
     tokens = ids[:, -1]
@@ -396,7 +409,8 @@ def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generatio
             if check.end():  # the device is busy with this step meanwhile
                 break
             stored, overran = stored + 1, False
-            token_scores = logits_processor(ids[:, :length], logits)
+            # In one piece, as in the stock loop: processors and criteria may view them otherwise.
+            token_scores = logits_processor(ids[:, :length].contiguous(), logits) if logits_processor else logits
             if scores is not None:
                 scores += (token_scores,)
             if raw_logits is not None:
@@ -409,7 +423,8 @@ def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generatio
                 tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
             ids[:, length] = tokens
             length += 1
-            unfinished = unfinished & ~stopping_criteria(ids[:, :length], scores)
+            seen = ids[:, :length] if known else ids[:, :length].contiguous()
+            unfinished = unfinished & ~stopping_criteria(seen, scores)
             check.begin(tokens, unfinished)
         else:
             check.end()
@@ -418,7 +433,7 @@ def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generatio
             layer.advance(stored, overran)
     if streamer is not None:
         streamer.end()
-    ids = ids[:, :length]
+    ids = ids[:, :length].contiguous()
     if not generation_config.return_dict_in_generate:
         return ids
     return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=raw_logits, past_key_values=cache)

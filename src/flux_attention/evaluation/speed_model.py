@@ -208,7 +208,8 @@ def decode(
                     step.load(cache, 60)
                     times = measure(step.run, seconds=0.2, most=50, warm=3)
                 except torch.OutOfMemoryError:
-                    yield dict(facts, sparsity=sparsity, error="out of memory")
+                    method = "static" if sparsity else "dense"
+                    yield dict(facts, sparsity=sparsity, method=method, error="out of memory")
                     continue
                 dense = times if sparsity == 0.0 else dense
                 token = _generate(routing.model, cache)

@@ -29,9 +29,8 @@ def plain_formula():
     def mixed(self, layer, chosen, query, key, value, scale):
         (route,) = self.routes_of(layer)  # of a single sequence
         gate = self.gates[layer].to(query.dtype).view(1, 1, 1, 1)
-        if (
-            self.finished
-        ):  # as in what it is compared with: a kept gate would hold all that its router's input is made of
+        # As in what it is compared with: a kept gate would hold all that its router's input is made of.
+        if self.finished:
             del self.gates[layer]
         other = self._by_route([not route], query, key, value, scale)
         full, sparse = (chosen, other) if route else (other, chosen)

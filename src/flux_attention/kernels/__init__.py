@@ -161,4 +161,5 @@ def decode(
     lengths : list of int, optional
         Real keys of each row, where rows differ.
     """
-    return reference.decode(query_BH1D, key_BKTD, value_BKTD, lengths, scale)
+    lengths_B = None if lengths is None else index_on(query_BH1D.device, lengths)
+    return reference.decode(query_BH1D, key_BKTD, value_BKTD, lengths_B, scale)

@@ -75,10 +75,9 @@ def streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale):
     return torch.cat(outputs, dim=2)
 
 
-def decode(query_BH1D, key_BKTD, value_BKTD, lengths, scale):
+def decode(query_BH1D, key_BKTD, value_BKTD, lengths_B, scale):
     """One query a row over the row's first ``lengths`` keys. See ``kernels.decode``."""
     mask = None
-    if lengths is not None:
-        lengths_B = torch.tensor(lengths, device=query_BH1D.device)
+    if lengths_B is not None:
         mask = (torch.arange(key_BKTD.shape[2], device=query_BH1D.device) < lengths_B[:, None])[:, None, None, :]
     return _masked(query_BH1D, key_BKTD, value_BKTD, mask, scale)
