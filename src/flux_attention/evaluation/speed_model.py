@@ -201,6 +201,7 @@ def decode(
             dense = None
             facts = dict(shape=shape, seq_len=length, batch=batch, phase="decode", engine=ENGINES[compile])
             for sparsity in sorted({0.0, *sparsities}):
+                facts |= dict(sparsity=sparsity, method="static" if sparsity else "dense")
                 cache = None  # the one before
                 torch.cuda.empty_cache()
                 try:
@@ -208,15 +209,13 @@ def decode(
                     step.load(cache, 60)
                     times = measure(step.run, seconds=0.2, most=50, warm=3)
                 except torch.OutOfMemoryError:
-                    method = "static" if sparsity else "dense"
-                    yield dict(facts, sparsity=sparsity, method=method, error="out of memory")
+                    yield dict(facts, error="out of memory")
                     continue
                 dense = times if sparsity == 0.0 else dense
                 token = _generate(routing.model, cache)
                 counts = _counts(routing, length, sparsity)
                 floor = floor_ms(counts["weight_bytes"] + batch * counts["kv_bytes"], "copy_tbps")
-                yield row(times, "own-dense", dense, **facts, sparsity=sparsity,
-                          method="static" if sparsity else "dense", floor_ms=round(floor, 4),
+                yield row(times, "own-dense", dense, **facts, floor_ms=round(floor, 4),
                           over_floor=round(times["ms"] / floor, 3), generate_ms=token,
                           capture_s=round(step.seconds, 1))  # fmt: skip
 
