@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from flux_attention.evaluation import quality  # noqa: E402
-from flux_attention.evaluation.lm_harness import FluxLM, TaskEvaluation, _parse_force  # noqa: E402
+from flux_attention.evaluation.lm_harness import FluxLM, TaskEvaluation, _parse_force, _task_rows  # noqa: E402
 from flux_attention.evaluation.report import write_report  # noqa: E402
 
 ARGUMENTS = dict(device="cpu", dtype="float32")
@@ -299,6 +299,31 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch):
         TaskEvaluation(model, tokenizer, [str(ROUTERS)], ["poems"])
     with pytest.raises(ValueError, match=r"methods \['random'\] are not for"):
         make(methods=["random"])
+
+
+def test_rows_of_results():
+    """A mean of scores between 0 and 1, a perplexity, and RULER's lengths, of which -1 were not asked for."""
+    results = {
+        "n-samples": {name: {"original": 9, "effective": 2} for name in ("rouge", "text", "niah")},
+        "results": {
+            "rouge": {"alias": "rouge", "rouge,none": 0.25, "rouge_stderr,none": 0.05, "sample_len": 2},
+            "text": {"word_perplexity,none": 8.5, "word_perplexity_stderr,none": "N/A", "bits_per_byte,none": 0.7},
+            "niah": {"8192,none": -1, "8192_stderr,none": "N/A", "4096,none": 1.0, "4096_stderr,none": "N/A"},
+            "a_group": {"rouge,none": 0.25},
+        },
+        "samples": {
+            "rouge": [{"doc_id": 1, "rouge": 0.2}, {"doc_id": 0, "rouge": 0.3}],
+            "text": [{"doc_id": 0, "word_perplexity": (3.0, 2)}, {"doc_id": 1, "word_perplexity": (4.0, 2)}],
+            "niah": [{"doc_id": 1, "4096": 1.0, "filter": "none"}, {"doc_id": 0, "4096": 0.0, "filter": "none"}]
+            + [{"doc_id": 0, "4096": 7.0, "filter": "other"}],
+        },
+    }
+    rouge, text, niah = _task_rows(results)
+    assert (rouge["task"], rouge["n"], rouge["accuracy"]) == ("rouge", 2, 0.25) and "scores" not in rouge
+    assert (rouge["low"], rouge["high"]) == (0.152, 0.348)
+    assert text["perplexity"] == 8.5 and text["low"] is None and "accuracy" not in text
+    assert text["metrics"] == {"word_perplexity": 8.5, "bits_per_byte": 0.7}
+    assert niah["metric"] == "4096" and niah["scores"] == [0, 1] and niah["metrics"] == {"4096": 1.0}
 
 
 def test_flux_attention_eval(tasks, tmp_path):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from flux_attention import __version__
 from flux_attention.attach import attach
 from flux_attention.config import FluxConfig
+from flux_attention.evaluation.harness import Scores
 from flux_attention.evaluation.quality import adapter_hash
 from flux_attention.routes import RouteSpec, parse_routes, read_spec
 
@@ -298,23 +299,25 @@ def _task_rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
         first, value = next(iter(metrics.items()))
         metric, filter_ = first.split(",", 1)
-        error = found.get(f"{metric}_stderr,{filter_}")
-        error = 1.96 * error if isinstance(error, (int, float)) else math.nan
         samples = [sample for sample in results["samples"][task] if sample.get("filter", filter_) == filter_]
         scores = [sample.get(metric) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
-        row = {
+        more, low, high = {}, None, None
+        if all(score in (0, 1) for score in scores):  # right or wrong: methods are compared by document
+            low, high = Scores(right=scores).accuracy_interval
+            more["scores"] = list(map(int, scores))
+        elif isinstance(error := found.get(f"{metric}_stderr,{filter_}"), (int, float)):
+            low, high = value - 1.96 * error, value + 1.96 * error
+        yield {
             "task": task,
             "seq_len": None,
             "n": counts["effective"],
             "metric": metric,
             "perplexity" if "perplexity" in metric else "accuracy": round(value, 4),
-            "low": None if math.isnan(error) else round(value - error, 4),
-            "high": None if math.isnan(error) else round(value + error, 4),
+            "low": None if low is None else round(low, 4),
+            "high": None if high is None else round(high, 4),
             "metrics": {name.removesuffix(",none"): round(value, 4) for name, value in metrics.items()},
+            **more,
         }
-        if all(score in (0, 1) for score in scores):  # of right and wrong answers: methods are compared by document
-            row["scores"] = list(map(int, scores))
-        yield row
 
 
 def main() -> None:

@@ -226,12 +226,16 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
         columns = list(dict.fromkeys(label(row, names) for row in some))
         by = {(row["task"], label(row, names)): row for row in some}
         lines = [
-            [task.replace("_", " "), *(_cell(by.get((task, column))) for column in columns)] for task in _names(some)
+            [task if length is None else task.replace("_", " "), *(_cell(by.get((task, column))) for column in columns)]
+            for task in _names(some)
         ]
         found.append((f"Accuracy {_at(length)}, with 95 % intervals", ["task", *columns], lines))
         routed = [column for column in columns if column.startswith("routed")]
         lines = [
-            [task.replace("_", " "), *(f"{by[task, column]['sparsity']:.3f}" for column in routed)]
+            [
+                task if length is None else task.replace("_", " "),
+                *(f"{by[task, column]['sparsity']:.3f}" for column in routed),
+            ]
             for task in _names(some)
             if all((task, column) in by for column in routed)
         ]
