@@ -314,8 +314,11 @@ def test_rows_of_results():
         "samples": {
             "rouge": [{"doc_id": 1, "rouge": 0.2}, {"doc_id": 0, "rouge": 0.3}],
             "text": [{"doc_id": 0, "word_perplexity": (3.0, 2)}, {"doc_id": 1, "word_perplexity": (4.0, 2)}],
-            "niah": [{"doc_id": 1, "4096": 1.0, "filter": "none"}, {"doc_id": 0, "4096": 0.0, "filter": "none"}]
-            + [{"doc_id": 0, "4096": 7.0, "filter": "other"}],
+            "niah": [
+                {"doc_id": 1, "4096": 1.0, "filter": "none"},
+                {"doc_id": 0, "4096": 0.0, "filter": "none"},
+                {"doc_id": 0, "4096": 7.0, "filter": "other"},
+            ],
         },
     }
     rouge, text, niah = _task_rows(results)
