@@ -272,13 +272,15 @@ class TaskEvaluation:
                 for task in self.tasks:
                     yield from rows(task, method, spec)
         by_head = lm.routing.config.granularity == "head"
-        if not {"head"} & set(self.methods) if by_head else not {"routed", "static"} & set(self.methods):
+        if not ({"head"} if by_head else {"routed", "static"}) & set(self.methods):
             return
-        measured = [rows(task, "head" if by_head else "routed", None) for task in self.tasks]
-        for some in measured:
-            yield from some
+        ratios = []
+        for task in self.tasks:
+            measured = rows(task, "head" if by_head else "routed", None)
+            ratios.append(measured[0]["sparsity"])
+            yield from measured
         if "static" in self.methods and not by_head and self.choose is not None:
-            full = (1 - fmean(some[0]["sparsity"] for some in measured)) * len(lm.routing.layers)
+            full = (1 - fmean(ratios)) * len(lm.routing.layers)
             known = next(
                 (row["full_layers"] for row in done if (row["method"], row["routers"]) == ("static", adapter)), None
             )
