@@ -68,7 +68,7 @@ def measured(shape, lengths, repeats):
 
 
 def main():
-    from flux_attention.evaluation.results import environment, write_results
+    from flux_attention.evaluation.results import environment, rows_of_others, write_results
     from flux_attention.evaluation.speed import row
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,11 +80,7 @@ def main():
 
     lengths = [1024 * int(length) for length in args.lengths.split(",")]
     path, device = args.results / "vllm_dense.json", environment()["device"]
-    before = json.loads(path.read_text()) if path.exists() else {"meta": {"device": device}, "rows": []}
-    if before["meta"]["device"] != device:
-        raise SystemExit(f"{path} was measured on {before['meta']['device']}, this is {device}: use another --results")
-    others = [found for found in before["rows"] if found["shape"] != args.shape]
-    dense, rows = {}, []
+    dense, rows, others = {}, [], rows_of_others(path, [args.shape])
     for phase, length, times in measured(args.shape, lengths, args.repeats):
         dense[phase, length] = times
         facts = dict(shape=args.shape, seq_len=length, batch=1, phase=phase, engine="vllm", method="dense")

@@ -44,6 +44,23 @@ def test_bench(tmp_path):
     assert rows[1]["kv_bytes"] == rows[1]["baseline_kv_bytes"] == 36 * 131072 * token
     assert rows[3]["kv_bytes"] == (9 * 131072 + 27 * 1152) * token
     assert rows[3]["longest_context"] > 3.9 * rows[1]["longest_context"]
+    more = ["bench", "memory", "--lengths", "1K", "--sparsities", "0", "--output", str(tmp_path)]
+    for shape in ("llama-3.1-8b", "qwen3-8b"):  # rows of the other shape stay, its own are replaced
+        result = flux(*more, "--shapes", shape)
+        assert result.returncode == 0, result.stderr
+        if shape == "llama-3.1-8b":
+            both = json.loads((tmp_path / "memory.json").read_text())["rows"]
+            assert both[:-1] == rows and both[-1]["shape"] == shape
+    assert [row["shape"] for row in json.loads((tmp_path / "memory.json").read_text())["rows"]] == [
+        "llama-3.1-8b",
+        "qwen3-8b",
+    ]
+    results = json.loads((tmp_path / "memory.json").read_text())
+    results["meta"]["commit"] = "another"
+    for text in (json.dumps(results), json.dumps(results)[:100]):
+        (tmp_path / "memory.json").write_text(text)
+        assert flux(*more, "--shapes", "llama-3.1-8b").returncode == 0
+        assert len(json.loads((tmp_path / "memory.json").read_text())["rows"]) == 1
     for arguments, words in (
         (["nothing"], "cannot measure"),
         (["memory", "--shapes", "gpt-5"], "unknown shapes"),

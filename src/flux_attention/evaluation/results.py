@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import subprocess
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def rows_of_others(path: str | Path, shapes: Collection[str]) -> list[dict[str, Any]]:
+    """Rows of other shapes in a file of an earlier call, if that was on this device at this commit; else none."""
+    try:
+        before, now = json.loads(Path(path).read_text(encoding="utf-8")), environment()
+    except (FileNotFoundError, ValueError):  # ValueError: damaged
+        return []
+    if any(before["meta"].get(fact) != now[fact] for fact in ("device", "commit")):
+        return []
+    return [row for row in before["rows"] if row["shape"] not in shapes]
 
 
 def write_results(path: str | Path, rows: list[dict[str, Any]], **meta: Any) -> None:
