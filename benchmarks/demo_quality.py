@@ -8,7 +8,6 @@ input: the best of all such sets by mean retrieval accuracy on calibration sampl
 
 import argparse
 import hashlib
-import itertools
 import math
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flux_attention import attach
 from flux_attention.evaluation.harness import evaluate
+from flux_attention.evaluation.quality import best_layers
 from flux_attention.evaluation.results import write_results
 from flux_attention.evaluation.tasks import FAMILIES, RETRIEVAL, Haystack, make_sample
 from flux_attention.evaluation.text import local_texts
@@ -99,10 +99,9 @@ def main():
 
     best = args.static
     if best is None:
-        # Every choice on a quarter of the samples, the ten best ones on all of them.
-        choices = list(itertools.combinations(layers, count))
-        choices.sort(key=lambda chosen: value(chosen, RETRIEVAL, max(1, args.calibration // 4)), reverse=True)
-        best = max(choices[:10], key=lambda chosen: value(chosen, FAMILIES, args.calibration))
+        few = (RETRIEVAL, max(1, args.calibration // 4))
+        everything = (FAMILIES, args.calibration)
+        best = best_layers(lambda chosen, first: value(chosen, *(few if first else everything)), layers, count)
     elif len(best) != count:
         parser.error(f"--static names {len(best)} layers, but the routed model uses {count} on average, rounded up")
     print(f"best static layers: {best}")

@@ -102,7 +102,7 @@ def main():
         for found in own:
             base = dense.get((found["phase"], found["seq_len"]))
             if base is None or "ms" not in found or (found["shape"], found["batch"]) != (args.shape, 1):
-                continue  # vLLM's own rows of other shapes are kept as they are
+                continue
             times = {key: found[key] for key in ("ms", "ms_min", "ms_max", "repeats")}
             facts = {key: value for key, value in found.items() if not key.startswith("baseline") and key not in times}
             twins.append(row(times, "vllm-dense", base, **facts))

@@ -411,16 +411,17 @@ def evaluate(
     adapters = [shipped.adapter_path(name) for name in routers or (["shipped"] if model == "shipped" else [])]
     loaded, tokenizer = _load_model(model, device, dtype)
     with err.status("reading text") as status:
+        asked = methods.split(",") if methods else None
 
-        def generated(chosen=quality.DEFAULT_METHODS) -> quality.Evaluation:
+        def generated() -> quality.Evaluation:
             texts = [_read(str(text))] if text else local_texts(True, site_packages=True, max_chars=5_000_000)
             named = families.split(",") if families else list(FAMILIES if model == "shipped" else EVERY_FAMILY)
             found = Haystack(texts, tokenizer)
+            chosen = asked or quality.DEFAULT_METHODS
             return quality.Evaluation(
                 loaded, tokenizer, adapters, found, named, sizes, chosen, samples, calibration, batch_size
             )
 
-        asked = methods.split(",") if methods else None
         if tasks:
             from flux_attention.evaluation.lm_harness import METHODS, TaskEvaluation
 
@@ -439,7 +440,7 @@ def evaluate(
                 include_path,
             )
         else:
-            evaluation = generated(asked or quality.DEFAULT_METHODS)
+            evaluation = generated()
         rows = quality.run(evaluation, output, restart, lambda text: status.update(escape(text)))
         page, _ = write_report(output / "quality.json", output)
     table = Table("method", "tokens", "mean accuracy", "perplexity", "mean Ω_MSR")

@@ -265,24 +265,20 @@ _CAPTURE = threading.Lock()
 
 def _captured(routing: Routing, batch: int) -> DecodeStep:
     with _CAPTURE:
-        return _look_up(routing, batch)
-
-
-def _look_up(routing: Routing, batch: int) -> DecodeStep:
-    state = _state(routing.model)
-    if any(made_for != state for made_for, _ in routing.steps.values()):
-        routing.steps.clear()
-    if batch not in routing.steps:
-        while len(routing.steps) >= MOST_STEPS:
-            del routing.steps[next(iter(routing.steps))]
-        try:
-            routing.steps[batch] = state, DecodeStep(routing, batch)
-        except torch.OutOfMemoryError:
-            raise ValueError("not enough memory to capture a decode step") from None
-        except Exception as error:  # of whatever kind: it will not be otherwise next time
-            routing.steps[batch] = state, str(error).strip().split("\n")[0] or type(error).__name__
-    routing.steps[batch] = routing.steps.pop(batch)  # the last to be forgotten
-    step = routing.steps[batch][1]
+        state = _state(routing.model)
+        if any(made_for != state for made_for, _ in routing.steps.values()):
+            routing.steps.clear()
+        if batch not in routing.steps:
+            while len(routing.steps) >= MOST_STEPS:
+                del routing.steps[next(iter(routing.steps))]
+            try:
+                routing.steps[batch] = state, DecodeStep(routing, batch)
+            except torch.OutOfMemoryError:
+                raise ValueError("not enough memory to capture a decode step") from None
+            except Exception as error:  # of whatever kind: it will not be otherwise next time
+                routing.steps[batch] = state, str(error).strip().split("\n")[0] or type(error).__name__
+        routing.steps[batch] = routing.steps.pop(batch)  # the last to be forgotten
+        step = routing.steps[batch][1]
     if isinstance(step, str):
         raise ValueError(f"a decode step of {routing.config.base_model.name} could not be captured: {step}")
     return step

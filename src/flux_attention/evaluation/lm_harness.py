@@ -24,7 +24,7 @@ from flux_attention import __version__
 from flux_attention.attach import attach
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.harness import Scores
-from flux_attention.evaluation.quality import adapter_hash
+from flux_attention.evaluation.quality import AdapterEvaluation
 from flux_attention.routes import RouteSpec, parse_routes, read_spec
 
 try:
@@ -182,16 +182,14 @@ def _parse_force(force: Any) -> RouteSpec | None:
 METHODS = ("dense", "sparse", "routed", "static", "head")
 
 
-class TaskEvaluation:
+class TaskEvaluation(AdapterEvaluation):
     """
-    One model, several adapters, lm-eval's tasks instead of generated questions; what ``quality.run`` runs.
+    Some methods on lm-eval's tasks.
 
     Parameters
     ----------
-    model, tokenizer
-        The base model, without routers attached.
-    adapters : sequence of str
-        Router adapters for it: directories or Hub ids. The first one's pattern is that of ``dense`` and ``sparse``.
+    model, tokenizer, adapters
+        As in ``AdapterEvaluation``.
     tasks : sequence of str
         lm-eval's tasks or groups of tasks, by name.
     methods : sequence of str
@@ -224,26 +222,16 @@ class TaskEvaluation:
     ):
         if unknown := sorted(set(methods) - set(METHODS)):
             raise ValueError(f"methods {unknown} are not for lm-eval's tasks, expected some of {list(METHODS)}")
-        if not adapters:
-            raise ValueError("name at least one adapter: its pattern says what sparse attention is")
+        super().__init__(model, tokenizer, adapters, methods, samples, batch_size)
         self.manager = TaskManager(include_path=include_path)
         if missing := sorted(set(tasks) - set(self.manager.match_tasks(list(tasks)))):
             raise ValueError(f"lm-eval has no tasks {missing}; `lm_eval ls tasks` lists them")
-        self.model, self.tokenizer, self.adapters, self.tasks = model, tokenizer, list(adapters), list(tasks)
-        self.methods, self.samples, self.batch_size, self.choose = list(methods), samples, batch_size, choose
+        self.tasks, self.choose = list(tasks), choose
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the rows depend on."""
-        return {
-            "model": getattr(self.model.config, "_name_or_path", ""),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.model.device.type,
-            "adapters": [[adapter, adapter_hash(adapter)] for adapter in self.adapters],
-            "samples": self.samples,
-            "tasks": self.tasks,
-            "lm_eval": lm_eval.__version__,
-        }
+        """As in ``AdapterEvaluation``."""
+        return {**super().settings, "tasks": self.tasks, "lm_eval": lm_eval.__version__}
 
     def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
         """Result rows as they are measured; see ``quality.Evaluation.rows``."""

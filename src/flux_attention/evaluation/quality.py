@@ -111,9 +111,9 @@ def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int 
     return routes
 
 
-class Evaluation:
+class AdapterEvaluation:
     """
-    One model, several adapters, all methods.
+    One model, several adapters, several methods: what ``run`` runs, once it has ``rows``.
 
     Parameters
     ----------
@@ -121,6 +121,47 @@ class Evaluation:
         The base model, without routers attached.
     adapters : sequence of str
         Router adapters for it: directories or Hub ids. The first one's pattern is that of ``dense`` and ``sparse``.
+    methods : sequence of str
+        Of ``METHODS``.
+    samples, batch_size : int
+        Of each kind, at most; a forward.
+
+    Raises
+    ------
+    ValueError
+        Without an adapter.
+    """
+
+    def __init__(
+        self, model, tokenizer, adapters: Sequence[str], methods: Sequence[str], samples: int, batch_size: int
+    ):
+        if not adapters:
+            raise ValueError("name at least one adapter: its pattern says what sparse attention is")
+        self.model, self.tokenizer, self.adapters, self.methods = model, tokenizer, list(adapters), list(methods)
+        self.samples, self.batch_size = samples, batch_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the rows depend on: results of other settings are not mixed with them."""
+        return {
+            "model": getattr(self.model.config, "_name_or_path", ""),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(self.model.device)
+            if self.model.device.type == "cuda"
+            else self.model.device.type,
+            "adapters": [[adapter, adapter_hash(adapter)] for adapter in self.adapters],
+            "samples": self.samples,
+        }
+
+
+class Evaluation(AdapterEvaluation):
+    """
+    All methods on generated questions.
+
+    Parameters
+    ----------
+    model, tokenizer, adapters
+        As in ``AdapterEvaluation``.
     haystack : Haystack
         The text that questions are hidden in.
     families, lengths, methods : sequence
@@ -158,23 +199,15 @@ class Evaluation:
                 f"samples of {max(lengths)} tokens do not fit into the model's {most} positions: shorten them, or "
                 "extend the positions by rope_parameters in its configuration"
             )
-        if not adapters:
-            raise ValueError("name at least one adapter: its pattern says what sparse attention is")
-        self.model, self.tokenizer, self.adapters, self.haystack = model, tokenizer, list(adapters), haystack
-        self.families, self.lengths, self.methods = list(families), list(lengths), list(methods)
-        self.samples, self.calibration, self.batch_size = samples, calibration, batch_size
+        super().__init__(model, tokenizer, adapters, methods, samples, batch_size)
+        self.haystack, self.families, self.lengths = haystack, list(families), list(lengths)
+        self.calibration = calibration
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the rows depend on: results of other settings are not mixed with them."""
+        """As in ``AdapterEvaluation``."""
         return {
-            "model": getattr(self.model.config, "_name_or_path", ""),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(self.model.device)
-            if self.model.device.type == "cuda"
-            else self.model.device.type,
-            "adapters": [[adapter, adapter_hash(adapter)] for adapter in self.adapters],
-            "samples": self.samples,
+            **super().settings,
             "calibration": self.calibration,
             "text": hashlib.sha256(self.haystack.tokens.tobytes()).hexdigest(),
             "families": self.families,
@@ -323,7 +356,9 @@ def adapter_hash(adapter: str) -> str | None:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def run(evaluation: Evaluation, folder: Path, restart: bool, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def run(
+    evaluation: AdapterEvaluation, folder: Path, restart: bool, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """
     Measure all rows into ``folder``/quality.json, each written as it is there, and go on where a run stopped.
 

@@ -225,18 +225,13 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
         some = [row for row in rows if row["seq_len"] == length]
         columns = list(dict.fromkeys(label(row, names) for row in some))
         by = {(row["task"], label(row, names)): row for row in some}
-        lines = [
-            [task if length is None else task.replace("_", " "), *(_cell(by.get((task, column))) for column in columns)]
-            for task in _names(some)
-        ]
+        named = {task: task if length is None else task.replace("_", " ") for task in _names(some)}
+        lines = [[name, *(_cell(by.get((task, column))) for column in columns)] for task, name in named.items()]
         found.append((f"Accuracy {_at(length)}, with 95 % intervals", ["task", *columns], lines))
         routed = [column for column in columns if column.startswith("routed")]
         lines = [
-            [
-                task if length is None else task.replace("_", " "),
-                *(f"{by[task, column]['sparsity']:.3f}" for column in routed),
-            ]
-            for task in _names(some)
+            [name, *(f"{by[task, column]['sparsity']:.3f}" for column in routed)]
+            for task, name in named.items()
             if all((task, column) in by for column in routed)
         ]
         if routed:
