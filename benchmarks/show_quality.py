@@ -77,7 +77,7 @@ def differences(rows, length):
     for name, seeds in groups.items():
         method, _, goal = name.partition(" ")
         rivals = {
-            "routed": [f"static {goal}", f"best-static {goal}", f"head {goal}"],
+            "routed": [f"static {goal}", f"best-static {goal}", f"best-static-fewer {goal}", f"head {goal}"],
             "head": [f"head-static {goal}"],
         }.get(method, [])
         for rival in ["dense", *rivals] if method in ("routed", "head") else []:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import VOCAB, tiny_model
 from test_attach import CONFIG, TRIANGLE, ids
 from test_patterns import error, oracle
 
-from flux_attention import attach, kernels
+from flux_attention import attach, generation, kernels
 from flux_attention.evaluation.tasks import Haystack, make_sample
 from flux_attention.evaluation.text import local_texts
 from flux_attention.patterns import Full, Streaming
@@ -93,3 +93,25 @@ def test_prefill_in_chunks_does_not_wait_for_the_device(config):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(do_sample=True), dict(eos_token_id=VOCAB + 7, pad_token_id=0)])
+def test_the_decode_loop_does_not_wait_for_the_device(how, monkeypatch):
+    """But for the event by which it learns, a step late, whether all sequences have ended."""
+    model = tiny_model("qwen3", hidden_size=64, vocab_size=VOCAB).to("cuda", torch.float16)
+    attach(model, CONFIG)
+    how = dict(do_sample=False, inputs=ids(3, 20).to("cuda"), max_new_tokens=24) | how
+    model.generate(**how)  # captures the step
+    run, steps = generation.DecodeStep.run, []
+
+    def watched(step):
+        steps.append(step)
+        torch.cuda.set_sync_debug_mode("error" if 3 <= len(steps) < 20 else "default")
+        return run(step)
+
+    monkeypatch.setattr(generation.DecodeStep, "run", watched)
+    try:
+        model.generate(**how)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 23

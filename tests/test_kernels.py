@@ -27,6 +27,10 @@ from flux_attention.patterns import Full, Streaming
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 from flux_attention.kernels import triton_decode, triton_prefill
 
+HOPPER = pytest.mark.skipif(
+    torch.cuda.device_count() == 0 or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a GPU of compute capability 9.0 or newer",
+)
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -151,9 +155,8 @@ def test_dense_prefill_in_blocks(heads, length, past, dim, layouts, dtype):
     check_blocks("cuda", heads, length, past, dim, layouts, dtype)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-@pytest.mark.parametrize("length, past", [(3, 0), (8, 0), (15, 0), (17, 0), (24, 5), (5, 9)])
-def test_blocks_are_joined(heads, length, past, monkeypatch):
+@pytest.fixture
+def formula(monkeypatch):
     """cuDNN's part played by formulas, as it needs a GPU."""
 
     def attend(query, key, value, causal, scale):
@@ -162,10 +165,48 @@ def test_blocks_are_joined(heads, length, past, monkeypatch):
         scores = query @ key.transpose(-1, -2) * scale
         if causal:
             scores = scores.masked_fill(~Full().mask(scores.shape[-1]), -math.inf)
-        return scores.softmax(-1) @ value, scores.logsumexp(-1)
+        return scores.softmax(-1) @ value, scores.float().logsumexp(-1)
 
     monkeypatch.setattr(cudnn, "_attend", attend)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("length, past", [(3, 0), (8, 0), (15, 0), (17, 0), (24, 5), (5, 9)])
+def test_blocks_are_joined(heads, length, past, formula):
     check_blocks("cpu", heads, length, past, 16, ("BSHD", "BSHD", "BHSD"), torch.float32, block=8)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("length, past, count", [(1, 40, 2), (5, 16, 4), (13, 59, 3)])
+def test_parts_are_joined(length, past, count, formula, monkeypatch):
+    monkeypatch.setattr(cudnn, "TILE", 8)
+    monkeypatch.setattr(cudnn, "STEP", 4)
+    check_parts("cpu", (6, 2), length, past, 16, torch.float16, count)
+
+
+@pytest.mark.gpu
+@HOPPER
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from([(8, 8), (8, 2), (5, 1)]),
+    st.one_of(st.integers(1, 10), st.integers(1, 400)),
+    st.integers(4096, 20000),
+    st.sampled_from([64, 128]),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.integers(2, 4),
+)
+def test_few_queries_by_parts(heads, length, past, dim, dtype, count):
+    check_parts("cuda", heads, length, past, dim, dtype, count)
+
+
+def check_parts(device, heads, length, past, dim, dtype, count):
+    generator = torch.Generator(device).manual_seed(length)
+    query = states(generator, heads[0], length, dim, dtype, "BSHD")[:1]
+    # In a cache that has room for more, as the routed one's blocks have.
+    key, value = (states(generator, heads[1], past + length + 9, dim, dtype, "BHSD")[:1, :, :-9] for _ in range(2))
+    output = cudnn.full_in_parts(query, key, value, dim**-0.5, count, triton_prefill.attention)
+    mask = Full().mask(past + length)[past:].to(device)
+    assert error(output, oracle(query, key, value, mask, dim**-0.5)) < TOLERANCE[dtype]
 
 
 def check_blocks(device, heads, length, past, dim, layouts, dtype, block=512):
@@ -180,15 +221,13 @@ def check_blocks(device, heads, length, past, dim, layouts, dtype, block=512):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    torch.cuda.device_count() == 0 or torch.cuda.get_device_capability() < (9, 0),
-    reason="needs a GPU of compute capability 9.0 or newer",
-)
+@HOPPER
 def test_long_dense_prompts_are_read_in_blocks(monkeypatch):
     torch.use_deterministic_algorithms(False)
     seen = []
     full = cudnn.full
     monkeypatch.setattr(cudnn, "full", lambda *args: seen.append(args[0].shape[2]) or full(*args))
+    monkeypatch.setattr(cudnn, "parts", lambda *args: 1)
     monkeypatch.setattr(cudnn, "LONG", 2000)
     monkeypatch.setattr(cudnn, "LATER", 2500)
     query, key = (torch.randn(1, heads, 3000, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
@@ -204,6 +243,28 @@ def test_long_dense_prompts_are_read_in_blocks(monkeypatch):
     torch.use_deterministic_algorithms(True)  # which SDPA says cuDNN's is not
     kernels.full(query, key, key, 0.1)
     assert seen == [3000, 300]
+
+
+@pytest.mark.gpu
+@HOPPER
+def test_few_queries_behind_many_keys_are_read_by_parts(monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    seen = []
+    full_in_parts = cudnn.full_in_parts
+    monkeypatch.setattr(
+        cudnn, "full_in_parts", lambda *args: seen.append((args[0].shape[2], args[4])) or full_in_parts(*args)
+    )
+    monkeypatch.setattr(cudnn, "LONG", 20_000)
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count  # 132 of an H100
+    query, key = (torch.randn(1, heads, 20_000, 64, device="cuda", dtype=torch.bfloat16) for heads in (32, 8))
+    for length in (1, 128, 129, 300, 20_000):  # 300 are too many for two parts
+        kernels.full(query[:, :, -length:], key, key, 0.1)
+    kernels.full(query[:, :2, -5:], key[:, :2], key[:, :2], 0.1)  # of so few heads, parts of 1,024 keys
+    few = query[:, :, -128:]
+    kernels.full(few, key[:, :, 1:], key[:, :, 1:], 0.1)  # few keys
+    kernels.full(few.expand(2, -1, -1, -1), *[key.expand(2, -1, -1, -1)] * 2, 0.1)
+    kernels.full(few.clone().requires_grad_(), key, key, 0.1)
+    assert seen == [(1, processors // 32), (128, processors // 32), (129, processors // 64), (5, 19)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -118,6 +118,13 @@ def test_the_best_static_layers_are_found_once_and_used_for_all(setting, monkeyp
     assert all(row["full_layers"] == [2, 5] and row["sparsity"] == 0.8 for row in rows)
     again = [row for row in evaluation.rows(rows[:1]) if row["method"] == "best-static"]
     assert again == rows and len(values) == 1
+    sizes = []
+    monkeypatch.setattr(quality, "best_layers", lambda value, layers, count, tell: sizes.append(count) or [])
+    both = make(setting, methods=["routed", "best-static", "best-static-fewer"], calibration=2)
+    found = {row["method"]: row for row in both.rows()}
+    full = np.mean([sum(row["fa_rate"].values()) for row in both.rows() if row["method"] == "routed"])
+    assert sizes[:2] == [math.ceil(full - 1e-6), math.ceil(full - 1e-6) - 1]
+    assert found["best-static-fewer"]["sparsity"] == 1  # nothing was chosen
     from flux_attention import attach
 
     routing = attach(setting[0], shipped.ROUTERS)
@@ -346,14 +353,15 @@ def test_parts_of_the_study_are_merged_if_measured_alike(tmp_path, monkeypatch):
     for name, commit, rows in (
         ("one", "c", [dict(row, method="dense", routers=None), dict(row, method="routed", routers="one")]),
         ("two", "c", [dict(row, method="dense", routers=None), dict(row, method="routed", routers="two")]),
-        ("other", "d", []),
+        ("other", "d", [dict(row, method="routed", routers="other")]),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps({"meta": {**meta, "commit": commit}, "rows": rows}))
     parts = [tmp_path / "one.json", tmp_path / "two.json"]
     study.merge(parts, tmp_path / "all.json")
     assert len(json.loads((tmp_path / "all.json").read_text())["rows"]) == 3
-    with pytest.raises(SystemExit, match=r"measured with commit \['c', 'd'\]"):
-        study.merge([*parts, tmp_path / "other.json"], tmp_path / "all.json")
+    study.merge([*parts, tmp_path / "other.json"], tmp_path / "all.json")
+    rows = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert {row["routers"]: row.get("commit") for row in rows} == {None: None, "one": None, "two": None, "other": "d"}
     more = {"meta": {**meta, "settings": {**settings, "samples": 3}}, "rows": []}
     (tmp_path / "more.json").write_text(json.dumps(more))
     with pytest.raises(SystemExit, match=r"measured with samples \['2', '3'\]"):

@@ -4,7 +4,7 @@ Run: ``python recipes/study/run.py routers``, then ``python recipes/study/run.py
 runs go at a time, ``--jobs`` of them on each GPU; each writes a log of its own. What is done is left alone,
 what was stopped goes on.
 
-A target is that of questions with several steps; look-ups have 0.25 more, plain text always 0.96.
+A target is that of questions with several steps; look-ups have 0.25 more, at most 0.9, plain text always 0.96.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def routers(args, names):
             model=str(args.model or args.folder / "backbone"),
             output=str(folder),
             routers={**base.routers, "granularity": granularity},
-            targets={**base.targets, "multi-step": target, "look-up": round(target + 0.25, 4)},
+            targets={**base.targets, "multi-step": target, "look-up": min(0.9, round(target + 0.25, 4))},
             training={**base.training, "seed": seed, **({"max_steps": args.steps} if args.steps else {})},
         )
         if (folder / "README.md").exists():  # the last thing that a run writes
@@ -108,7 +108,7 @@ def evaluate(args, names):
         # Rivals for every seed: they have as many full layers as its routers use. All sets are tried for one seed only.
         methods = "routed,static,random" if granularity == "layer" else "head,head-static"
         if granularity == "layer" and seed == args.seeds[0]:
-            methods += ",best-static"
+            methods += ",best-static,best-static-fewer"
         if name == next(iter(names)):  # what does not depend on routers, once
             methods = f"dense,sparse,{methods}"
         options = {
@@ -131,13 +131,18 @@ def merge(parts: list[Path], path: Path) -> None:
     """One result file of all, and its report."""
     found = [json.loads(part.read_text()) for part in parts]
     meta = found[0]["meta"]
-    for fact in ("device", "torch", "transformers", "commit", "dtype", "samples", "calibration", "text", "lengths"):
+    for fact in ("device", "torch", "transformers", "dtype", "samples", "calibration", "text", "lengths"):
         values = {str({**part["meta"]["settings"], **part["meta"]}[fact]) for part in found}
         if len(values) > 1:
             sys.exit(f"measured with {fact} {sorted(values)}: evaluate all with one")
     meta["settings"]["adapters"] = [adapter for part in found for adapter in part["meta"]["settings"]["adapters"]]
-    # A run that was extended may hold what does not depend on routers twice.
-    rows = {row_key(row): row for part in found for row in part["rows"]}.values()
+    # A run that was extended may hold rows of another commit, which say so, and what depends on no routers twice.
+    rows = {}
+    for part in found:
+        commit = part["meta"]["commit"]
+        mark = {} if commit == meta["commit"] else {"commit": commit}
+        rows |= {row_key(row): {**mark, **row} for row in part["rows"]}
+    rows = rows.values()
     write_results(path, list(rows), **meta)
     page, _ = write_report(path, path.parent)
     print(f"{len(rows)} rows in {path}, the report is {page}")
@@ -149,7 +154,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="holds backbone/, gets the rest")
     parser.add_argument("--model", type=Path, help="instead of the folder's backbone")
     parser.add_argument("--recipe", type=Path, default=Path(__file__).parent / "routers.yaml")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.35, 0.65, 0.2])
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.35, 0.65, 0.8])
     parser.add_argument("--granularities", nargs="+", choices=["layer", "head"], default=["layer", "head"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on each GPU")

@@ -382,7 +382,7 @@ def evaluate(
     tasks: Annotated[Optional[str], typer.Option(help="lm-eval's tasks, instead of generated questions.")] = None,  # noqa: UP045
     include_path: Annotated[Optional[Path], typer.Option(help="Folder with more of lm-eval's task files.")] = None,  # noqa: UP045
     lengths: Annotated[str, typer.Option(help="Tokens of a sample.")] = "4K",
-    methods: Annotated[Optional[str], typer.Option(help="Of full layers; default: all but best-static.")] = None,  # noqa: UP045
+    methods: Annotated[Optional[str], typer.Option(help="Of full layers; default: all but best-static*.")] = None,  # noqa: UP045
     samples: Annotated[int, typer.Option(min=2, help="Samples of each family and length, or task.")] = 100,
     calibration: Annotated[int, typer.Option(min=1, help="Samples of each family to choose static layers on.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 1,

@@ -13,7 +13,7 @@ from typing import Any
 #: A colour that the page replaces by the text's own, light or dark.
 INK = "#010203"
 COLOURS = {"dense": "#009e73", "sparse": "#888888", "routed": "#d55e00", "static": "#0072b2", "random": "#cc79a7"}
-COLOURS |= {"head": "#e69f00", "head-static": "#56b4e9", "best-static": "#004a7c"}
+COLOURS |= {"head": "#e69f00", "head-static": "#56b4e9", "best-static": "#004a7c", "best-static-fewer": "#8c564b"}
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -142,7 +142,7 @@ def _squared_error(change: list[int]) -> float:
 
 
 #: What each method is set beside, of the same adapter: as many full layers or heads, chosen otherwise.
-RIVALS = {"routed": ("static", "best-static", "random"), "head": ("head-static",)}
+RIVALS = {"routed": ("static", "best-static", "best-static-fewer", "random"), "head": ("head-static",)}
 
 
 def comparisons(rows: list[dict[str, Any]]) -> list[list[str]]:

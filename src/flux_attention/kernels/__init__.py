@@ -118,9 +118,13 @@ def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Ten
         Shape and dtype of ``query_BHSD``.
     """
     keys = key_BKTD.shape[2]
-    if _order(query_BHSD) and cudnn.pays(query_BHSD, key_BKTD, value_BKTD):
-        return cudnn.full(query_BHSD, key_BKTD, value_BKTD, scale)
-    if query_BHSD.shape[2] < keys and (triton := _triton(query_BHSD)):
+    triton = _triton(query_BHSD) if query_BHSD.shape[2] < keys else None
+    if _order(query_BHSD):
+        if triton and (count := cudnn.parts(query_BHSD, key_BKTD, value_BKTD)) > 1:
+            return cudnn.full_in_parts(query_BHSD, key_BKTD, value_BKTD, scale, count, triton.attention)
+        if cudnn.pays(query_BHSD, key_BKTD, value_BKTD):
+            return cudnn.full(query_BHSD, key_BKTD, value_BKTD, scale)
+    if triton:
         return triton.attention(query_BHSD, key_BKTD, value_BKTD, 0, keys, scale)
     with _dense_backend(query_BHSD):
         return reference.full(query_BHSD, key_BKTD, value_BKTD, scale)
