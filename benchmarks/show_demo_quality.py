@@ -13,19 +13,21 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from flux_attention.evaluation.tasks import FAMILIES
+from flux_attention.shipped import ROUTERS
 
 HERE = Path(__file__).parent
 
 
 def main():
     rows = json.loads((HERE / "results/demo_quality.json").read_text())["rows"]
-    by = {(row["task"], row["method"]): row for row in rows}
-    static = by["plain", "static"]["full_layers"]
+    own = (None, str(ROUTERS.relative_to(HERE.parent)))  # the file has others of the recipe, too
+    by = {(row["task"], row["method"]): row for row in rows if row["routers"] in own}
+    static = by["plain", "best-static"]["full_layers"]
     print(f"| input | dense | routed | all sparse | static, layers {static} full | Ω_MSR routed |")
     print("| --- | --- | --- | --- | --- | --- |")
     for family in FAMILIES:
         cells = []
-        for method in ("dense", "routed", "sparse", "static"):
+        for method in ("dense", "routed", "sparse", "best-static"):
             row = by[family, method]
             cells.append(f"{row['perplexity']:.3f}" if family == "plain" else f"{row['accuracy']:.3f}")
         name = "plain text (perplexity)" if family == "plain" else family.replace("_", " ")

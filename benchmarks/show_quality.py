@@ -107,6 +107,37 @@ def differences(rows, length):
         table([f"{length:,} tokens", "beside", "points", "of one seed, 95 %", "perplexity ÷", "Ω_MSR −"], lines)
 
 
+def at_equal_sparsity(rows, length):
+    """Routed beside the line between the two best fixed sets around it: one for some inputs, the other for the rest."""
+    groups, lines = grouped(rows, length), []
+    for name in groups:
+        if not name.startswith("best-static-fewer"):
+            continue
+        goal = name.partition(" ")[2]
+        sets = (groups[f"{method} {goal}"][0] for method in ("best-static", "best-static-fewer"))
+        more, fewer = (summary(list(rows.values()))[0] for rows in sets)
+        found = []
+        for seed in groups[f"routed {goal}"]:
+            routed = summary(list(seed.values()))[0]
+            share = (routed["sparsity"] - more["sparsity"]) / (fewer["sparsity"] - more["sparsity"])
+            mixed = {what: more[what] + share * (fewer[what] - more[what]) for what in ("accuracy", "perplexity")}
+            found.append((routed, mixed))
+        lines.append(
+            [
+                f"routed {goal}",
+                over_seeds((routed["sparsity"] for routed, _ in found), ".3f"),
+                over_seeds((routed["accuracy"] for routed, _ in found), ".3f"),
+                over_seeds((mixed["accuracy"] for _, mixed in found), ".3f"),
+                over_seeds((100 * (routed["accuracy"] - mixed["accuracy"]) for routed, mixed in found), "+.1f"),
+                over_seeds((routed["perplexity"] / mixed["perplexity"] for routed, mixed in found), ".3f"),
+            ]
+        )
+    if lines:
+        table(
+            [f"{length:,} tokens", "Ω_MSR", "accuracy", "of fixed sets there", "points", "perplexity ÷ theirs"], lines
+        )
+
+
 def seeds_as_one(rows):
     """Rows with the mean of each target's seeds."""
     found = []
@@ -141,8 +172,9 @@ def main():
         save(trade_off(seeds_as_one(rows), length), f"quality_{length}")
         by_class(rows, length)
         differences(rows, length)
-    by_family(rows, 4096, ["dense", "routed (0.5)", "routed (0.65)", "static (0.65)"])
-    for name in ("0.5", "0.65"):
+        at_equal_sparsity(rows, length)
+    by_family(rows, 4096, ["dense", "routed (0.65)", "routed (0.8)", "best-static (0.8)", "best-static-fewer (0.8)"])
+    for name in ("0.65", "0.8"):
         figure = heat_map(rows, 4096, grouped(rows, 4096)[f"routed ({name})"][0]["plain"]["routers"])
         figure.axes[0].set_title(f"Share of inputs with full attention, target {name}, seed 0, 4,096 tokens", size=11)
         save(figure, f"quality_routes_{name}")

@@ -328,6 +328,7 @@ def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
         *(row for seed, name in enumerate(names) for row in rows("routed", name, 0.7, 9 - seed, 1.0)),
         *(row for seed, name in enumerate(names) for row in rows("static", name, 0.6, 5 + seed // 2, 1.1)),
         *rows("best-static", names[0], 0.6, 6, 1.1),
+        *rows("best-static-fewer", names[0], 0.8, 2, 1.1),
         *rows("head", "head-0.65-0", 0.65, 8, 1.0),
     ]
     show.differences(every, 4096)
@@ -338,6 +339,9 @@ def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
     assert found["routed (0.65)", "best-static (0.65)"] == "+20.0 (+10.0 to +30.0)"
     assert found["routed (0.65)", "head (0.65)"] == "+0.0 (-10.0 to +10.0)"
     assert found["head (0.65)", "dense"] == "-20.0"
+    assert found["routed (0.65)", "best-static-fewer (0.65)"] == "+60.0 (+50.0 to +70.0)"
+    show.at_equal_sparsity(every, 4096)
+    assert "| routed (0.65) | 0.700 (0.700 to 0.700) | 0.800 (0.700 to 0.900) | 0.400 (" in capsys.readouterr().out
     (mean,) = [row for row in show.seeds_as_one(every) if (row["method"], row["task"]) == ("routed", "count")]
     assert mean["accuracy"] == pytest.approx(0.8)
 

@@ -54,10 +54,11 @@ def rows_of_others(path: str | Path, shapes: Collection[str]) -> list[dict[str, 
 
 
 def write_results(path: str | Path, rows: list[dict[str, Any]], **meta: Any) -> None:
-    """Write ``{"meta": …, "rows": […]}`` to ``path``; ``meta`` adds to ``environment()``."""
+    """Write ``{"meta": …, "rows": […]}`` to ``path``, a line each row; ``meta`` adds to ``environment()``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"meta": {**environment(), **meta}, "rows": rows}, indent=1) + "\n"
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = f'{{"meta": {json.dumps({**environment(), **meta}, indent=1)},\n"rows": [\n{lines}\n]}}\n'
     whole = path.with_name(path.name + ".tmp")  # a full disk or a kill leaves the old file whole
     whole.write_text(text, encoding="utf-8")
     os.replace(whole, path)
