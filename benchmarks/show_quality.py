@@ -5,7 +5,7 @@ Run: ``python benchmarks/show_quality.py``. Prints the tables of docs/quality.md
 
 import json
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, variance
 
 import matplotlib
 
@@ -13,7 +13,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from show_speed import table
 
-from flux_attention.evaluation.quality import METHODS
+from flux_attention.evaluation.quality import EXHAUSTIVE, METHODS
 from flux_attention.evaluation.report import difference, heat_map, summary, trade_off
 from flux_attention.training import Recipe
 
@@ -77,7 +77,7 @@ def differences(rows, length):
     for name, seeds in groups.items():
         method, _, goal = name.partition(" ")
         rivals = {
-            "routed": [f"static {goal}", f"best-static {goal}", f"best-static-fewer {goal}", f"head {goal}"],
+            "routed": [f"{rival} {goal}" for rival in ("static", *EXHAUSTIVE, "head", "head-static")],
             "head": [f"head-static {goal}"],
         }.get(method, [])
         for rival in ["dense", *rivals] if method in ("routed", "head") else []:
@@ -107,35 +107,47 @@ def differences(rows, length):
         table([f"{length:,} tokens", "beside", "points", "of one seed, 95 %", "perplexity ÷", "Ω_MSR −"], lines)
 
 
+def beside_mix(routed, more, fewer):
+    """Ω_MSR, accuracy, that of a mix of two fixed sets of this Ω_MSR; points between, and half their 95 % interval."""
+    ratios = [fmean(row["sparsity"] for row in rows) for rows in (routed, more, fewer)]
+    share = (ratios[0] - ratios[1]) / (ratios[2] - ratios[1])
+    questions = [rows for rows in zip(routed, more, fewer, strict=True) if "accuracy" in rows[0]]
+    mixed = fmean((1 - share) * some["accuracy"] + share * less["accuracy"] for _, some, less in questions)
+    gained = [
+        [a - (1 - share) * b - share * c for a, b, c in zip(*(row["scores"] for row in rows), strict=True)]
+        for rows in questions
+    ]
+    error = sum(variance(values) / len(values) for values in gained) ** 0.5 / len(gained)
+    return (
+        ratios[0],
+        fmean(row["accuracy"] for row, _, _ in questions),
+        mixed,
+        100 * fmean(map(fmean, gained)),
+        196 * error,
+    )
+
+
 def at_equal_sparsity(rows, length):
-    """Routed beside the line between the two best fixed sets around it: one for some inputs, the other for the rest."""
+    """Routed beside a mix of the two best fixed sets around it: one of them for some inputs, the other for the rest."""
     groups, lines = grouped(rows, length), []
-    for name in groups:
-        if not name.startswith("best-static-fewer"):
+    for name, seeds in groups.items():
+        method, _, goal = name.partition(" ")
+        sets = [groups.get(f"{rival} {goal}") for rival in EXHAUSTIVE]
+        if method != "routed" or None in sets:
             continue
-        goal = name.partition(" ")[2]
-        sets = (groups[f"{method} {goal}"][0] for method in ("best-static", "best-static-fewer"))
-        more, fewer = (summary(list(rows.values()))[0] for rows in sets)
-        found = []
-        for seed in groups[f"routed {goal}"]:
-            routed = summary(list(seed.values()))[0]
-            share = (routed["sparsity"] - more["sparsity"]) / (fewer["sparsity"] - more["sparsity"])
-            mixed = {what: more[what] + share * (fewer[what] - more[what]) for what in ("accuracy", "perplexity")}
-            found.append((routed, mixed))
-        lines.append(
-            [
-                f"routed {goal}",
-                over_seeds((routed["sparsity"] for routed, _ in found), ".3f"),
-                over_seeds((routed["accuracy"] for routed, _ in found), ".3f"),
-                over_seeds((mixed["accuracy"] for _, mixed in found), ".3f"),
-                over_seeds((100 * (routed["accuracy"] - mixed["accuracy"]) for routed, mixed in found), "+.1f"),
-                over_seeds((routed["perplexity"] / mixed["perplexity"] for routed, mixed in found), ".3f"),
-            ]
-        )
+        for what, left_out in (("all inputs", ()), ("questions only", ("plain",))):
+            found = []
+            for seed in seeds:
+                tasks = [task for task in seed if task not in left_out]
+                three = [[some[task] for task in tasks] for some in (seed, sets[0][0], sets[1][0])]
+                low, ratio, high = (fmean(row["sparsity"] for row in three[place]) for place in (1, 0, 2))
+                if low < ratio < high:  # else a fixed set of so many layers stands in the table
+                    found.append(beside_mix(*three))
+            if found:
+                forms = (".3f", ".3f", ".3f", "+.1f", ".1f")
+                lines.append([f"{name}, {what}", *map(over_seeds, zip(*found, strict=True), forms)])
     if lines:
-        table(
-            [f"{length:,} tokens", "Ω_MSR", "accuracy", "of fixed sets there", "points", "perplexity ÷ theirs"], lines
-        )
+        table([f"{length:,} tokens", "Ω_MSR", "accuracy", "mix of fixed sets", "points", "±, one seed"], lines)
 
 
 def seeds_as_one(rows):

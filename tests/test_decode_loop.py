@@ -208,11 +208,14 @@ def test_threads_share_a_capture(device, monkeypatch):
 
     monkeypatch.setattr(generation.DecodeStep, "_prepare", slow)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(generation.decode_step(routing, 1))) for _ in range(3)]
+    make = functools.partial(
+        threading.Thread, target=lambda: found.append(generation.decode_step(routing, 1)), daemon=True
+    )
+    threads = [make() for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)  # if one waits for ever, fail
     assert len(made) == 1 and len(found) == 3 and len(set(map(id, found))) == 1
 
 

@@ -340,8 +340,11 @@ def test_the_study_shows_seeds_and_differences(monkeypatch, capsys):
     assert found["routed (0.65)", "head (0.65)"] == "+0.0 (-10.0 to +10.0)"
     assert found["head (0.65)", "dense"] == "-20.0"
     assert found["routed (0.65)", "best-static-fewer (0.65)"] == "+60.0 (+50.0 to +70.0)"
-    show.at_equal_sparsity(every, 4096)
-    assert "| routed (0.65) | 0.700 (0.700 to 0.700) | 0.800 (0.700 to 0.900) | 0.400 (" in capsys.readouterr().out
+    show.at_equal_sparsity(every, 4096)  # half of the inputs with 6 of 10 right, half with 2
+    line = "0.700 (0.700 to 0.700) | 0.800 (0.700 to 0.900) | 0.400 (0.400 to 0.400) | +40.0 (+30.0 to +50.0) |"
+    assert f"| routed (0.65), all inputs | {line}" in capsys.readouterr().out
+    show.at_equal_sparsity([{**row, "sparsity": 0.9} if row["routers"] == names[1] else row for row in every], 4096)
+    assert "| 0.700 (0.700 to 0.700) | 0.800 (0.700 to 0.900) |" in capsys.readouterr().out  # a seed beyond both sets
     (mean,) = [row for row in show.seeds_as_one(every) if (row["method"], row["task"]) == ("routed", "count")]
     assert mean["accuracy"] == pytest.approx(0.8)
 
@@ -350,14 +353,14 @@ def test_parts_of_the_study_are_merged_if_measured_alike(tmp_path, monkeypatch):
     study = _script(Path(__file__).parents[1] / "recipes/study/run.py", "study")
     monkeypatch.setattr(study, "write_report", lambda path, folder: (path, path))
     settings = dict(
-        adapters=[], dtype="bfloat16", samples=2, calibration=1, text="t", families=["count"], lengths=[4096]
+        adapters=[], model="m", dtype="bfloat16", samples=2, calibration=1, text="t", families=["count"], lengths=[1024]
     )
     meta = dict(device="a", torch="1", transformers="1", commit="c", settings=settings)
     row = dict(task="count", seq_len=4096, sparsity=0.0, n=2, accuracy=0.5)
     for name, commit, rows in (
         ("one", "c", [dict(row, method="dense", routers=None), dict(row, method="routed", routers="one")]),
         ("two", "c", [dict(row, method="dense", routers=None), dict(row, method="routed", routers="two")]),
-        ("other", "d", [dict(row, method="routed", routers="other")]),
+        ("other", "d", [dict(row, method=m, routers=r) for m, r in (("dense", None), ("routed", "other"))]),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps({"meta": {**meta, "commit": commit}, "rows": rows}))
     parts = [tmp_path / "one.json", tmp_path / "two.json"]
@@ -366,7 +369,8 @@ def test_parts_of_the_study_are_merged_if_measured_alike(tmp_path, monkeypatch):
     study.merge([*parts, tmp_path / "other.json"], tmp_path / "all.json")
     rows = json.loads((tmp_path / "all.json").read_text())["rows"]
     assert {row["routers"]: row.get("commit") for row in rows} == {None: None, "one": None, "two": None, "other": "d"}
-    more = {"meta": {**meta, "settings": {**settings, "samples": 3}}, "rows": []}
-    (tmp_path / "more.json").write_text(json.dumps(more))
-    with pytest.raises(SystemExit, match=r"measured with samples \['2', '3'\]"):
-        study.merge([*parts, tmp_path / "more.json"], tmp_path / "all.json")
+    for fact, value, found in (("samples", 3, r"\['2', '3'\]"), ("model", "n", r"\['m', 'n'\]")):
+        more = {"meta": {**meta, "settings": {**settings, fact: value}}, "rows": []}
+        (tmp_path / "more.json").write_text(json.dumps(more))
+        with pytest.raises(SystemExit, match=f"measured with {fact} {found}"):
+            study.merge([*parts, tmp_path / "more.json"], tmp_path / "all.json")

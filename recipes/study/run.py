@@ -131,19 +131,20 @@ def merge(parts: list[Path], path: Path) -> None:
     """One result file of all, and its report."""
     found = [json.loads(part.read_text()) for part in parts]
     meta = found[0]["meta"]
-    for fact in ("device", "torch", "transformers", "dtype", "samples", "calibration", "text", "lengths"):
+    alike = "device torch transformers model families dtype samples calibration text lengths"
+    for fact in alike.split():
         values = {str({**part["meta"]["settings"], **part["meta"]}[fact]) for part in found}
         if len(values) > 1:
             sys.exit(f"measured with {fact} {sorted(values)}: evaluate all with one")
     meta["settings"]["adapters"] = [adapter for part in found for adapter in part["meta"]["settings"]["adapters"]]
-    # A run that was extended may hold rows of another commit, which say so, and what depends on no routers twice.
+    # Parts of another commit say so in their rows; of rows that depend on no routers the first part's are kept.
     rows = {}
     for part in found:
         commit = part["meta"]["commit"]
         mark = {} if commit == meta["commit"] else {"commit": commit}
-        rows |= {row_key(row): {**mark, **row} for row in part["rows"]}
-    rows = rows.values()
-    write_results(path, list(rows), **meta)
+        for row in part["rows"]:
+            rows.setdefault(row_key(row), {**mark, **row})
+    write_results(path, list(rows.values()), **meta)
     page, _ = write_report(path, path.parent)
     print(f"{len(rows)} rows in {path}, the report is {page}")
 

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -150,6 +151,7 @@ class Routing:
         self.temperature: float | torch.Tensor | None = None
         self.noise: torch.Tensor | None = None
         self.steps: dict[int, Any] = {}  # captured decode steps; see ``generation.decode_step``
+        self.steps_lock = threading.Lock()
         self._handles: list[Any] = []
         self._stock_forwards: list[tuple[nn.Module, Any]] = []
         self._decoder: nn.Module | None = None

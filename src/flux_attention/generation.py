@@ -188,6 +188,10 @@ class DecodeStep:
         return self.logits_BV
 
 
+#: One capture at a time: garbage collection is off for all of them.
+_CAPTURE = threading.Lock()
+
+
 @contextlib.contextmanager
 def without_collection():
     """Python's garbage collection off, and on again afterwards if it was on."""
@@ -203,15 +207,16 @@ def without_collection():
 @contextlib.contextmanager
 def _capturing():
     """Nothing but the captured work disturbs a capture, and one that fails leaves random numbers to be drawn."""
-    gc.collect()
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    spare = generator.clone_state()
-    with without_collection():  # an old graph, destroyed meanwhile, would end the capture
-        try:
-            yield
-        except BaseException:
-            generator.graphsafe_set_state(spare)  # the old state waits for the capture's end for ever
-            raise
+    with _CAPTURE:
+        gc.collect()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        spare = generator.clone_state()
+        with without_collection():  # an old graph, destroyed meanwhile, would end the capture
+            try:
+                yield
+            except BaseException:
+                generator.graphsafe_set_state(spare)  # the old state waits for the capture's end for ever
+                raise
 
 
 def unsupported(routing: Routing) -> str | None:
@@ -254,13 +259,8 @@ def decode_step(routing: Routing, batch: int) -> DecodeStep:
     return _captured(routing, batch)
 
 
-#: Held while steps are looked up and captured: a second generation waits for the first one's capture and shares it, and
-#: garbage collection is off for one capture at a time.
-_CAPTURE = threading.Lock()
-
-
 def _captured(routing: Routing, batch: int) -> DecodeStep:
-    with _CAPTURE:
+    with routing.steps_lock:  # a second generation waits for the first one's capture and shares it
         state = _state(routing.model)
         if any(made_for != state for made_for, _ in routing.steps.values()):
             routing.steps.clear()

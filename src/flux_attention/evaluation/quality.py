@@ -16,7 +16,7 @@ head-static       one set of full heads for every input: those that such routers
 
 ``static``, ``best-static`` and ``random`` have as many full layers as ``routed`` has on average over all families,
 rounded up, and ``head-static`` as many heads as ``head``. So the Ω_MSR of ``routed`` lies between those of
-``best-static`` and of ``best-static-fewer``.
+``best-static`` and of ``best-static-fewer``, unless it is one.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Sample, make
 from flux_attention.routes import unit_name
 
 METHODS = ("dense", "sparse", "routed", "static", "best-static", "best-static-fewer", "random", "head", "head-static")
-#: Without those that try every set: 120 of three layers of 10, 94 million of nine of 36.
-DEFAULT_METHODS = tuple(method for method in METHODS if not method.startswith("best"))
+#: Those that try every set: 120 of three layers of 10, 94 million of nine of 36.
+EXHAUSTIVE = ("best-static", "best-static-fewer")
+DEFAULT_METHODS = tuple(method for method in METHODS if method not in EXHAUSTIVE)
 #: Calibration samples start from this seed, the report's from 0.
 CALIBRATION_SEED = 10_000_000
 
@@ -271,7 +272,7 @@ class Evaluation(AdapterEvaluation):
                 for family in self.families:
                     yield row(family, method, spec)
         by_head = routing.config.granularity == "head"
-        named = [method for method in METHODS[2:] if method.startswith("head") == by_head]
+        named = ("head", "head-static") if by_head else ("routed", "static", *EXHAUSTIVE, "random")
         if not set(named) & set(self.methods):
             return
         for family in self.families:

@@ -141,7 +141,7 @@ def _squared_error(change: list[int]) -> float:
     return (better + worse - (better - worse) ** 2 / n) / n**2
 
 
-#: What each method is set beside, of the same adapter: as many full layers or heads, chosen otherwise.
+#: What each method is set beside, of the same adapter: as many full layers or heads (or one fewer), chosen otherwise.
 RIVALS = {"routed": ("static", "best-static", "best-static-fewer", "random"), "head": ("head-static",)}
 
 

@@ -12,6 +12,7 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,7 +29,7 @@ TILE, STEP = 128, 1024
 
 
 def _runs(*states: torch.Tensor) -> bool:
-    """Whether cuDNN takes these states; ``states`` are queries, keys and values."""
+    """Whether cuDNN takes these queries, keys and values, and no gradient is asked for."""
     # Checkpointing would keep every block's outputs, also of what is computed without gradients in training.
     if any(tensor.requires_grad for tensor in states):
         return False
@@ -48,7 +49,9 @@ def parts(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Te
     if batch > 1 or key_BKTD.shape[2] < LONG:
         return 1
     processors = torch.cuda.get_device_properties(query_BHSD.device).multi_processor_count
-    count = min(processors // (heads * -(-length // TILE)), (key_BKTD.shape[2] - length) // STEP)
+    count = processors // (heads * -(-length // TILE))
+    # What the parts leave over, up to ``STEP`` keys for each, is at most as much as one of them.
+    count = min(count, math.isqrt((key_BKTD.shape[2] - length) // STEP))
     return count if count > 1 and _runs(query_BHSD, key_BKTD, value_BKTD) else 1
 
 
@@ -77,8 +80,8 @@ def full(query_BHSD, key_BKTD, value_BKTD, scale):
     return output
 
 
-def full_in_parts(query_BHSD, key_BKTD, value_BKTD, scale, count: int, streaming: Callable):
-    """``full`` of a batch of one by ``count`` parts of the earlier keys; ``streaming`` reads what they leave over."""
+def full_in_parts(query_BHSD, key_BKTD, value_BKTD, scale, count: int, attention: Callable):
+    """``full`` of a batch of one by ``count`` parts of the earlier keys; Triton's ``attention`` reads the rest."""
     length, keys = query_BHSD.shape[2], key_BKTD.shape[2]
     split = (keys - length) // (count * STEP) * (count * STEP)
     query_PHSD = pad(query_BHSD, (0, 0, 0, -length % TILE)).expand(count, -1, -1, -1).contiguous()
@@ -86,7 +89,7 @@ def full_in_parts(query_BHSD, key_BKTD, value_BKTD, scale, count: int, streaming
         states[0, :, :split].unflatten(1, (count, -1)).transpose(0, 1) for states in (key_BKTD, value_BKTD)
     )
     early, early_lse_PHS = (found[:, :, :length] for found in _attend(query_PHSD, key_PKCD, value_PKCD, False, scale))
-    late, late_lse_BHS = streaming(
+    late, late_lse_BHS = attention(
         query_BHSD, key_BKTD[:, :, split:], value_BKTD[:, :, split:], 0, keys - split, scale, return_lse=True
     )
     share = torch.cat([early_lse_PHS, late_lse_BHS]).softmax(0).unsqueeze(-1)  # float32, as above
