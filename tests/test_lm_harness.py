@@ -121,7 +121,7 @@ def test_routes_depend_on_the_context_alone(lm, monkeypatch):
         return logits
 
     monkeypatch.setattr(lm, "_model_call", watched)
-    monkeypatch.setattr(lm, "msr", [])
+    monkeypatch.setattr(lm, "routed", [])
     endings = [*ENDINGS, "\n" + CONTEXTS[1]]  # one that would be routed differently
     lm.loglikelihood(requests("loglikelihood", [(CONTEXTS[0], ending) for ending in endings]), disable_tqdm=True)
     length = len(lm.tok_encode(CONTEXTS[0]))
@@ -179,7 +179,7 @@ def test_rolling_reads_the_window(lm, shipped, monkeypatch):
 
 def test_generation(lm, shipped, monkeypatch):
     model, tokenizer, _ = shipped
-    monkeypatch.setattr(lm, "msr", [])
+    monkeypatch.setattr(lm, "routed", [])
     prompts = requests("generate_until", [(text, {"until": ["\n"], "max_gen_toks": 6}) for text in CONTEXTS])
     expected = []
     for text in CONTEXTS:
@@ -286,6 +286,8 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch):
         assert row["accuracy"] == pytest.approx(found["results"]["flux_choice"]["acc,none"], abs=1e-4)
         assert sum(row["scores"]) == pytest.approx(3 * row["accuracy"], abs=1e-3) and row["metric"] == "acc"
         assert row["sparsity"] == pytest.approx(fmean(lm.msr), abs=1e-4)
+        assert list(row["fa_rate"]) == [str(layer) for layer in lm.routing.layers]
+        assert fmean(row["fa_rate"].values()) == pytest.approx(1 - row["sparsity"], abs=2e-4)
         assert row["low"] <= row["accuracy"] <= row["high"]
     assert by["flux_answer", "dense"]["metric"] == "exact_match" and by["flux_answer", "dense"]["accuracy"] >= 0.6
     mean = fmean(by[task, "routed"]["sparsity"] for task in ("flux_choice", "flux_answer"))
@@ -295,6 +297,7 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch):
     assert quality.run(make(), tmp_path, False, lambda text: None) == rows
     _, markdown = write_report(tmp_path / "quality.json", tmp_path)
     assert "## Accuracy on lm-eval's tasks" in markdown.read_text()
+    assert "Share of full attention, routers, on lm-eval's tasks" in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match=r"no tasks \['poems'\]"):
         TaskEvaluation(model, tokenizer, [str(ROUTERS)], ["poems"])
     with pytest.raises(ValueError, match=r"methods \['random'\] are not for"):

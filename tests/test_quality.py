@@ -18,7 +18,7 @@ from flux_attention import shipped
 from flux_attention.evaluation import quality
 from flux_attention.evaluation.harness import Scores, evaluate
 from flux_attention.evaluation.quality import Evaluation, best_layers, greedy_layers, random_routes
-from flux_attention.evaluation.report import comparisons, difference, short_names, summary, write_report
+from flux_attention.evaluation.report import comparisons, difference, heat_map, short_names, summary, write_report
 from flux_attention.evaluation.tasks import Haystack
 from flux_attention.evaluation.text import local_texts
 from flux_attention.shipped import load_shipped
@@ -288,6 +288,19 @@ def test_the_report_shows_every_number(tmp_path):
     path.write_text(json.dumps({"meta": {}, "rows": []}))
     with pytest.raises(ValueError, match="no quality rows"):
         write_report(path, tmp_path)
+
+
+def test_the_heat_map_of_heads_has_their_layers():
+    rows = [
+        {**row(task, "head", 0.5, "x"), "fa_rate": rates}
+        for task, rates in (
+            ("copy", {"2.0": 1.0, "2.1": 0.0, "5.0": 0.25, "5.1": 0.25}),
+            ("plain", {"2.0": 0.0, "2.1": 0.0, "5.0": 1.0, "5.1": 0.5}),
+        )
+    ]
+    axes = heat_map(rows, 4096, "x").axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.5, 0.25], [0.0, 0.75]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "5"]
 
 
 def test_the_command_evaluates_the_shipped_model(tmp_path):

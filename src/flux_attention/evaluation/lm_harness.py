@@ -25,7 +25,7 @@ from flux_attention.attach import attach
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.harness import Scores
 from flux_attention.evaluation.quality import AdapterEvaluation
-from flux_attention.routes import RouteSpec, parse_routes, read_spec
+from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
 
 try:
     import lm_eval
@@ -76,8 +76,8 @@ class FluxLM(HFLM):
     ----------
     routing : Routing
         The attached routers' handle.
-    msr : list of float
-        Ω_MSR of each sequence that the model ran, in order.
+    routed : list of list of bool
+        For each sequence that the model ran, in order: which layers (or heads) were full.
 
     Raises
     ------
@@ -100,8 +100,13 @@ class FluxLM(HFLM):
         if routes is not None:
             parse_routes(routes, 1, self.routing.layers)  # a wrong request fails here, not after the first batch
         self.routing.forced = routes
-        self.msr: list[float] = []
+        self.routed: list[list[bool]] = []
         self._split: tuple[int, int] | None = None
+
+    @property
+    def msr(self) -> list[float]:
+        """Ω_MSR of each sequence that the model ran, in order."""
+        return [1 - fmean(full) for full in self.routed]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results, with ``flux_attention`` added: routers, force and the mean Ω_MSR."""
@@ -164,12 +169,12 @@ class FluxLM(HFLM):
             logits = self.model(
                 inps, use_cache=False, prompt_lengths=[read] * len(inps), logits_to_keep=inps.shape[1] - first
             ).logits
-        self.msr += self.routing.routes.msr
+        self.routed += self.routing.routes.routes_BL.tolist()
         return logits
 
     def _model_generate(self, *args, **kwargs) -> torch.Tensor:
         output = super()._model_generate(*args, **kwargs)
-        self.msr += self.routing.routes.msr
+        self.routed += self.routing.routes.routes_BL.tolist()
         return output
 
 
@@ -248,12 +253,17 @@ class TaskEvaluation(AdapterEvaluation):
             if known := [row for row in done if all(row.get(key) == value for key, value in facts.items())]:
                 return known
             tell(f"{task}: {method}")
-            lm.msr.clear()
+            lm.routed.clear()
             lm.routing.forced = force
             found = lm_eval.simple_evaluate(
                 model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
             )
-            return [{**row, **facts, "sparsity": round(fmean(lm.msr), 4), **more} for row in _task_rows(found)]
+            rates = map(fmean, zip(*lm.routed, strict=True))
+            facts |= dict(
+                sparsity=round(fmean(lm.msr), 4),
+                fa_rate={unit_name(unit): round(rate, 4) for unit, rate in zip(lm.routing.units, rates, strict=True)},
+            )
+            return [{**row, **facts, **more} for row in _task_rows(found)]
 
         for method, spec in (("dense", "full"), ("sparse", "sparse")):
             if method in self.methods and first:

@@ -183,13 +183,23 @@ def trade_off(rows: list[dict[str, Any]], length: int):
     return figure
 
 
-def heat_map(rows: list[dict[str, Any]], length: int, routers: str):
-    """How often each layer ran full attention, by family."""
+def _of_routers(row: dict[str, Any]) -> bool:
+    """Whether routers decided, and how is known: rows of lm-eval's tasks of older versions do not say."""
+    return row["method"] in RIVALS and "fa_rate" in row
+
+
+def heat_map(rows: list[dict[str, Any]], length: int | None, routers: str):
+    """How often each layer (or, on average, each of its heads) ran full attention by these routers, by task."""
     import matplotlib.pyplot as plt
 
-    some = [r for r in rows if r["method"] == "routed" and r["seq_len"] == length and r["routers"] == routers]
-    layers = list(some[0]["fa_rate"])
-    rates = [[row["fa_rate"][layer] for layer in layers] for row in some]
+    some = [row for row in rows if _of_routers(row) and (row["seq_len"], row["routers"]) == (length, routers)]
+    rates = []
+    for row in some:
+        by_layer: dict[str, list[float]] = {}
+        for unit, rate in row["fa_rate"].items():  # "3", or "3.0" and "3.1" of a layer's heads
+            by_layer.setdefault(unit.partition(".")[0], []).append(rate)
+        layers = list(by_layer)
+        rates.append([fmean(units) for units in by_layer.values()])
     figure, axes = plt.subplots(
         figsize=(1.8 + 0.42 * max(10, len(layers)), 1.2 + 0.34 * len(some)), layout="constrained"
     )
@@ -197,7 +207,7 @@ def heat_map(rows: list[dict[str, Any]], length: int, routers: str):
     axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(some)), [row["task"].replace("_", " ") for row in some])
     axes.set_xlabel("layer")
-    axes.set_title(f"Share of inputs with full attention, {short_names(rows)[routers]}, {length:,} tokens", size=11)
+    axes.set_title(f"Share of full attention, {short_names(rows)[routers]}, {_at(length)}", size=11)
     figure.colorbar(image, ax=axes)
     return figure
 
@@ -273,10 +283,8 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
     with plt.rc_context({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux", **ink}):
         for length in dict.fromkeys(row["seq_len"] for row in rows):
             figures.append(_svg(trade_off(rows, length)))
-            for routers in dict.fromkeys(row["routers"] for row in rows if row["method"] == "routed"):
-                some = [r for r in rows if (r["method"], r["seq_len"], r["routers"]) == ("routed", length, routers)]
-                if any("fa_rate" in row for row in some):
-                    figures.append(_svg(heat_map(rows, length, routers)))
+            some = [row for row in rows if _of_routers(row) and row["seq_len"] == length]
+            figures += [_svg(heat_map(rows, length, routers)) for routers in dict.fromkeys(r["routers"] for r in some)]
     intro = (
         "Right answers to generated questions: every token of the answer is the most likely one, so that greedy "
         "generation would give it; of lm-eval's tasks the first metric. All methods see the same samples. Static and "
