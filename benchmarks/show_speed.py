@@ -96,7 +96,14 @@ def prefill(shape):
     meta, rows, speedups = of_shape("e2e_prefill", shape)
     if not rows:
         return
-    print(f"\nPrefill, {SHAPES[shape]}, {meta['device']}")
+    for batch in sorted({key[1] for key in rows}):
+        own = {key: row for key, row in rows.items() if key[1] == batch}
+        print(f"\nPrefill, {SHAPES[shape]}, {meta['device']}, batch {batch}")
+        prefill_of(shape, meta, own, speedups)
+
+
+def prefill_of(shape, meta, rows, speedups):
+    """Of one batch size."""
     forced = {(key[0], key[2]): row for key, row in rows.items() if row["method"] != "routed"}
     faster = {(key[0], key[2]): speedups[key] for key, row in rows.items() if row["method"] != "routed"}
     lengths, ratios = (sorted({key[place] for key in forced}) for place in (0, 1))
@@ -136,7 +143,7 @@ def prefill(shape):
             if {(n, 0.0), (n, 0.75)} <= set(routed)
         ],
     )
-    if shape != "qwen3-8b":
+    if shape != "qwen3-8b" or next(iter(rows))[1] != 1:
         return
     series = {}
     for ratio in ratios[1:]:

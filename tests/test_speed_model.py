@@ -40,7 +40,9 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(speed_model, "measure_in_turn", in_turn)
     monkeypatch.setattr(speed_model, "kv_bytes", count)
-    return lambda *lengths: list(speed_model.prefill("tiny", lengths, [0.5, 0.75], compile=False))
+    return lambda *lengths, batches=(1,): list(
+        speed_model.prefill("tiny", lengths, batches, [0.5, 0.75], compile=False)
+    )
 
 
 def test_routers_decide_what_is_forced_beside_them(measured, monkeypatch):
@@ -58,6 +60,14 @@ def test_routers_decide_what_is_forced_beside_them(measured, monkeypatch):
     dense, sparse = rows[0]["kv_bytes"], rows[2]["kv_bytes"]
     assert dense == 4 * 64 * 4 * 2 * 16 and sparse == (64 + 3 * 24) * 4 * 2 * 16
     assert rows[5]["kv_bytes"] == sparse and rows[5]["floor_ms"] == rows[2]["floor_ms"] < rows[0]["floor_ms"]
+
+
+def test_prompts_of_a_batch_and_no_more_than_fit(measured, monkeypatch):
+    monkeypatch.setattr(speed_model, "MOST_TOGETHER", 128)
+    rows = measured(64, 256, batches=(1, 2, 3))
+    assert [(row["batch"], row["seq_len"]) for row in rows[::6]] == [(1, 64), (1, 256), (2, 64)]
+    one, two = rows[0], rows[12]
+    assert two["kv_bytes"] == 2 * one["kv_bytes"] and two["floor_ms"] == pytest.approx(2 * one["floor_ms"], rel=1e-3)
 
 
 def test_what_does_not_fit_is_a_row_of_its_own(measured, monkeypatch):

@@ -289,7 +289,7 @@ def bench(
     shapes: Annotated[str, typer.Option(help="Sizes of the model: qwen3-8b, llama-3.1-8b.")] = "qwen3-8b",
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "1K,2K,4K,8K,16K,32K,64K,128K,256K",
     sparsities: Annotated[str, typer.Option(help="Forced Ω_MSR.")] = "0,0.25,0.5,0.75,0.9",
-    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
+    batches: Annotated[str, typer.Option(help="attention, prefill, decode: sequences together.")] = "1,8",
     compile: Annotated[bool, typer.Option(help="prefill, decode: layers fused by torch.compile.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="prefill, training: times at least.")] = 3,
     gpu_gb: Annotated[float, typer.Option(help="memory: 10⁹ bytes to fit into.")] = 141.0,
@@ -315,9 +315,11 @@ def bench(
     measures = {
         "attention": {
             "attention_prefill": lambda shape: speed.attention_prefill(shape, tokens, ratios),
-            "attention_decode": lambda shape: speed.attention_decode(shape, tokens, sequences),
+            "attention_decode": lambda shape: speed.attention_decode(shape, tokens, sequences, ratios),
         },
-        "prefill": {"e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, ratios, compile, repeats)},
+        "prefill": {
+            "e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, sequences, ratios, compile, repeats)
+        },
         "decode": {"e2e_decode": lambda shape: speed_model.decode(shape, tokens, sequences, ratios, compile)},
         "training": {"training": train_speed},
         "memory": {"memory": lambda shape: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9))},

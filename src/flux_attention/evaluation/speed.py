@@ -8,6 +8,7 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -178,6 +179,11 @@ def _sdpa(backend: str, query, key, value, causal: bool):
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
 
+def _heads_of(sparsities: Sequence[float], kv_heads: int) -> list[int]:
+    """How many KV heads of a layer are sparse at these ratios: neither none nor all."""
+    return sorted({round(sparsity * kv_heads) for sparsity in sparsities} - {0, kv_heads})
+
+
 def _mean(share: float, sparse: dict[str, float], full: dict[str, float]) -> dict[str, float]:
     """A layer's mean time where this share of the layers is sparse."""
     return {name: share * sparse[name] + (1 - share) * full[name] for name in ("ms", "ms_min", "ms_max")}
@@ -249,7 +255,7 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
         kernels.full(query[:, first:], key[:, few:], value[:, few:], scale)
         kernels.streaming(query[:, :first], key[:, :few], value[:, :few], PATTERN.sink, PATTERN.window, scale)
 
-    for few in sorted({round(sparsity * kv_heads) for sparsity in sparsities} - {0, kv_heads}):
+    for few in _heads_of(sparsities, kv_heads):
         share = few / kv_heads
         mean = _mean(share, ours, full)
         flops = 4 * (share * PATTERN.pairs(length) + (1 - share) * Full().pairs(length)) * heads * dim
@@ -298,25 +304,27 @@ class _Rows:
         )
 
 
-def attention_decode(shape: str, lengths: Sequence[int], batches: Sequence[int]) -> Iterator[dict[str, Any]]:
+def attention_decode(
+    shape: str, lengths: Sequence[int], batches: Sequence[int], sparsities: Sequence[float]
+) -> Iterator[dict[str, Any]]:
     """
-    One layer's decode step, in CUDA graphs: full rows, sparse ones, and rows with half of their KV heads sparse.
+    One layer's decode step, in CUDA graphs: full rows, sparse ones, and rows with a share of their KV heads sparse.
 
     Yields
     ------
     dict
         Engine ``flux`` against ``sdpa-cudnn`` and ``sdpa-flash`` over the same keys, with ``tbps`` (TB/s of keys and
         values) and ``floor_ms`` (their bytes over the copy bandwidth); method ``head`` against ``routed``, the mean
-        over layers of which half are sparse; and, for a batch of which every other sequence is sparse, against
+        over layers of which the same share is sparse; and, for a batch of which every other sequence is sparse, against
         ``flex`` with its block mask rebuilt in the step.
     """
     require_gpu()
     for batch, length in itertools.product(batches, lengths):
         if batch * length <= 2**20:
-            yield from _decode_at(shape, length, batch)
+            yield from _decode_at(shape, length, batch, sparsities)
 
 
-def _decode_at(shape: str, length: int, batch: int) -> Iterator[dict[str, Any]]:
+def _decode_at(shape: str, length: int, batch: int, sparsities: Sequence[float]) -> Iterator[dict[str, Any]]:
     heads, kv_heads, dim = _sizes(shape)
     facts = dict(shape=shape, seq_len=length, batch=batch, phase="decode", engine="flux")
     query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPE)
@@ -333,10 +341,14 @@ def _decode_at(shape: str, length: int, batch: int) -> Iterator[dict[str, Any]]:
         if batch > 1 and method == "dense":
             yield _mixed(facts, query, *next(stacked))
         del stacked
-    mean = _mean(0.5, measured[kernels.RING], measured[kernels.FULL])
-    # The full and the sparse half of a row's heads as rows of their own.
-    halves = _Rows([length] * 2 * batch, [kernels.FULL, kernels.RING] * batch, heads // 2, kv_heads // 2, dim)
-    yield row(measure_graph(halves.run), "routed", mean, **facts, sparsity=0.5, method="head", floor_ms=halves.floor_ms)
+    for few in _heads_of(sparsities, kv_heads):
+        share, together = few / kv_heads, math.gcd(few, kv_heads)
+        mean = _mean(share, measured[kernels.RING], measured[kernels.FULL])
+        # The full and the sparse heads of a row as rows of their own, all of as many heads.
+        kinds = [kernels.FULL] * ((kv_heads - few) // together) + [kernels.RING] * (few // together)
+        parts = _Rows([length] * len(kinds) * batch, kinds * batch, heads * together // kv_heads, together, dim)
+        yield row(measure_graph(parts.run), "routed", mean, **facts, sparsity=share, method="head",
+                  floor_ms=parts.floor_ms)  # fmt: skip
 
 
 def _mixed(facts: dict[str, Any], query, key, value) -> dict[str, Any]:

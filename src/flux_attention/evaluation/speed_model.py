@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -28,8 +29,8 @@ from flux_attention.routes import parse_routes
 
 #: By whether layers are compiled.
 ENGINES = {False: "flux", True: "flux-compile"}
-#: Tokens up to which prefill is timed with routers, too.
-MOST_ROUTED = 2**16
+#: Tokens up to which prefill is timed with routers, too; and of a batch's prompts together.
+MOST_ROUTED, MOST_TOGETHER = 2**17, 2**18
 
 
 def random_model(shape: str, compile: bool) -> Routing:
@@ -92,19 +93,20 @@ def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
 def prefill(
     shape: str,
     lengths: Sequence[int],
+    batches: Sequence[int],
     sparsities: Sequence[float],
     compile: bool,
     repeats: int = 3,
 ) -> Iterator[dict[str, Any]]:
     """
-    Prefill of one prompt: all layers, the last token's logits.
+    Prefill of one prompt, or of some of one length: all layers, the last token's logits.
 
     Parameters
     ----------
     shape : str
         A key of ``SHAPES``.
-    lengths, sparsities : sequence
-        Tokens; forced Ω_MSR.
+    lengths, batches, sparsities : sequence
+        Tokens of a prompt; prompts, of ``MOST_TOGETHER`` tokens at most where they are several; forced Ω_MSR.
     compile : bool
         See ``attach``.
     repeats : int
@@ -114,9 +116,9 @@ def prefill(
     ------
     dict
         ``own-dense`` is the baseline. Routes of ``static`` rows are forced; rows with ``method`` = ``routed`` (up to
-        ``MOST_ROUTED`` tokens) run routers that decide the same, so that they show what routers cost. All of one length
-        are timed in turn, after one of the sparsest. ``peak_bytes`` is the most memory that was allocated, ``floor_ms``
-        the FLOPs over the measured rate of matrix products.
+        ``MOST_ROUTED`` tokens a prompt) run routers that decide the same, so that they show what routers cost. All of
+        one length are timed in turn, after one of the sparsest. ``peak_bytes`` is the most memory that was allocated,
+        ``floor_ms`` the FLOPs over the measured rate of matrix products.
     """
     require_gpu()
     routing = random_model(shape, compile)
@@ -139,9 +141,11 @@ def prefill(
             failed.add(key)
             torch.cuda.empty_cache()
 
-    for length in lengths:
-        ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
-        facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
+    for batch, length in itertools.product(batches, lengths):
+        if batch > 1 and batch * length > MOST_TOGETHER:
+            continue
+        ids = torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)
+        facts = dict(shape=shape, seq_len=length, batch=batch, phase="prefill", engine=ENGINES[compile])
         keys = [(sparsity, routed) for routed in (False, True)[: 1 + (length <= MOST_ROUTED)] for sparsity in ratios]
         held: dict[tuple[float, bool], dict] = {}
         failed: set[tuple[float, bool]] = set()
@@ -154,7 +158,7 @@ def prefill(
             if (sparsity, routed) in failed:
                 yield dict(facts, sparsity=sparsity, method=method, error="out of memory")
                 continue
-            floor = floor_ms(_counts(routing, length, sparsity)["flops"], "matmul_tflops")
+            floor = floor_ms(batch * _counts(routing, length, sparsity)["flops"], "matmul_tflops")
             dense = None if (0.0, False) in failed else times[0.0, False]
             yield row(times[sparsity, routed], "own-dense", dense, **facts, sparsity=sparsity, method=method,
                       floor_ms=round(floor, 3), **held[sparsity, routed])  # fmt: skip
