@@ -189,6 +189,12 @@ def _mean(share: float, sparse: dict[str, float], full: dict[str, float]) -> dic
     return {name: share * sparse[name] + (1 - share) * full[name] for name in ("ms", "ms_min", "ms_max")}
 
 
+def _compiled_flex():
+    """FlexAttention for one size: those of the sizes before would count towards the compiler's limit of versions."""
+    torch.compiler.reset()
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def attention_prefill(shape: str, lengths: Sequence[int], sparsities: Sequence[float]) -> Iterator[dict[str, Any]]:
     """
     One layer's prefill, in CUDA graphs: dense, streaming, and streaming on a share of the KV heads (``head``).
@@ -246,7 +252,7 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
         return (q >= k) & ((k < PATTERN.sink) | (q - k < PATTERN.window))
 
     build = partial(create_block_mask, seen, None, None, length, length, device="cuda", _compile=True)
-    flex = torch.compile(flex_attention, dynamic=False)
+    flex = _compiled_flex()
     flexed = timed(partial(flex, query, key, value, block_mask=build(), scale=scale, enable_gqa=True))
     yield row(ours, "flex", flexed, **sparse, mask_ms=round(measure(build, seconds=0.1)["ms"], 4))
 
@@ -315,8 +321,8 @@ def attention_decode(
     dict
         Engine ``flux`` against ``sdpa-cudnn`` and ``sdpa-flash`` over the same keys, with ``tbps`` (TB/s of keys and
         values) and ``floor_ms`` (their bytes over the copy bandwidth); method ``head`` against ``routed``, the mean
-        over layers of which the same share is sparse; and, for a batch of which every other sequence is sparse, against
-        ``flex`` with its block mask rebuilt in the step.
+        over layers of which the same share is sparse; and, for a sparse sequence or a batch of which every other one is
+        sparse, against ``flex`` with its block mask rebuilt in the step.
     """
     require_gpu()
     for batch, length in itertools.product(batches, lengths):
@@ -338,8 +344,8 @@ def _decode_at(shape: str, length: int, batch: int, sparsities: Sequence[float])
         for backend in BACKENDS:
             base = measure_graph(lambda backend=backend, stacked=stacked: _sdpa(backend, query, *next(stacked), False))
             yield row(times, backend, base, **facts, sparsity=float(method == "sparse"), method=method, **rate)
-        if batch > 1 and method == "dense":
-            yield _mixed(facts, query, *next(stacked))
+        if method == "dense":
+            yield _beside_flex(facts, query, *next(stacked))
         del stacked
     for few in _heads_of(sparsities, kv_heads):
         share, together = few / kv_heads, math.gcd(few, kv_heads)
@@ -351,22 +357,23 @@ def _decode_at(shape: str, length: int, batch: int, sparsities: Sequence[float])
                   floor_ms=parts.floor_ms)  # fmt: skip
 
 
-def _mixed(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
-    """A batch whose sequences are full and sparse in turn, against FlexAttention with a mask made for the step."""
+def _beside_flex(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
+    """A sparse sequence, or several full and sparse in turn, against FlexAttention with a mask made for the step."""
     batch, kv_heads, length, dim = key.shape
-    route = torch.arange(batch, device="cuda") % 2 == 0
+    kinds = [kernels.RING if row % 2 or batch == 1 else kernels.FULL for row in range(batch)]
+    route = torch.tensor([kind == kernels.FULL for kind in kinds], device="cuda")
 
     def seen(b, h, q, k):
         return route[b] | (k < PATTERN.sink) | (length - k <= PATTERN.window)
 
-    flex = torch.compile(flex_attention, dynamic=False)
+    flex = _compiled_flex()
 
     def rebuilt():
         mask = create_block_mask(seen, batch, None, 1, length, device="cuda", _compile=True)
         return flex(query, key, value, block_mask=mask, enable_gqa=True)
 
-    kinds = [kernels.RING if row % 2 else kernels.FULL for row in range(batch)]
     rows = _Rows([length] * batch, kinds, query.shape[1], kv_heads, dim)
     # Both launched one by one: building the mask cannot be captured.
-    return row(measure(rows.run), "flex", measure(rebuilt), **facts, sparsity=0.5, method="routed",
+    share, method = kinds.count(kernels.RING) / batch, "sparse" if batch == 1 else "routed"
+    return row(measure(rows.run), "flex", measure(rebuilt), **facts, sparsity=share, method=method,
                floor_ms=rows.floor_ms)  # fmt: skip
