@@ -12,6 +12,8 @@ from statistics import fmean
 import pytest
 import torch
 
+from flux_attention import FluxConfig, attach
+from flux_attention.routes import unit_name
 from flux_attention.shipped import BACKBONE, ROUTERS, load_shipped
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -276,7 +278,8 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch):
 
     rows = quality.run(make(), tmp_path, False, lambda text: None)
     by = {(row["task"], row["method"]): row for row in rows}
-    assert set(by) == {(t, m) for t in ("flux_choice", "flux_answer") for m in ("dense", "sparse", "routed", "static")}
+    methods = ("dense", "sparse", "routed", "static", "random")
+    assert set(by) == {(task, method) for task in ("flux_choice", "flux_answer") for method in methods}
     for method, force in (("sparse", "sparse"), ("routed", None)):
         lm = FluxLM(model, routers=str(ROUTERS), tokenizer=tokenizer, force=force)
         manager = TaskManager(include_path=str(tasks))
@@ -293,6 +296,10 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch):
     mean = fmean(by[task, "routed"]["sparsity"] for task in ("flux_choice", "flux_answer"))
     assert counts == [math.ceil((1 - mean) * 10 - 1e-3)]
     assert by["flux_choice", "static"]["full_layers"] == [6, 8]
+    for task in ("flux_choice", "flux_answer"):
+        drawn = by[task, "random"]
+        assert drawn["sparsity"] == pytest.approx(1 - counts[0] / 10) and by[task, "static"]["sparsity"] == 0.8
+        assert sum(0 < rate < 1 for rate in drawn["fa_rate"].values()) > 2  # not the same layers for all
     monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # nothing is measured again
     assert quality.run(make(), tmp_path, False, lambda text: None) == rows
     _, markdown = write_report(tmp_path / "quality.json", tmp_path)
@@ -300,8 +307,47 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch):
     assert "Share of full attention, routers, on lm-eval's tasks" in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match=r"no tasks \['poems'\]"):
         TaskEvaluation(model, tokenizer, [str(ROUTERS)], ["poems"])
-    with pytest.raises(ValueError, match=r"methods \['random'\] are not for"):
-        make(methods=["random"])
+    with pytest.raises(ValueError, match=r"methods \['best-static'\] are not for"):
+        make(methods=["best-static"])
+
+
+def test_tasks_by_head(tasks, tmp_path):
+    """Likelihoods only; a run that goes on keeps the heads that were chosen."""
+    model, tokenizer, routing = load_shipped()
+    routing.detach()
+    heads = attach(model, FluxConfig(sink=64, window=704, pool_size=16, granularity="head"))
+    heads.save_pretrained(tmp_path / "heads")
+    names, chosen = [unit_name(unit) for unit in heads.units], torch.arange(len(heads.units)) % 3 == 0
+    heads.detach()
+    counts = []
+
+    def make(choose):
+        arguments = dict(methods=["head", "head-static"], samples=2, choose=choose, include_path=str(tasks))
+        return TaskEvaluation(model, tokenizer, [str(tmp_path / "heads")], ["flux_choice"], **arguments)
+
+    rows = list(make(lambda routing, count, tell: counts.append(count) or chosen).rows())
+    assert [row["method"] for row in rows] == ["head", "head-static"]
+    assert counts == [len(names)] and rows[0]["sparsity"] == 0  # fresh routers are full
+    full = [name for name, on in zip(names, chosen.tolist(), strict=True) if on]
+    assert rows[1]["full_heads"] == full and [name for name, rate in rows[1]["fa_rate"].items() if rate] == full
+    again = list(make(lambda *args: 1 / 0).rows(rows))
+    assert again == rows
+
+
+def test_layers_drawn_for_a_context_are_its_own(tasks):
+    """All continuations of a context have the same ones, in whatever batch; another context has others."""
+    model, tokenizer, routing = load_shipped()
+    routing.detach()
+    lm = FluxLM(model, routers=str(ROUTERS), tokenizer=tokenizer, batch_size=2)
+    lm.drawn = 3
+    try:
+        for context in ([1, 2, 3], [1, 2, 4]):
+            lm._loglikelihood_tokens([(("", ""), context, [5 + n, 9]) for n in range(3)], disable_tqdm=True)
+    finally:
+        lm.routing.detach()
+    one, other = lm.routed[:3], lm.routed[3:]
+    assert one == [one[0]] * 3 and other == [other[0]] * 3 and one[0] != other[0]
+    assert sum(one[0]) == sum(other[0]) == 3
 
 
 def test_rows_of_results():

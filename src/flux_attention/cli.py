@@ -425,17 +425,19 @@ def evaluate(
             )
 
         if tasks:
-            from flux_attention.evaluation.lm_harness import METHODS, TaskEvaluation
+            from flux_attention.evaluation.lm_harness import TaskEvaluation
 
-            def static(routing, count, tell) -> list[int]:
-                return generated().static_layers(routing, sizes[0], count, tell)
+            def static(routing, count, tell):
+                found = generated()
+                choose = found.static_heads if routing.config.granularity == "head" else found.static_layers
+                return choose(routing, sizes[0], count, tell)
 
             evaluation = TaskEvaluation(
                 loaded,
                 tokenizer,
                 adapters,
                 tasks.split(","),
-                asked or METHODS,
+                asked or quality.DEFAULT_METHODS,
                 samples,
                 batch_size,
                 static,

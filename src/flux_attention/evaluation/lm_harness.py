@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
@@ -24,7 +25,7 @@ from flux_attention import __version__
 from flux_attention.attach import attach
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.harness import Scores
-from flux_attention.evaluation.quality import AdapterEvaluation
+from flux_attention.evaluation.quality import DEFAULT_METHODS, AdapterEvaluation
 from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
 
 try:
@@ -78,6 +79,8 @@ class FluxLM(HFLM):
         The attached routers' handle.
     routed : list of list of bool
         For each sequence that the model ran, in order: which layers (or heads) were full.
+    drawn : int or None
+        Instead of ``force``: so many full layers are drawn for each context, the same ones whenever it comes.
 
     Raises
     ------
@@ -101,6 +104,7 @@ class FluxLM(HFLM):
             parse_routes(routes, 1, self.routing.layers)  # a wrong request fails here, not after the first batch
         self.routing.forced = routes
         self.routed: list[list[bool]] = []
+        self.drawn: int | None = None
         self._split: tuple[int, int] | None = None
 
     @property
@@ -163,6 +167,7 @@ class FluxLM(HFLM):
         if self._split is None:  # the base class looks for the largest batch
             return super()._model_call(inps, attn_mask, labels)
         read, first = self._split
+        self._draw(inps[:, :read].tolist())
         mixed = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
             # The base class counts positions from the end, so the logits of the context, which may be large, can go.
@@ -172,19 +177,24 @@ class FluxLM(HFLM):
         self.routed += self.routing.routes.routes_BL.tolist()
         return logits
 
-    def _model_generate(self, *args, **kwargs) -> torch.Tensor:
-        output = super()._model_generate(*args, **kwargs)
+    def _model_generate(self, context, *args, **kwargs) -> torch.Tensor:
+        real = kwargs.get("attention_mask", torch.ones_like(context)).bool()
+        self._draw([row[mask].tolist() for row, mask in zip(context, real, strict=True)])
+        output = super()._model_generate(context, *args, **kwargs)
         self.routed += self.routing.routes.routes_BL.tolist()
         return output
+
+    def _draw(self, contexts: Sequence[list[int]]) -> None:
+        if self.drawn is not None:
+            layers, routes = self.routing.layers, torch.zeros(len(contexts), len(self.routing.layers))
+            for row, context in zip(routes, contexts, strict=True):
+                row[random.Random(str(context)).sample(range(len(layers)), self.drawn)] = 1
+            self.routing.forced = routes
 
 
 def _parse_force(force: Any) -> RouteSpec | None:
     """What ``Routing.force`` takes, from what lm-eval makes of ``force=…``: it parses numbers, and splits at commas."""
     return read_spec(str(force), ";") if isinstance(force, (str, int)) else force
-
-
-#: Of ``quality.METHODS``, those that a table of lm-eval's tasks has.
-METHODS = ("dense", "sparse", "routed", "static", "head")
 
 
 class TaskEvaluation(AdapterEvaluation):
@@ -198,12 +208,12 @@ class TaskEvaluation(AdapterEvaluation):
     tasks : sequence of str
         lm-eval's tasks or groups of tasks, by name.
     methods : sequence of str
-        Of ``METHODS``.
+        Of ``quality.DEFAULT_METHODS``; those by head cannot generate.
     samples, batch_size : int
         Documents of each task at most; sequences a forward.
     choose : callable, optional
-        What picks ``static``'s full layers: of the attached routers' handle, how many, and a function to tell how far
-        it is.
+        What picks the full layers of ``static``, or the heads of ``head-static``: of the attached routers' handle, how
+        many, and a function to tell how far it is; gives a list, or bool (heads).
     include_path : str, optional
         A folder with more task files.
 
@@ -219,14 +229,14 @@ class TaskEvaluation(AdapterEvaluation):
         tokenizer,
         adapters: Sequence[str],
         tasks: Sequence[str],
-        methods: Sequence[str] = METHODS,
+        methods: Sequence[str] = DEFAULT_METHODS,
         samples: int = 100,
         batch_size: int = 1,
-        choose: Callable[[Any, int, Callable[[str], None]], list[int]] | None = None,
+        choose: Callable[[Any, int, Callable[[str], None]], list[int] | torch.Tensor] | None = None,
         include_path: str | None = None,
     ):
-        if unknown := sorted(set(methods) - set(METHODS)):
-            raise ValueError(f"methods {unknown} are not for lm-eval's tasks, expected some of {list(METHODS)}")
+        if unknown := sorted(set(methods) - set(DEFAULT_METHODS)):
+            raise ValueError(f"methods {unknown} are not for lm-eval's tasks, expected some of {list(DEFAULT_METHODS)}")
         super().__init__(model, tokenizer, adapters, methods, samples, batch_size)
         self.manager = TaskManager(include_path=include_path)
         if missing := sorted(set(tasks) - set(self.manager.match_tasks(list(tasks)))):
@@ -254,7 +264,7 @@ class TaskEvaluation(AdapterEvaluation):
                 return known
             tell(f"{task}: {method}")
             lm.routed.clear()
-            lm.routing.forced = force
+            lm.routing.forced, lm.drawn = (None, force) if method == "random" else (force, None)
             found = lm_eval.simple_evaluate(
                 model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
             )
@@ -270,21 +280,29 @@ class TaskEvaluation(AdapterEvaluation):
                 for task in self.tasks:
                     yield from rows(task, method, spec)
         by_head = lm.routing.config.granularity == "head"
-        if not ({"head"} if by_head else {"routed", "static"}) & set(self.methods):
+        if not ({"head", "head-static"} if by_head else {"routed", "static", "random"}) & set(self.methods):
             return
         ratios = []
         for task in self.tasks:
             measured = rows(task, "head" if by_head else "routed", None)
             ratios.append(measured[0]["sparsity"])
             yield from measured
-        if "static" in self.methods and not by_head and self.choose is not None:
-            full = (1 - fmean(ratios)) * len(lm.routing.layers)
-            known = next(
-                (row["full_layers"] for row in done if (row["method"], row["routers"]) == ("static", adapter)), None
-            )
-            chosen = self.choose(lm.routing, math.ceil(full - 1e-3), tell) if known is None else known
+        count = math.ceil((1 - fmean(ratios)) * len(lm.routing.units) - 1e-3)
+        method, kept = ("head-static", "full_heads") if by_head else ("static", "full_layers")
+        if method in self.methods and self.choose is not None:
+            known = (row[kept] for row in done if (row["method"], row["routers"]) == (method, adapter))
+            chosen = next(known, None)
+            if chosen is None:
+                chosen = self.choose(lm.routing, count, tell)
+            names = [unit_name(unit) for unit in lm.routing.units]
+            if isinstance(chosen, torch.Tensor):
+                chosen = [name for name, full in zip(names, chosen.tolist(), strict=True) if full]
+            routes = torch.tensor([name in map(str, chosen) for name in names])
             for task in self.tasks:
-                yield from rows(task, "static", chosen or "sparse", full_layers=chosen)
+                yield from rows(task, method, routes, **{kept: chosen})
+        if "random" in self.methods and not by_head:
+            for task in self.tasks:
+                yield from rows(task, "random", count)
 
 
 def _task_rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -285,9 +285,7 @@ class Evaluation(AdapterEvaluation):
 
                 @cache
                 def liked() -> torch.Tensor:  # asked for only if a row is not there yet
-                    tell(f"{length} tokens: static heads")
-                    calibration = [sample for samples in self._calibration(length) for sample in samples]
-                    return liked_routes(routing, calibration, count)
+                    return self.static_heads(routing, length, count, tell)
 
                 for family in self.families:
                     yield row(family, "head-static", lambda samples: liked())
@@ -321,6 +319,11 @@ class Evaluation(AdapterEvaluation):
             )
 
         return greedy_layers(loss, routing.layers, count, tell)
+
+    def static_heads(self, routing, length: int, count: int, tell: Callable[[str], None]) -> torch.Tensor:
+        """bool (U,): ``count`` full heads for every input, those that routers like best on calibration samples."""
+        tell(f"{length} tokens: static heads")
+        return liked_routes(routing, [sample for samples in self._calibration(length) for sample in samples], count)
 
     def _best(self, routing, length, count, tell) -> list[int]:
         calibration = self._calibration(length)
