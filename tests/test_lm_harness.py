@@ -332,6 +332,10 @@ def test_tasks_by_head(tasks, tmp_path):
     assert rows[1]["full_heads"] == full and [name for name, rate in rows[1]["fa_rate"].items() if rate] == full
     again = list(make(lambda *args: 1 / 0).rows(rows))
     assert again == rows
+    forced = []
+    late = make(lambda routing, count, tell: forced.append(routing.forced) or chosen)
+    late.methods.append("sparse")  # measured behind the rows that are there
+    assert [row["method"] for row in late.rows(rows[:1])] == ["sparse", "head", "head-static"] and forced == [None]
 
 
 def test_layers_drawn_for_a_context_are_its_own(tasks):

@@ -293,6 +293,7 @@ class TaskEvaluation(AdapterEvaluation):
             known = (row[kept] for row in done if (row["method"], row["routers"]) == (method, adapter))
             chosen = next(known, None)
             if chosen is None:
+                lm.routing.forced = None  # which may be that of rows measured now, behind routed ones of before
                 chosen = self.choose(lm.routing, count, tell)
             names = [unit_name(unit) for unit in lm.routing.units]
             if isinstance(chosen, torch.Tensor):
