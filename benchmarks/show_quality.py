@@ -108,9 +108,14 @@ def differences(rows, length):
 
 
 def beside_mix(routed, more, fewer):
-    """Ω_MSR, accuracy, that of a mix of two fixed sets of this Ω_MSR; points between, and half their 95 % interval."""
-    ratios = [fmean(row["sparsity"] for row in rows) for rows in (routed, more, fewer)]
-    share = (ratios[0] - ratios[1]) / (ratios[2] - ratios[1])
+    """
+    Ω_MSR, accuracy, that of a mix of two fixed sets of this Ω_MSR; points between, and half their 95 % interval. None
+    outside of the two: a fixed set of so many layers stands in the table.
+    """
+    ratio, low, high = (fmean(row["sparsity"] for row in rows) for rows in (routed, more, fewer))
+    if not low < ratio < high:
+        return None
+    share = (ratio - low) / (high - low)
     questions = [rows for rows in zip(routed, more, fewer, strict=True) if "accuracy" in rows[0]]
     mixed = fmean((1 - share) * some["accuracy"] + share * less["accuracy"] for _, some, less in questions)
     gained = [
@@ -119,7 +124,7 @@ def beside_mix(routed, more, fewer):
     ]
     error = sum(variance(values) / len(values) for values in gained) ** 0.5 / len(gained)
     return (
-        ratios[0],
+        ratio,
         fmean(row["accuracy"] for row, _, _ in questions),
         mixed,
         100 * fmean(map(fmean, gained)),
@@ -140,9 +145,8 @@ def at_equal_sparsity(rows, length):
             for seed in seeds:
                 tasks = [task for task in seed if task not in left_out]
                 three = [[some[task] for task in tasks] for some in (seed, sets[0][0], sets[1][0])]
-                low, ratio, high = (fmean(row["sparsity"] for row in three[place]) for place in (1, 0, 2))
-                if low < ratio < high:  # else a fixed set of so many layers stands in the table
-                    found.append(beside_mix(*three))
+                found.append(beside_mix(*three))
+            found = list(filter(None, found))
             if found:
                 forms = (".3f", ".3f", ".3f", "+.1f", ".1f")
                 lines.append([f"{name}, {what}", *map(over_seeds, zip(*found, strict=True), forms)])

@@ -182,8 +182,8 @@ def decode(shape):
         own = {n: found[1, n, ratio][0] for n in lengths if (1, n, ratio) in found}
         series[f"Ω {ratio}"] = (COLOURS[ratio], "-", {n: row["ms"] for n, row in own.items()})
         series[f"Ω {ratio}, floor"] = (COLOURS[ratio], ":", {n: row["floor_ms"] for n, row in own.items()})
-    rows = [row for row in load("vllm_dense")["rows"] if (row["phase"], row["shape"]) == ("decode", shape)]
-    vllm = {row["seq_len"]: row["ms"] for row in rows}
+    wanted = {"phase": "decode", "shape": shape, "batch": 1}
+    vllm = {row["seq_len"]: row["ms"] for row in load("vllm_dense")["rows"] if wanted.items() <= row.items()}
     if vllm:
         series["vLLM, dense"] = ("#009e73", "--", vllm)
     draw("decode_floor", f"One decode step, batch 1, {SHAPES[shape]}'s shape, {meta['device']}", "ms", series)

@@ -36,7 +36,7 @@ def measured(shape, lengths, batches, repeats):
     from vllm import LLM, SamplingParams
 
     from flux_attention.evaluation.speed import SHAPES
-    from flux_attention.evaluation.speed_model import MOST_TOGETHER
+    from flux_attention.evaluation.speed_model import fitting
 
     longest = max(lengths) + 2 * MORE
     config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=longest)
@@ -64,12 +64,10 @@ def measured(shape, lengths, batches, repeats):
 
     for batch in batches:
         times(batch, 512)
-        for length in lengths:
-            if batch > 1 and batch * length > MOST_TOGETHER:
-                continue
-            prefill, decode = zip(*(times(batch, length) for _ in range(repeats)), strict=True)
-            yield "prefill", batch, length, spread(prefill)
-            yield "decode", batch, length, spread(decode)
+    for batch, length in fitting(batches, lengths):
+        prefill, decode = zip(*(times(batch, length) for _ in range(repeats)), strict=True)
+        yield "prefill", batch, length, spread(prefill)
+        yield "decode", batch, length, spread(decode)
 
 
 def main():

@@ -76,6 +76,12 @@ def body_and_head(routing: Routing) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in routing.model.parameters()) - outside, head.numel()
 
 
+def fitting(batches: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(batch, length) of prompts alone, and of several that have no more than ``MOST_TOGETHER`` tokens together."""
+    pairs = itertools.product(batches, lengths)
+    return [(batch, length) for batch, length in pairs if batch == 1 or batch * length <= MOST_TOGETHER]
+
+
 def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
     """FLOPs of a prefill and bytes of a decode step of one sequence: attention, and everything else."""
     base = routing.config.base_model
@@ -141,9 +147,7 @@ def prefill(
             failed.add(key)
             torch.cuda.empty_cache()
 
-    for batch, length in itertools.product(batches, lengths):
-        if batch > 1 and batch * length > MOST_TOGETHER:
-            continue
+    for batch, length in fitting(batches, lengths):
         ids = torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)
         facts = dict(shape=shape, seq_len=length, batch=batch, phase="prefill", engine=ENGINES[compile])
         keys = [(sparsity, routed) for routed in (False, True)[: 1 + (length <= MOST_ROUTED)] for sparsity in ratios]
