@@ -71,7 +71,7 @@ def measured(shape, lengths, batches, repeats):
 
 
 def main():
-    from flux_attention.evaluation.results import environment, rows_of_others, write_results
+    from flux_attention.evaluation.results import earlier_rows, environment, merged, write_results
     from flux_attention.evaluation.speed import row
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,13 +84,13 @@ def main():
 
     lengths, batches = [1024 * int(length) for length in args.lengths.split(",")], [*map(int, args.batches.split(","))]
     path, device = args.results / "vllm_dense.json", environment()["device"]
-    dense, rows, others = {}, [], rows_of_others(path, [args.shape])
+    dense, rows, before = {}, [], earlier_rows(path)
     for phase, batch, length, times in measured(args.shape, lengths, batches, args.repeats):
         dense[phase, batch, length] = times
         facts = dict(shape=args.shape, seq_len=length, batch=batch, phase=phase, engine="vllm", method="dense")
         rows.append(row(times, "", None, **facts, sparsity=0.0))
         print(rows[-1], flush=True)
-        write_results(path, others + rows, vllm=version("vllm"))
+        write_results(path, merged(before, rows), vllm=version("vllm"))
     for name in ("e2e_prefill", "e2e_decode"):
         path = args.results / f"{name}.json"
         if not path.exists():
@@ -99,14 +99,15 @@ def main():
         results = json.loads(path.read_text())
         if results["meta"]["device"] != device:
             raise SystemExit(f"{path} was measured on {results['meta']['device']}, vLLM on {device}: run both on one")
-        own = [
-            found for found in results["rows"] if (found.get("baseline"), found["shape"]) != ("vllm-dense", args.shape)
-        ]
-        twins = []
-        for found in own:
+        own, twins = [], []
+        for found in results["rows"]:
             base = dense.get((found["phase"], found["batch"], found["seq_len"]))
             if base is None or "ms" not in found or found["shape"] != args.shape:
+                own.append(found)
                 continue
+            if found.get("baseline") == "vllm-dense":  # of an earlier call
+                continue
+            own.append(found)
             times = {key: found[key] for key in ("ms", "ms_min", "ms_max", "repeats")}
             facts = {key: value for key, value in found.items() if not key.startswith("baseline") and key not in times}
             twins.append(row(times, "vllm-dense", base, **facts))

@@ -297,7 +297,7 @@ def bench(
 ):
     """Measure speed and memory on this GPU, with random weights, against dense attention in the same run."""
     from flux_attention.evaluation import speed, speed_model
-    from flux_attention.evaluation.results import rows_of_others, write_results
+    from flux_attention.evaluation.results import earlier_rows, merged, write_results
 
     names = shapes.split(",")
     if unknown := sorted(set(names) - set(speed.SHAPES)):
@@ -327,13 +327,13 @@ def bench(
     if what not in measures:
         raise _UserError(f"cannot measure {what!r}; expected one of {list(measures)}")
     for name, measure in measures[what].items():
-        rows, others = [], [] if output is None else rows_of_others(output / f"{name}.json", names)
+        rows, before = [], [] if output is None else earlier_rows(output / f"{name}.json")
         for row in itertools.chain.from_iterable(map(measure, names)):
             rows.append(row)
             out.print("  ".join(f"{key} {value}" for key, value in row.items()), highlight=False, soft_wrap=True)
             if output is not None:
                 ceilings = {} if what == "memory" else speed.ceilings()
-                write_results(output / f"{name}.json", others + rows, **ceilings)
+                write_results(output / f"{name}.json", merged(before, rows), **ceilings)
 
 
 @app.command()

@@ -6,12 +6,14 @@ import datetime
 import json
 import os
 import subprocess
-from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+#: The facts of a row that say what was measured.
+MEASURED = ("shape", "seq_len", "batch", "phase", "engine", "method", "sparsity", "queries")
 
 
 def environment() -> dict[str, Any]:
@@ -42,15 +44,25 @@ def environment() -> dict[str, Any]:
     }
 
 
-def rows_of_others(path: str | Path, shapes: Collection[str]) -> list[dict[str, Any]]:
-    """Rows of other shapes in a file of an earlier call, if that was on this device at this commit; else none."""
+def earlier_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows in a file of an earlier call, if that was on this device at this commit; else none."""
     try:
         before, now = json.loads(Path(path).read_text(encoding="utf-8")), environment()
     except (FileNotFoundError, ValueError):  # ValueError: damaged
         return []
     if any(before["meta"].get(fact) != now[fact] for fact in ("device", "commit")):
         return []
-    return [row for row in before["rows"] if row["shape"] not in shapes]
+    return before["rows"]
+
+
+def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows`` behind those of ``before`` that were not measured again, against whatever baseline."""
+
+    def measured(row):
+        return tuple(row.get(fact) for fact in MEASURED)
+
+    again = {measured(row) for row in rows}
+    return [row for row in before if measured(row) not in again] + rows
 
 
 def write_results(path: str | Path, rows: list[dict[str, Any]], **meta: Any) -> None:

@@ -29,7 +29,7 @@ from flux_attention.routes import parse_routes
 
 #: By whether layers are compiled.
 ENGINES = {False: "flux", True: "flux-compile"}
-#: Tokens up to which prefill is timed with routers, too; and of a batch's prompts together.
+#: Tokens of all prompts together, up to which prefill is timed with routers, too; and at most, where they are several.
 MOST_ROUTED, MOST_TOGETHER = 2**17, 2**18
 
 
@@ -122,7 +122,7 @@ def prefill(
     ------
     dict
         ``own-dense`` is the baseline. Routes of ``static`` rows are forced; rows with ``method`` = ``routed`` (up to
-        ``MOST_ROUTED`` tokens a prompt) run routers that decide the same, so that they show what routers cost. All of
+        ``MOST_ROUTED`` tokens together) run routers that decide the same, so that they show what routers cost. All of
         one length are timed in turn, after one of the sparsest. ``peak_bytes`` is the most memory that was allocated,
         ``floor_ms`` the FLOPs over the measured rate of matrix products.
     """
@@ -150,7 +150,9 @@ def prefill(
     for batch, length in fitting(batches, lengths):
         ids = torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)
         facts = dict(shape=shape, seq_len=length, batch=batch, phase="prefill", engine=ENGINES[compile])
-        keys = [(sparsity, routed) for routed in (False, True)[: 1 + (length <= MOST_ROUTED)] for sparsity in ratios]
+        keys = [
+            (sparsity, routed) for routed in (False, True)[: 1 + (batch * length <= MOST_ROUTED)] for sparsity in ratios
+        ]
         held: dict[tuple[float, bool], dict] = {}
         failed: set[tuple[float, bool]] = set()
         torch.cuda.empty_cache()
