@@ -1,6 +1,7 @@
 """Layers fused by torch.compile against the same layers as they are."""
 
 import functools
+import importlib
 import re
 import shutil
 
@@ -74,6 +75,28 @@ def test_compiled_layers_compute_the_same(family, backend):
     routing.detach()
     assert vars(model.get_decoder().layers[0]).get("forward") is stock_layer
     assert not any(hasattr(module, "flux_layer") for module in model.modules())
+
+
+@torch.no_grad()
+def test_long_prompts_are_cut_into_as_many_pieces_whatever_their_length(backend, monkeypatch):
+    """A graph for short and one for long ones, of one sequence and of more."""
+    module = importlib.import_module("flux_attention.attach")
+    monkeypatch.setattr(module, "PIECE", 8)
+    monkeypatch.setattr(module, "ALIGNED", 4)
+    model = tiny_model("qwen3")
+    sizes = [(1, 20), (1, 33), (1, 75), (1, 160), (2, 10), (2, 17), (3, 50)]
+    routing = attach(model, CONFIG)
+    pieces = []
+    handle = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: pieces.append(1))
+    with routing.force("sparse"):
+        expected = [model(ids(*size)).logits for size in sizes]
+    assert len(pieces) > 2 * len(sizes)  # those that are not compiled are cut, too
+    handle.remove()
+    routing.detach()
+    with attach(model, CONFIG, compile=True).force("sparse"):
+        for size, logits in zip(sizes, expected, strict=True):
+            torch.testing.assert_close(model(ids(*size)).logits, logits, atol=2e-5, rtol=1e-4)
+    assert backend.frame_count == 4
 
 
 def test_training_is_not_compiled(backend):

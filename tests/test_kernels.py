@@ -25,7 +25,7 @@ from flux_attention.kernels import cudnn
 from flux_attention.patterns import Full, Streaming
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
-from flux_attention.kernels import triton_decode, triton_prefill
+from flux_attention.kernels import triton_decode, triton_join, triton_prefill
 
 HOPPER = pytest.mark.skipif(
     torch.cuda.device_count() == 0 or torch.cuda.get_device_capability() < (9, 0),
@@ -170,10 +170,11 @@ def formula(monkeypatch):
     monkeypatch.setattr(cudnn, "_attend", attend)
 
 
+@INTERPRETED
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("length, past", [(3, 0), (8, 0), (15, 0), (17, 0), (24, 5), (5, 9)])
 def test_blocks_are_joined(heads, length, past, formula):
-    check_blocks("cpu", heads, length, past, 16, ("BSHD", "BSHD", "BHSD"), torch.float32, block=8)
+    check_blocks("cpu", heads, length, past, 20, ("BSHD", "BSHD", "BHSD"), torch.float32, block=8)
 
 
 @INTERPRETED
@@ -215,7 +216,7 @@ def check_blocks(device, heads, length, past, dim, layouts, dtype, block=512):
     key, value = (states(generator, heads[1], past + length, dim, dtype, layout) for layout in layouts[1:])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cudnn, "BLOCK", block)
-        output = cudnn.full(query, key, value, dim**-0.5)
+        output = cudnn.full(query, key, value, dim**-0.5, triton_join.join)
     mask = Full().mask(past + length)[past:].to(device)
     assert error(output, oracle(query, key, value, mask, dim**-0.5)) < TOLERANCE.get(dtype, 1e-5)
 

@@ -43,6 +43,9 @@ NAME = "flux"
 CALL = "flux_call"
 #: Tokens that a position-wise module takes at a time in prefill: enough to keep a GPU busy.
 PIECE = 16_384
+#: Where layers are compiled, each number of pieces is a graph of its own: a prompt longer than so many of ``PIECE`` is
+#: cut into so many, whatever its length, of a multiple of so many tokens each, but for the last one.
+COMPILED_PIECES, ALIGNED = 4, 128
 #: Arguments with which models ask their attention function for more than softmax attention.
 EXTRAS = ("s_aux", "softcap", "position_bias", "sliding_window")
 
@@ -528,16 +531,21 @@ def _in_pieces(stock):
     def forward(states, *args, **kwargs):
         if states.ndim != 3 or torch.is_grad_enabled() or args or kwargs:
             return stock(states, *args, **kwargs)
-        size = max(1, PIECE // states.shape[0])
-        if states.shape[1] <= size:
-            return stock(states)
-        output = torch.empty_like(states)
-        for piece, target in zip(states.split(size, dim=1), output.split(size, dim=1), strict=True):
-            result = stock(piece.contiguous())
-            if not isinstance(result, torch.Tensor):  # a mixture of experts that gives its router's logits too
+        batch, length = states.shape[:2]
+        size = max(1, PIECE // batch)
+        if torch.compiler.is_compiling():
+            if batch * length <= COMPILED_PIECES * PIECE:
                 return stock(states)
-            target.copy_(result)
-        return output
+            size = length // (COMPILED_PIECES * ALIGNED) * ALIGNED
+            size = [size] * (COMPILED_PIECES - 1) + [length - (COMPILED_PIECES - 1) * size]
+        elif length <= size:
+            return stock(states)
+        results = []
+        for piece in states.split(size, dim=1):
+            results.append(stock(piece.contiguous()))
+            if not isinstance(results[-1], torch.Tensor):  # a mixture of experts that gives its router's logits too
+                return stock(states)
+        return torch.cat(results, dim=1)
 
     return forward
 

@@ -1,8 +1,8 @@
 """Decoder layers fused by ``torch.compile``, with routing and attention left outside of the compiled graphs.
 
-All layers share one graph for prompts of any length and one for decode steps: a layer's index is a symbol in them, not
-a constant. Routers, KV cache and attention are operators that the compiler does not look into; they find the forward
-call that is running in ``call.current``.
+All layers share one graph for prompts of any length, one for those that are so long that their MLPs take them in
+pieces, and one for decode steps: a layer's index is a symbol in them, not a constant. Routers, KV cache and attention
+are operators that the compiler does not look into; they find the forward call that is running in ``call.current``.
 
 Shape suffixes: B batch, S query length, H query heads, K KV heads, D head dim.
 """
@@ -19,8 +19,6 @@ from flux_attention.call import UnsupportedModelError, current
 COMPILED = "flux_compiled"
 #: The first of the products that read an activation, by name.
 READERS = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj", "down_proj")
-#: Tokens up to which a prompt's layers are compiled: fused activations are not cut into pieces.
-MOST_TOKENS = 2**18
 #: Graphs of one function that a process may compile: for each model, dtype, batch size and grad mode.
 MOST_GRAPHS = 64
 
@@ -89,10 +87,9 @@ def compiled_layer(stock):
     @functools.wraps(stock)
     def forward(hidden_states, *args, **kwargs):
         call = current.get()
-        batch, length = hidden_states.shape[:2]
-        if call is None or torch.is_grad_enabled() or batch * length > MOST_TOKENS:
+        if call is None or torch.is_grad_enabled():
             return stock(hidden_states, *args, **kwargs)
-        if length == 1 and not call.is_step:  # would need a graph of its own for what steps do better
+        if hidden_states.shape[1] == 1 and not call.is_step:  # would need a graph of its own for what steps do better
             return stock(hidden_states, *args, **kwargs)
         kwargs |= {"past_key_values": None, COMPILED: True}  # attention sees to the cache
         try:

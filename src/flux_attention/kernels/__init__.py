@@ -119,11 +119,13 @@ def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Ten
     """
     keys = key_BKTD.shape[2]
     triton = _triton(query_BHSD) if query_BHSD.shape[2] < keys else None
-    if _order(query_BHSD):
+    if _order(query_BHSD) and has_triton(query_BHSD.device):
         if triton and (count := cudnn.parts(query_BHSD, key_BKTD, value_BKTD)) > 1:
             return cudnn.full_in_parts(query_BHSD, key_BKTD, value_BKTD, scale, count, triton.attention)
         if cudnn.pays(query_BHSD, key_BKTD, value_BKTD):
-            return cudnn.full(query_BHSD, key_BKTD, value_BKTD, scale)
+            from flux_attention.kernels.triton_join import join
+
+            return cudnn.full(query_BHSD, key_BKTD, value_BKTD, scale, join)
     if triton:
         return triton.attention(query_BHSD, key_BKTD, value_BKTD, 0, keys, scale)
     with _dense_backend(query_BHSD):

@@ -62,8 +62,8 @@ def _attend(query_BHSD, key_BKTD, value_BKTD, causal, scale):
     return output, lse.view(query_BHSD.shape[:3])
 
 
-def full(query_BHSD, key_BKTD, value_BKTD, scale):
-    """Causal attention of the last S of T positions, without gradients. See ``kernels.full``."""
+def full(query_BHSD, key_BKTD, value_BKTD, scale, join: Callable):
+    """Causal attention of the last S of T positions, without gradients; ``join`` is Triton's. See ``kernels.full``."""
     batch, heads, length, dim = query_BHSD.shape
     earlier = key_BKTD.shape[2] - length
     output = query_BHSD.new_empty(batch, length, heads, dim).transpose(1, 2)
@@ -73,8 +73,7 @@ def full(query_BHSD, key_BKTD, value_BKTD, scale):
         block, lse_BHS = _attend(query, key_BKTD[:, :, own], value_BKTD[:, :, own], True, scale)
         if past.stop:
             before, before_lse_BHS = _attend(query, key_BKTD[:, :, past], value_BKTD[:, :, past], False, scale)
-            share = (before_lse_BHS - lse_BHS).sigmoid().unsqueeze(-1)  # float32, so that the sum is rounded once
-            torch.addcmul(block * (1 - share), before, share, out=output[:, :, start:stop])
+            join(block, lse_BHS, before, before_lse_BHS, output[:, :, start:stop])
         else:
             output[:, :, start:stop] = block
     return output
@@ -92,5 +91,5 @@ def full_in_parts(query_BHSD, key_BKTD, value_BKTD, scale, count: int, attention
     late, late_lse_BHS = attention(
         query_BHSD, key_BKTD[:, :, split:], value_BKTD[:, :, split:], 0, keys - split, scale, return_lse=True
     )
-    share = torch.cat([early_lse_PHS, late_lse_BHS]).softmax(0).unsqueeze(-1)  # float32, as above
+    share = torch.cat([early_lse_PHS, late_lse_BHS]).softmax(0).unsqueeze(-1)  # float32: the sum is rounded once
     return (torch.cat([early, late]) * share).sum(0, keepdim=True).to(query_BHSD.dtype)
