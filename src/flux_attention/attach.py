@@ -707,7 +707,7 @@ def attach(
         Let ``generate`` decode (greedy or sampling) on an NVIDIA GPU by a CUDA graph of the whole step.
     compile : bool
         Fuse the small operations of each routed layer by ``torch.compile``, for inference. Takes a while at the first
-        prompt and the first decode step.
+        prompt, the first one of more than 65,536 tokens, and the first decode step.
     min_tokens : int
         Prompts of fewer tokens run full in all layers, without routers, as sparse layers do not make them faster. They
         stay so for the cache's life, and of a prompt that comes in chunks the first one counts: keep this below
