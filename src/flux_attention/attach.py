@@ -534,7 +534,7 @@ def _in_pieces(stock):
         batch, length = states.shape[:2]
         size = max(1, PIECE // batch)
         if torch.compiler.is_compiling():
-            if batch * length <= COMPILED_PIECES * PIECE:
+            if batch * length <= COMPILED_PIECES * PIECE or length < COMPILED_PIECES * ALIGNED:
                 return stock(states)
             size = length // (COMPILED_PIECES * ALIGNED) * ALIGNED
             size = [size] * (COMPILED_PIECES - 1) + [length - (COMPILED_PIECES - 1) * size]
