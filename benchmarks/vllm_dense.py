@@ -101,16 +101,15 @@ def main():
             raise SystemExit(f"{path} was measured on {results['meta']['device']}, vLLM on {device}: run both on one")
         own, twins = [], []
         for found in results["rows"]:
-            base = dense.get((found["phase"], found["batch"], found["seq_len"]))
-            if base is None or "ms" not in found or found["shape"] != args.shape:
-                own.append(found)
-                continue
-            if found.get("baseline") == "vllm-dense":  # of an earlier call
+            compared = found["shape"] == args.shape and "ms" in found
+            base = dense.get((found["phase"], found["batch"], found["seq_len"])) if compared else None
+            if base is not None and found.get("baseline") == "vllm-dense":  # of an earlier call
                 continue
             own.append(found)
-            times = {key: found[key] for key in ("ms", "ms_min", "ms_max", "repeats")}
-            facts = {key: value for key, value in found.items() if not key.startswith("baseline") and key not in times}
-            twins.append(row(times, "vllm-dense", base, **facts))
+            if base is not None:
+                times = {key: found[key] for key in ("ms", "ms_min", "ms_max", "repeats")}
+                facts = {key: found[key] for key in found if not key.startswith("baseline") and key not in times}
+                twins.append(row(times, "vllm-dense", base, **facts))
         write_results(path, own + twins, **results["meta"])
 
 

@@ -532,16 +532,17 @@ def _in_pieces(stock):
         if states.ndim != 3 or torch.is_grad_enabled() or args or kwargs:
             return stock(states, *args, **kwargs)
         batch, length = states.shape[:2]
-        size = max(1, PIECE // batch)
         if torch.compiler.is_compiling():
-            if batch * length <= COMPILED_PIECES * PIECE or length < COMPILED_PIECES * ALIGNED:
-                return stock(states)
+            whole = batch * length <= COMPILED_PIECES * PIECE or length < COMPILED_PIECES * ALIGNED
             size = length // (COMPILED_PIECES * ALIGNED) * ALIGNED
-            size = [size] * (COMPILED_PIECES - 1) + [length - (COMPILED_PIECES - 1) * size]
-        elif length <= size:
+            sizes = [size] * (COMPILED_PIECES - 1) + [length - (COMPILED_PIECES - 1) * size]
+        else:
+            sizes = max(1, PIECE // batch)
+            whole = length <= sizes
+        if whole:
             return stock(states)
         results = []
-        for piece in states.split(size, dim=1):
+        for piece in states.split(sizes, dim=1):
             results.append(stock(piece.contiguous()))
             if not isinstance(results[-1], torch.Tensor):  # a mixture of experts that gives its router's logits too
                 return stock(states)

@@ -1,8 +1,8 @@
 """Decoder layers fused by ``torch.compile``, with routing and attention left outside of the compiled graphs.
 
-All layers share one graph for prompts of any length, one for those that are so long that their MLPs take them in
-pieces, and one for decode steps: a layer's index is a symbol in them, not a constant. Routers, KV cache and attention
-are operators that the compiler does not look into; they find the forward call that is running in ``call.current``.
+All layers share three graphs: of prompts, of prompts so long that their MLPs take them in pieces, and of decode steps.
+A layer's index and a prompt's length are symbols in them, not constants. Routers, KV cache and attention are operators
+that the compiler does not look into; they find the forward call that is running in ``call.current``.
 
 Shape suffixes: B batch, S query length, H query heads, K KV heads, D head dim.
 """

@@ -150,9 +150,8 @@ def prefill(
     for batch, length in fitting(batches, lengths):
         ids = torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)
         facts = dict(shape=shape, seq_len=length, batch=batch, phase="prefill", engine=ENGINES[compile])
-        keys = [
-            (sparsity, routed) for routed in (False, True)[: 1 + (batch * length <= MOST_ROUTED)] for sparsity in ratios
-        ]
+        kinds = (False, True) if batch * length <= MOST_ROUTED else (False,)
+        keys = [(sparsity, routed) for routed in kinds for sparsity in ratios]
         held: dict[tuple[float, bool], dict] = {}
         failed: set[tuple[float, bool]] = set()
         torch.cuda.empty_cache()
