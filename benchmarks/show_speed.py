@@ -17,6 +17,8 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
+#: Lengths of single layers that the page shows.
+SHOWN = tuple(2**10 * thousands for thousands in (4, 32, 128, 256))
 COLOURS = {0.0: "#777777", 0.25: "#56b4e9", 0.5: "#0072b2", 0.75: "#d55e00", 0.9: "#cc79a7"}
 
 
@@ -235,8 +237,10 @@ def attention(name, title, rate):
                 times(row.get("speedup")),
             ]
             for row in results["rows"]
-            # Heads at a share of a half, and cuDNN's of SDPA's backends: the file has all.
-            if row.get("baseline") != "sdpa-flash" and (row["method"] != "head" or row["sparsity"] == 0.5)
+            # Some lengths, heads at a share of a half, and cuDNN's of SDPA's backends: the file has all.
+            if row["seq_len"] in SHOWN
+            and row.get("baseline") != "sdpa-flash"
+            and (row["method"] != "head" or row["sparsity"] == 0.5)
         ],
     )
 
