@@ -82,8 +82,13 @@ def of_shape(name, shape):
         if row["shape"] == shape and "ms" in row:
             key = (row["seq_len"], row["batch"], row["sparsity"], row["method"])
             rows.setdefault(key, row)
-            speedups.setdefault(key, {})[row.get("baseline")] = row.get("speedup")
+            speedups.setdefault(key, {})[row.get("baseline")] = speedup(row)
     return results["meta"], rows, speedups
+
+
+def speedup(row):
+    """Over its baseline; the file's own is rounded."""
+    return row["baseline_ms"] / row["ms"] if "baseline_ms" in row else None
 
 
 def times(value):
@@ -91,7 +96,8 @@ def times(value):
 
 
 def both(values):
-    return ", ".join(times(value) for value in values if value is not None)
+    texts = [times(value) or "–" for value in values]
+    return "" if set(texts) == {"–"} else ", ".join(texts)
 
 
 def prefill(shape):
@@ -127,7 +133,7 @@ def prefill_of(shape, meta, rows, speedups):
                 *(times(faster.get((n, r), {}).get("own-dense")) for r in ratios[1:]),
                 both(faster.get((n, r), {}).get("vllm-dense") for r in (0.0, 0.75)),
                 f"{forced[n, 0.75]['floor_ms']:.0f}" if (n, 0.75) in forced else "",
-                ", ".join(f"{forced[n, r]['peak_bytes'] / 1e9:.1f}" for r in (0.0, 0.75) if (n, r) in forced),
+                ", ".join(f"{forced[n, r]['peak_bytes'] / 1e9:.1f}" if (n, r) in forced else "–" for r in (0.0, 0.75)),
             ]
             for n in lengths
         ],
@@ -139,7 +145,7 @@ def prefill_of(shape, meta, rows, speedups):
             [
                 label(n),
                 *(f"{100 * (routed[n, r]['ms'] / forced[n, r]['ms'] - 1):.1f} %" for r in (0.0, 0.75)),
-                *(times(routed[n, r]["speedup"]) for r in ratios),
+                *(times(speedup(routed[n, r])) for r in ratios),
             ]
             for n in sorted({n for n, _ in routed})
             if {(n, 0.0), (n, 0.75)} <= set(routed)
@@ -234,7 +240,7 @@ def attention(name, title, rate):
                 row.get(rate[0], ""),
                 row.get("baseline", ""),
                 f"{row['baseline_ms']:.4f}" if "baseline" in row else "",
-                times(row.get("speedup")),
+                times(speedup(row)),
             ]
             for row in results["rows"]
             # Some lengths, heads at a share of a half, and cuDNN's of SDPA's backends: the file has all.
