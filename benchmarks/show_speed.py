@@ -95,8 +95,8 @@ def times(value):
     return "" if value is None else f"{value:.2f}"
 
 
-def both(values):
-    texts = [times(value) or "–" for value in values]
+def both(values, form=".2f"):
+    texts = ["–" if value is None else f"{value:{form}}" for value in values]
     return "" if set(texts) == {"–"} else ", ".join(texts)
 
 
@@ -133,7 +133,7 @@ def prefill_of(shape, meta, rows, speedups):
                 *(times(faster.get((n, r), {}).get("own-dense")) for r in ratios[1:]),
                 both(faster.get((n, r), {}).get("vllm-dense") for r in (0.0, 0.75)),
                 f"{forced[n, 0.75]['floor_ms']:.0f}" if (n, 0.75) in forced else "",
-                ", ".join(f"{forced[n, r]['peak_bytes'] / 1e9:.1f}" if (n, r) in forced else "–" for r in (0.0, 0.75)),
+                both((forced[n, r]["peak_bytes"] / 1e9 if (n, r) in forced else None for r in (0.0, 0.75)), ".1f"),
             ]
             for n in lengths
         ],
