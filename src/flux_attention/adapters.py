@@ -14,15 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flux_attention.config import BaseModel, FluxConfig, FluxConfigError
+from flux_attention.config import BaseModel, FluxConfig
+from flux_attention.errors import AdapterError, FluxConfigError
 from flux_attention.router import LayerRouter
 
 CONFIG_FILE = "flux_config.json"
 WEIGHTS_FILE = "routers.safetensors"
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be used: missing, damaged, or made for another model; the message says which."""
 
 
 def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDict, dtype: torch.dtype | None = None):

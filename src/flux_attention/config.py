@@ -1,38 +1,45 @@
-"""What a routed model is made of: the sparse pattern and its sizes, the router, the base model it belongs to."""
+"""What a routed model is made of: the patterns and their sizes, the router, the base model it belongs to."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-#: Sizes beyond this are mistakes, and kernels count in 32 bits.
-MOST_TOKENS = 2**28
-#: Names of the sparse-attention patterns (METHOD: "Patterns").
-PATTERNS = ("streaming", "triangle")
+from pydantic import Field, Strict
+from pydantic.dataclasses import dataclass
+
+from flux_attention.errors import FluxConfigError
+from flux_attention.validation import (
+    NO_OTHER_KEYS,
+    Positive,
+    Text,
+    checked,
+    expected,
+    from_keys,
+    text_keys,
+    whole_number,
+)
+
+#: Pooled tokens beyond this are a mistake.
+MAX_POOL = 2**28
 #: What one decision is about; heads are for comparison.
 GRANULARITIES = ("layer", "head")
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise FluxConfigError(f"{name} is {value!r}, expected a whole number, at least {least}")
+def _one_of(names: tuple[str, ...]):
+    return Annotated[Literal[names], expected(f"one of {list(names)}")]
 
 
-class FluxConfigError(ValueError):
-    """A configuration value, or a configuration file, that cannot be used; the message says which and why."""
+def _numbers(kind: type):
+    return Annotated[tuple[Annotated[kind, Strict()], ...], expected("a list of numbers")]
 
 
-def _check_keys(cls: type, values: dict[str, Any]) -> None:
-    known = [field.name for field in fields(cls)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise FluxConfigError(f"unknown {cls.__name__} keys {unknown}; known keys are {known}")
-
-
-@dataclass(frozen=True)
+@checked(FluxConfigError, within="base_model")
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
 class BaseModel:
     """
     The shape of the language model that routers were made for.
@@ -57,30 +64,16 @@ class BaseModel:
         For a value of the wrong kind or out of range.
     """
 
-    name: str
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    routed_layers: tuple[int, ...]
-    sample: tuple[float, ...] | None = None
-
-    def __post_init__(self):
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
-            _check_int("base_model." + name, getattr(self, name), 1)
-        for name in ("name", "model_type"):
-            if not isinstance(getattr(self, name), str):
-                raise FluxConfigError(f"base_model.{name} is {getattr(self, name)!r}, expected text")
-        for name, kinds in (("routed_layers", int), ("sample", (int, float))):
-            values = getattr(self, name)
-            if values is None and name == "sample":
-                continue
-            if not isinstance(values, (list, tuple)) or not all(isinstance(value, kinds) for value in values):
-                raise FluxConfigError(f"base_model.{name} is {values!r}, expected a list of numbers")
-            object.__setattr__(self, name, tuple(values))
+    name: Text
+    model_type: Text
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    vocab_size: Positive
+    routed_layers: _numbers(int)
+    sample: _numbers(float) | None = None
 
     def differences(self, other: BaseModel) -> list[str]:
         """What differs from ``other``, one readable phrase each; empty if routers of one fit the other."""
@@ -96,51 +89,77 @@ class BaseModel:
         return found
 
 
-@dataclass(frozen=True)
+#: A pattern's name and sizes; what they may be is for ``patterns`` to check.
+PatternSettings = Annotated[dict[str, Any], expected("a pattern's name and sizes, such as {'pattern': 'full'}")]
+#: The sizes of sparse patterns, with what ``FluxConfig(pattern=…)`` takes where they are not given.
+DEFAULT_SIZES = {
+    "streaming": {"sink": 128, "window": 1024},
+    "triangle": {"sink": 128, "window": 1024, "last_n": 128},
+}
+
+
+def _sparse_by_keywords(
+    pattern: str = "streaming", sink: int | None = None, window: int | None = None, last_n: int | None = None
+) -> dict[str, Any]:
+    """Write ``FluxConfig``'s shorthand out; a size that the pattern does not have is left out."""
+    given = {"sink": sink, "window": window, "last_n": last_n}
+    sizes = DEFAULT_SIZES.get(pattern, {}) if isinstance(pattern, str) else {}
+    return {"pattern": pattern, **{name: size if given[name] is None else given[name] for name, size in sizes.items()}}
+
+
+def _with_shorthand(cls: type) -> type:
+    """Let ``FluxConfig`` take ``pattern``, ``sink``, ``window`` and ``last_n`` instead of ``sparse``."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args: Any, **values: Any) -> None:
+        short = {name: values.pop(name) for name in ("pattern", "sink", "window", "last_n") if name in values}
+        if short and (args or "sparse" in values):
+            raise FluxConfigError(f"sparse and {sorted(short)} are both there: the latter are a shorthand for sparse")
+        if short:
+            values["sparse"] = _sparse_by_keywords(**short)
+        init(self, *args, **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_with_shorthand
+@checked(FluxConfigError)
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
 class FluxConfig:
     """
     Configuration of a routed model.
 
+    ``FluxConfig(pattern="streaming", sink=128, window=1024)`` is short for ``sparse`` of these; sizes that are left out
+    are 128 for ``sink``, 1024 for ``window`` and, for ``triangle``, 128 for ``last_n``.
+
     Parameters
     ----------
-    pattern : {"streaming", "triangle"}
-        What sparse attention (SA) computes in prefill. In decode it is always sink + window.
-    sink : int
-        First tokens of the sequence that every query sees (A in the method).
-    window : int
-        Latest tokens, the query's own included, that a query sees (W).
-    last_n : int
-        ``triangle`` only: so many last prompt tokens attend fully.
+    sparse : dict
+        What sparse attention (SA) computes: ``pattern``, a name in ``patterns.SPARSE_PATTERNS``, and its sizes. Tokens
+        behind the prompt see sink + window only, whatever the pattern.
+    full : dict
+        What full attention (FA) computes: ``pattern``, a name in ``patterns.FULL_PATTERNS``, and its sizes.
     pool_size : int
         The router reads the first and the last ``pool_size`` prompt tokens (P).
     granularity : {"layer", "head"}
-        What one decision is about: a whole layer, or (to compare with, see ``heads``) one of its KV heads.
+        What one decision is about: a whole layer, or (to compare with, see ``hf.heads``) one of its KV heads.
     base_model : BaseModel, optional
         Filled in by ``attach``; checked when routers are loaded.
 
     Raises
     ------
     FluxConfigError
-        For an unknown pattern or a size out of range.
+        For values of the wrong kind. Patterns' names and sizes are checked where patterns are made: by ``attach``,
+        recipes, and when an adapter is loaded.
     """
 
-    pattern: str = "streaming"
-    sink: int = 128
-    window: int = 1024
-    last_n: int = 128
-    pool_size: int = 100
-    granularity: str = "layer"
-    base_model: BaseModel | None = None
-
-    def __post_init__(self):
-        if self.pattern not in PATTERNS:
-            raise FluxConfigError(f"pattern is {self.pattern!r}, expected one of {list(PATTERNS)}")
-        if self.granularity not in GRANULARITIES:
-            raise FluxConfigError(f"granularity is {self.granularity!r}, expected one of {list(GRANULARITIES)}")
-        for name, least in (("sink", 0), ("window", 1), ("last_n", 1), ("pool_size", 1)):
-            _check_int(name, getattr(self, name), least)
-            if getattr(self, name) > MOST_TOKENS:
-                raise FluxConfigError(f"{name} is {getattr(self, name)}, expected at most {MOST_TOKENS} tokens")
+    sparse: PatternSettings = Field(default_factory=_sparse_by_keywords)
+    full: PatternSettings = Field(default_factory=lambda: {"pattern": "full"})
+    pool_size: Annotated[whole_number(1), Field(le=MAX_POOL), expected(f"at most {MAX_POOL} tokens")] = 100
+    granularity: _one_of(GRANULARITIES) = "layer"
+    base_model: Annotated[BaseModel | None, from_keys(BaseModel), expected("an object or null")] = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; ``from_dict`` of it is equal to this configuration."""
@@ -158,18 +177,13 @@ class FluxConfig:
         """
         if not isinstance(values, dict):
             raise FluxConfigError(f"expected a JSON object, found {type(values).__name__}")
-        values = dict(values)
-        _check_keys(cls, values)
-        base = values.get("base_model")
-        if base is not None and not isinstance(base, BaseModel):
-            if not isinstance(base, dict):
-                raise FluxConfigError(f"base_model is {base!r}, expected an object or null")
-            _check_keys(BaseModel, base)
-            try:
-                values["base_model"] = BaseModel(**base)
-            except TypeError as error:
-                raise FluxConfigError(f"base_model is incomplete: {error}") from None
-        config = cls(**values)
+        if "pattern" in values:  # as versions before 0.2 wrote it
+            flat = {name: values[name] for name in ("pattern", "sink", "window", "last_n") if name in values}
+            if missing := {"pattern", "sink", "window", "last_n"} - set(flat):
+                raise FluxConfigError(f"missing keys {sorted(missing)}")
+            values = {name: value for name, value in values.items() if name not in flat}
+            values |= {"sparse": _sparse_by_keywords(**flat), "full": {"pattern": "full"}}
+        config = cls(**text_keys(values))
         missing = sorted({field.name for field in fields(cls)} - set(values))
         if missing:
             raise FluxConfigError(f"missing keys {missing}")

@@ -5,7 +5,10 @@ Shape suffixes: B batch, S query length, H query heads, D head dim, N pooled tok
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
@@ -15,7 +18,7 @@ INITIAL_BIAS = (0.0, 4.5)
 
 def pool_query(query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: torch.Tensor) -> torch.Tensor:
     """
-    Weighted mean over some tokens of the query states' mean over heads (METHOD: "Layer router", step 1).
+    Take the weighted mean over some tokens of the query states' mean over heads, a router's input.
 
     Parameters
     ----------
@@ -37,7 +40,7 @@ def pool_query(query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: t
 
 def pooled_slots(lengths_B: torch.Tensor, pool_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The first and the last ``pool_size`` tokens of sequences of ``lengths_B`` tokens, with their weights.
+    List the first and the last ``pool_size`` tokens of sequences of ``lengths_B`` tokens, with their weights.
 
     In a sequence shorter than ``pool_size`` both are the whole sequence; below twice that they overlap.
 
@@ -56,6 +59,51 @@ def pooled_slots(lengths_B: torch.Tensor, pool_size: int) -> tuple[torch.Tensor,
     last = (lengths_B[:, None] - 1 - offset).clamp(min=0)
     weights = torch.cat([used, used], dim=1)
     return torch.cat([first, last], dim=1), weights / weights.sum(1, keepdim=True)
+
+
+class Pooling:
+    """
+    Reads one layer's query states of a batch of prompts into its router's input.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens of each prompt.
+    pool_size : int
+        P, tokens that are read at each end.
+    columns : callable, optional
+        From token numbers (B, N), counted from each prompt's start, to columns of the query states; default: they are
+        the same.
+    heads : int, optional
+        Query heads of the whole model: with fewer in the query states, ``group`` has the others.
+    group : torch.distributed.ProcessGroup, optional
+        The processes that share the heads evenly (tensor parallelism): all of them read the mean of all heads.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        pool_size: int,
+        columns: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        heads: int | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ):
+        self.lengths, self.pool_size, self.columns = list(lengths), pool_size, columns
+        self.heads, self.group = heads, group
+        self._read: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, query_BSHD: torch.Tensor) -> torch.Tensor:
+        """Return ``x_BD``, float32; see ``pool_query``."""
+        device = query_BSHD.device
+        if device not in self._read:
+            slots, weights = pooled_slots(torch.tensor(self.lengths), self.pool_size)
+            columns = slots if self.columns is None else self.columns(slots)
+            self._read[device] = columns.to(device), weights.to(device)
+        x_BD = pool_query(query_BSHD, *self._read[device])
+        if self.group is not None and query_BSHD.shape[2] != self.heads:
+            torch.distributed.all_reduce(x_BD, group=self.group)
+            x_BD /= self.group.size()
+        return x_BD
 
 
 class LayerRouter(nn.Module):
@@ -89,12 +137,12 @@ class LayerRouter(nn.Module):
             self.head[-1].bias.copy_(torch.tensor(INITIAL_BIAS))
 
     def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
-        """``logits_B2`` in float32 from pooled query states; index 1 is full attention, index 0 sparse."""
+        """Return ``logits_B2`` in float32 from pooled query states; index 1 is full attention, index 0 sparse."""
         return self.head(self.encoder(pooled_BD.float()))
 
 
 def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:
-    """The deterministic decision at inference: bool ``route_B``, True = full attention."""
+    """Decide as at inference, deterministically: bool ``route_B``, True = full attention."""
     return logits_B2[:, 1] > logits_B2[:, 0]
 
 
@@ -102,7 +150,7 @@ def soft_route(
     logits_B2: torch.Tensor, temperature: float | torch.Tensor, noise_B2: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    The straight-through Gumbel-Softmax decision in training.
+    Decide as in training, by straight-through Gumbel-Softmax.
 
     The value is 0 or 1, the gradient that of ``softmax((logits + Gumbel noise) / temperature)[1]``.
 

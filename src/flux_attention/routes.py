@@ -5,17 +5,13 @@ Shape suffixes: B batch, L routed layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.text import Text
 
-from flux_attention.patterns import Full, Streaming
-
-#: What ``Routing.force`` takes.
-RouteSpec = str | float | Sequence[int] | torch.Tensor
+from flux_attention.patterns import Full, Pattern
 
 
 @dataclass(frozen=True)
@@ -31,18 +27,19 @@ class Routes:
         float32 on the CPU, the routers' outputs for [SA, FA], also of prompts shorter than ``min_tokens``, which run
         full whatever they say; None where no router ran.
     layers : tuple of int
-        The model's index of each routed layer.
+        The model's index of each routed layer; or (layer, KV head) where heads are routed.
     lengths : tuple of int
         Real (not padding) prompt tokens of each sequence.
-    pattern : Streaming
-        What the sparse layers computed.
+    sparse, full : Pattern
+        What the sparse layers computed, and the full ones.
     """
 
     routes_BL: torch.Tensor
     logits_BL2: torch.Tensor | None
     layers: tuple[int, ...]
     lengths: tuple[int, ...]
-    pattern: Streaming
+    sparse: Pattern
+    full: Pattern
 
     @property
     def msr(self) -> list[float]:
@@ -51,9 +48,12 @@ class Routes:
 
     @property
     def esr(self) -> list[float]:
-        """Effective sparsity ratio Ω_ESR of each sequence: share of causal query-key pairs not computed."""
-        saved = [1 - self.pattern.pairs(length) / Full().pairs(length) for length in self.lengths]
-        return [ratio * share for ratio, share in zip(self.msr, saved, strict=True)]
+        """Effective sparsity ratio Ω_ESR of each sequence: the share of causal query-key pairs not computed."""
+        saved = []
+        for length, ratio in zip(self.lengths, self.msr, strict=True):
+            computed = ratio * self.sparse.pairs(length) + (1 - ratio) * self.full.pairs(length)
+            saved.append(1 - computed / Full().pairs(length))
+        return saved
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: one entry a sequence, with the routes as a string of F and S in layer order."""
@@ -95,79 +95,5 @@ def _strip(row_L: torch.Tensor) -> str:
 
 
 def unit_name(unit: int | tuple[int, int]) -> str:
-    """What is decided on, for people: of a layer ``3``, of a KV head ``3.1``."""
+    """Name what is decided on, for people: a layer ``3``, a KV head ``3.1``."""
     return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))
-
-
-def read_spec(text: str, separator: str = ",") -> RouteSpec:
-    """
-    A ``RouteSpec`` from text: ``full``, ``sparse``, a ratio such as 0.75, or layers such as 3,7.
-
-    Raises
-    ------
-    ValueError
-        If it is none of these.
-    """
-    if text in ("full", "sparse"):
-        return text
-    try:
-        return float(text) if "." in text else [int(layer) for layer in text.split(separator)]
-    except ValueError:
-        raise ValueError(
-            f"cannot force {text!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3{separator}7"
-        ) from None
-
-
-def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[int]) -> torch.Tensor:
-    """
-    The routes that ``spec`` asks for.
-
-    Parameters
-    ----------
-    spec : str, float, sequence of int, or torch.Tensor
-        ``"full"`` or ``"sparse"`` for every layer; a ratio Ω_MSR in [0, 1] (the full layers are spread evenly
-        over the depth); the model's indices of the layers that run full; or a tensor of (L,) or (B, L), nonzero
-        = full.
-    batch : int
-        Sequences.
-    layers : sequence of int
-        The model's indices of the routed layers.
-
-    Returns
-    -------
-    torch.Tensor
-        bool ``routes_BL``.
-
-    Raises
-    ------
-    ValueError
-        For anything else, with what was expected.
-    """
-    count = len(layers)
-    routes = torch.zeros(batch, count, dtype=torch.bool)
-    if isinstance(spec, torch.Tensor):
-        rows = {1: 1, 2: len(spec)}.get(spec.ndim, 0) if spec.shape[-1:] == (count,) else 0
-        if rows == 0 or batch % rows:
-            raise ValueError(
-                f"forced routes have shape {tuple(spec.shape)}, expected ({count},) or ({batch}, {count}): "
-                "(routed layers,) or (batch, routed layers)"
-            )
-        # generate() repeats each sequence for beams and num_return_sequences.
-        return (spec.detach().cpu() != 0).view(rows, count).repeat_interleave(batch // rows, dim=0)
-    if isinstance(spec, str):
-        if spec not in ("full", "sparse"):
-            raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")
-        return routes.fill_(spec == "full")
-    if isinstance(spec, (int, float)) and not isinstance(spec, bool):
-        if not 0 <= spec <= 1:
-            raise ValueError(f"cannot force the ratio {spec}; Ω_MSR, the share of sparse layers, is between 0 and 1")
-        full = count - round(spec * count)
-        routes[:, [int((index + 0.5) * count / full) for index in range(full)]] = True
-        return routes
-    if isinstance(spec, Sequence):
-        unknown = [layer for layer in spec if layer not in layers]
-        if unknown:
-            raise ValueError(f"cannot force layers {unknown} to full attention; routed layers are {list(layers)}")
-        routes[:, [list(layers).index(layer) for layer in spec]] = True
-        return routes
-    raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")

@@ -4,41 +4,35 @@ Rows differ in length, in what they keep and in where it lies, and all of that i
 of the launch serves every step, every generation and every mix of full and sparse rows. Keys are split over programs
 (split-KV), and a row gets programs by how much it has to read, so that a long one beside short ones has most of the
 device; the query heads of a KV head share one tile, so each key is read once; the last program of a row's head to
-finish combines the parts.
+finish merges the splits' attention states.
 
 Shape suffixes: B batch, H query heads, K KV heads, G = H / K, D head dim, N keys of a tile, W programs a KV head.
 """
 
 from __future__ import annotations
 
-import heapq
-
 import torch
 import triton
 import triton.language as tl
 
-from flux_attention.kernels import FULL, on_device
-from flux_attention.kernels.triton_prefill import LOG2E, shared_memory
-
-#: Programs that share one row's head at most.
-MOST_PARTS = 64
-#: Keys by which work is shared out; a tile has as many, or half.
-BLOCK = 64
+from flux_attention.kernels.device import on_device, shared_memory, sm_count
+from flux_attention.kernels.split_table import MAX_SPLITS
+from flux_attention.kernels.triton_prefill import LOG2E
 
 
 @triton.jit
 def _decode(
-    query_ptr, key_ptr, value_ptr, output_ptr, table_ptr, lengths_ptr, part_ptr, top_ptr, total_ptr, count_ptr,
+    query_ptr, key_ptr, value_ptr, output_ptr, table_ptr, lengths_ptr, state_ptr, top_ptr, total_ptr, count_ptr,
     query_b, query_h, key_b, key_h, value_b, value_h, output_b, output_h,
     sink, window, scale_log2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MOST: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     kv_head, program = tl.program_id(0), tl.program_id(1)
     element = key_ptr.dtype.element_ty
     table_ptr += program * 7
     batch = tl.load(table_ptr + 4).to(tl.int32)
-    part = tl.load(table_ptr + 5).to(tl.int32)
-    parts = tl.load(table_ptr + 6).to(tl.int32)
+    split = tl.load(table_ptr + 5).to(tl.int32)
+    splits = tl.load(table_ptr + 6).to(tl.int32)
     key_base = tl.load(table_ptr).to(tl.pointer_type(element))
     value_base = tl.load(table_ptr + 1).to(tl.pointer_type(element))
     head = tl.load(table_ptr + 2) * kv_head
@@ -53,17 +47,17 @@ def _decode(
     slot = tl.where((kind == 2) & (position >= sink), sink + (position - sink) % window, position)
 
     blocks = tl.cdiv(seen, N)
-    # A part of one block costs more to combine than to compute. Programs without work have zero parts.
-    share = tl.maximum(tl.cdiv(blocks, tl.maximum(parts, 1)), 2)
-    active = tl.where(parts == 0, 0, tl.cdiv(blocks, share))
-    if part < active:
+    # A split of one block costs more to merge than to compute. Programs without work have zero splits.
+    share = tl.maximum(tl.cdiv(blocks, tl.maximum(splits, 1)), 2)
+    active = tl.where(splits == 0, 0, tl.cdiv(blocks, share))
+    if split < active:
         groups, columns = tl.arange(0, GROUP), tl.arange(0, D)
         query = tl.load(
             query_ptr + batch * query_b + (kv_head * G + groups)[:, None] * query_h + columns[None, :],
             mask=(groups < G)[:, None],
             other=0.0,
         )
-        begin = part * share * N
+        begin = split * share * N
         end = tl.minimum(begin + share * N, seen)
         # The one program that reads the new token's place stores it first.
         entry = tl.where(slot < sink, slot, slot - gap)
@@ -97,16 +91,16 @@ def _decode(
             tl.store(output, (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=real)
         else:
             place = batch * tl.num_programs(0) + kv_head
-            first = program - part  # the row's programs are neighbours
+            first = program - split  # the row's programs are neighbours
             row = (program * tl.num_programs(0) + kv_head) * GROUP + groups
-            tl.store(part_ptr + row[:, None] * D + columns[None, :], acc, mask=real)
+            tl.store(state_ptr + row[:, None] * D + columns[None, :], acc, mask=real)
             tl.store(top_ptr + row, top)
             tl.store(total_ptr + row, total)
-            tl.debug_barrier()  # the parts of all threads are written before the count says so
+            tl.debug_barrier()  # the states of all threads are written before the count says so
             done = tl.atomic_add(count_ptr + place, 1, sem="acq_rel", scope="gpu")
             if done == active - 1:
                 tl.debug_barrier()
-                others = tl.arange(0, MOST)
+                others = tl.arange(0, SPLITS)
                 rows = ((first + others) * tl.num_programs(0) + kv_head)[:, None] * GROUP + groups[None, :]
                 mask = (others < active)[:, None]
                 tops = tl.load(top_ptr + rows, mask=mask, other=-1e30, cache_modifier=".cg")
@@ -118,16 +112,16 @@ def _decode(
                     row = ((first + other) * tl.num_programs(0) + kv_head) * GROUP + groups
                     share_G = tl.exp2(tl.load(top_ptr + row, cache_modifier=".cg") - best)
                     piece = tl.load(
-                        part_ptr + row[:, None] * D + columns[None, :], mask=real, other=0.0, cache_modifier=".cg"
+                        state_ptr + row[:, None] * D + columns[None, :], mask=real, other=0.0, cache_modifier=".cg"
                     )
                     acc += piece * share_G[:, None]
                 tl.store(output, (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=real)
                 tl.store(count_ptr + place, 0)
 
 
-class DecodeSpace:
+class DecodeWorkspace:
     """
-    What launches of the decode kernel share: scratch memory that programs leave their parts in.
+    Scratch memory that launches of the decode kernel share: programs leave their splits' attention states in it.
 
     Parameters
     ----------
@@ -138,56 +132,18 @@ class DecodeSpace:
 
     def __init__(self, batch: int, heads: int, kv_heads: int, dim: int, device: torch.device):
         self.group = max(16, triton.next_power_of_2(heads // kv_heads))
-        self.programs = max(batch, min(batch * MOST_PARTS, decode_programs(kv_heads, device)))
+        self.programs = max(batch, min(batch * MAX_SPLITS, decode_programs(kv_heads, device)))
         shape = self.programs, kv_heads, self.group
-        self.part = torch.empty(*shape, dim, dtype=torch.float32, device=device)
+        self.state = torch.empty(*shape, dim, dtype=torch.float32, device=device)
         self.top, self.total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
         self.count = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
 
 
 def decode_programs(kv_heads: int, device: torch.device) -> int:
-    """Programs a KV head: two a multiprocessor in all."""
+    """Count the programs of a KV head: two an SM in all."""
     if device.type != "cuda":  # the interpreter
         return 5
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count // kv_heads
-
-
-def work_table(rows: list[list[int]], lengths: list[int], sink: int, window: int, programs: int) -> list[list[int]]:
-    """
-    Which program reads which part of which row, so that the longest part is as short as can be.
-
-    Parameters
-    ----------
-    rows : list of list of int
-        Of each row the addresses of its keys and of its values, both (K, capacity, D) with contiguous tokens, the
-        elements between two heads, and ``FULL``, ``KEPT`` or ``RING``.
-    lengths : list of int
-        Tokens that each row will have when the steps that use the table are done.
-    sink, window : int
-        Tokens, of the rows that are not ``FULL``.
-    programs : int
-        W, at least one a row.
-
-    Returns
-    -------
-    list of list of int
-        (W, 7): what the program's row says, the row's number, the part, and the row's parts; 0 parts for no work.
-    """
-    blocks = []
-    for (*_, kind), length in zip(rows, lengths, strict=True):
-        blocks.append(-(-(length + 1 if kind == FULL else min(length + 1, sink + window)) // BLOCK))
-    parts = [1] * len(rows)
-    longest = [(-count, row) for row, count in enumerate(blocks)]
-    heapq.heapify(longest)
-    spare = programs - len(rows)
-    while spare and longest:
-        _, row = heapq.heappop(longest)
-        if parts[row] < min(MOST_PARTS, blocks[row] // 2):
-            parts[row] += 1
-            spare -= 1
-            heapq.heappush(longest, (-blocks[row] / parts[row], row))
-    table = [[*rows[row], row, part, count] for row, count in enumerate(parts) for part in range(count)]
-    return table + [[*rows[0], 0, 0, 0]] * (programs - len(table))
+    return 2 * sm_count(device) // kv_heads
 
 
 def attend(
@@ -196,7 +152,7 @@ def attend(
     value_BKD: torch.Tensor,
     table_W7: torch.Tensor,
     lengths_B: torch.Tensor,
-    space: DecodeSpace,
+    workspace: DecodeWorkspace,
     sink: int,
     window: int,
     scale: float,
@@ -209,10 +165,10 @@ def attend(
     query_BHD, key_BKD, value_BKD : torch.Tensor
         The new token's states, after rotary embedding; bf16 or fp16, the last dimension contiguous.
     table_W7 : torch.Tensor
-        int64, see ``work_table``.
+        int64, see ``split_table``.
     lengths_B : torch.Tensor
         int32, tokens before the new one.
-    space : DecodeSpace
+    workspace : DecodeWorkspace
     sink, window : int
         Tokens, of the rows that are not ``FULL``.
     scale : float
@@ -226,17 +182,19 @@ def attend(
     kv_heads = key_BKD.shape[1]
     output = torch.empty(batch, heads, dim, dtype=query_BHD.dtype, device=query_BHD.device)
     with on_device(query_BHD):
-        _decode[(kv_heads, space.programs)](
-            query_BHD, key_BKD, value_BKD, output, table_W7, lengths_B, space.part, space.top, space.total, space.count,
+        _decode[(kv_heads, workspace.programs)](
+            query_BHD, key_BKD, value_BKD, output, table_W7, lengths_B,
+            workspace.state, workspace.top, workspace.total, workspace.count,
             *query_BHD.stride()[:2], *key_BKD.stride()[:2], *value_BKD.stride()[:2], *output.stride()[:2],
             sink, window, scale * LOG2E.value,
-            G=heads // kv_heads, GROUP=space.group, D=dim, MOST=triton.next_power_of_2(min(MOST_PARTS, space.programs)),
+            G=heads // kv_heads, GROUP=workspace.group, D=dim,
+            SPLITS=triton.next_power_of_2(min(MAX_SPLITS, workspace.programs)),
             **decode_tile(dim, shared_memory(query_BHD.device)),
         )  # fmt: skip
     return output
 
 
 def decode_tile(dim: int, shared: int) -> dict[str, int]:
-    """Tile size of the kernel, for programs that may use ``shared`` bytes of shared memory."""
+    """Choose the kernel's tile, for thread blocks that may use ``shared`` bytes of shared memory."""
     # Three stages of 64 keys and values of 256 dimensions take 170 KiB.
     return dict(N=64 if dim <= 128 or shared >= 180_000 else 32, num_warps=4, num_stages=3)

@@ -10,20 +10,18 @@ a tile, N keys of a tile.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flux_attention.kernels import on_device
+from flux_attention.kernels.device import capability, on_device, shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: Arguments that change from prompt to prompt: compiled once for all values.
 SIZES = ["S", "T", "sink", "window"]
-#: Queries of a call from which the copy engine loads keys and values.
-FEWEST_COPIED = 2**13
+#: Queries of a call from which TMA loads keys and values.
+MIN_TMA_QUERIES = 2**13
 
 
 @triton.jit
@@ -86,15 +84,15 @@ def _forward(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
     query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_s,
     S, T, sink, window, scale_log2,
-    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr, COPY: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """``COPY``: keys and values are descriptors of blocks, which the copy engine loads; else they are addresses."""
+    """``TMA``: keys and values are descriptors of blocks, which the tensor memory accelerator loads; else addresses."""
     batch, kv_head, head_M, i_M, first, last = _tile(S, T, G, M, PACK)
     row_M = i_M - (T - S)
     real_M = i_M < T
     mask = real_M[:, None]
     query = tl.load(_rows(query_ptr, batch, head_M, row_M, query_b, query_h, query_s, D), mask=mask, other=0.0)
-    if not COPY:
+    if not TMA:
         key_ptr += batch * key_b + kv_head * key_h
         value_ptr += batch * value_b + kv_head * value_h
 
@@ -104,7 +102,7 @@ def _forward(
     sinks, start, count = _blocks(first, last, sink, window, N)
     for n in tl.range(0, count):
         begin, end, masked = _block(n, sinks, start, first, last, sink, window, N)
-        if COPY:
+        if TMA:
             key = key_ptr.load([batch.to(tl.int32), kv_head.to(tl.int32), begin, 0]).reshape([N, D])
         else:
             key = _load(key_ptr, begin, key_t, T, N, D)
@@ -116,7 +114,7 @@ def _forward(
         weight = tl.exp2(score * scale_log2 - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weight, 1)
-        if COPY:
+        if TMA:
             value = value_ptr.load([batch.to(tl.int32), kv_head.to(tl.int32), begin, 0]).reshape([N, D])
         else:
             value = _load(value_ptr, begin, value_t, T, N, D)
@@ -166,20 +164,20 @@ def _query_gradient(
     tl.store(_rows(dquery_ptr, batch, head_M, row_M, dquery_b, dquery_h, dquery_s, D), dquery, mask=mask)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "parts"])
+@triton.jit(do_not_specialize=[*SIZES, "splits"])
 def _key_gradient(
     query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
     query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, grad_b, grad_h, grad_s,
-    out_part, out_b, out_h, out_t,
-    S, T, sink, window, scale, scale_log2, parts,
+    out_split, out_b, out_h, out_t,
+    S, T, sink, window, scale, scale_log2, splits,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """
-    Gradients of a block of keys and values: from the queries whose window reaches it, or (``FAR``) from a part of
+    Gradients of a block of keys and values: from the queries whose window reaches it, or (``FAR``) from a split of
     the later queries, which only see its sink keys.
     """
-    batch, kv_head = (tl.program_id(2) // parts).to(tl.int64), tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2) % parts
+    batch, kv_head = (tl.program_id(2) // splits).to(tl.int64), tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2) % splits
     start = tl.program_id(0) * N
     columns = tl.arange(0, D)
     j_N = start + tl.arange(0, N)
@@ -189,8 +187,8 @@ def _key_gradient(
     begin, end = tl.maximum(start, T - S), tl.minimum(T, start + N - 1 + window)
     if FAR:
         begin = tl.maximum(end, T - S)
-        share = tl.cdiv(tl.cdiv(tl.maximum(T - begin, 0), parts), M) * M
-        begin += part * share
+        share = tl.cdiv(tl.cdiv(tl.maximum(T - begin, 0), splits), M) * M
+        begin += split * share
         end = tl.minimum(T, begin + share)
 
     dkey, dvalue = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
@@ -214,7 +212,7 @@ def _key_gradient(
             score_grad = weight * (tl.dot(value, grad.T) - delta_M[None, :])
             dkey = tl.dot(score_grad.to(query.dtype), query, dkey)
 
-    offset = part * out_part + batch * out_b + kv_head * out_h + j_N.to(tl.int64)[:, None] * out_t + columns[None, :]
+    offset = split * out_split + batch * out_b + kv_head * out_h + j_N.to(tl.int64)[:, None] * out_t + columns[None, :]
     real = (j_N < T)[:, None]
     tl.store(dkey_ptr + offset, (dkey * scale).to(dkey_ptr.dtype.element_ty), mask=real)
     tl.store(dvalue_ptr + offset, dvalue.to(dvalue_ptr.dtype.element_ty), mask=real)
@@ -238,9 +236,9 @@ def _delta(
 # --- Launching --------------------------------------------------------------------------------------------------
 
 
-def _pack(groups: int, most: int) -> int:
-    """Heads of a group that share a tile: more of them let a tile span fewer positions, so less of it is masked."""
-    return min(most, groups & -groups)
+def _pack(groups: int, limit: int) -> int:
+    """Count the heads of a group that share a tile: with more of them it spans fewer positions, so less is masked."""
+    return min(limit, groups & -groups)
 
 
 def _rows_contiguous(states: torch.Tensor) -> torch.Tensor:
@@ -248,7 +246,7 @@ def _rows_contiguous(states: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks_of(states_BKTD: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Blocks of a head's rows, for the copy engine: it takes rows in one piece, each at a multiple of 16 bytes."""
+    """Describe blocks of a head's rows for TMA, which takes rows in one piece, each at a multiple of 16 bytes."""
     *strides, last = states_BKTD.stride()
     steps = (states_BKTD.data_ptr(), *(stride * states_BKTD.element_size() for stride in strides))
     if last != 1 or min(strides) <= 0 or any(step % 16 for step in steps):
@@ -257,34 +255,20 @@ def _blocks_of(states_BKTD: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def _like(states_BHSD: torch.Tensor) -> torch.Tensor:
-    """Empty, of the same shape, heads inside positions in memory: what the output projection reads without a copy."""
+    """Make an empty tensor of that shape, heads inside positions: what the output projection reads without a copy."""
     batch, heads, length, dim = states_BHSD.shape
     return states_BHSD.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
-@lru_cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use."""
-    if device.type != "cuda":  # the interpreter
-        return 2**20
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-@lru_cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)  # the interpreter
 
 
 def _run_forward(query, key, value, sink, window, scale, with_lse):
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
     tile = forward_tile(dim, batch * length, shared_memory(query.device), capability(query.device))
-    pack = _pack(groups, tile.pop("most_packed"))
+    pack = _pack(groups, tile.pop("max_pack"))
     output = _like(query)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
     grid = (triton.cdiv(length, tile["M"] // pack), heads // pack, batch)
-    blocks = [_blocks_of(states, tile["N"]) for states in (key, value)] if tile["COPY"] else (key, value)
+    blocks = [_blocks_of(states, tile["N"]) for states in (key, value)] if tile["TMA"] else (key, value)
     with on_device(query):
         _forward[grid](
             query, *blocks, output, lse,
@@ -296,22 +280,22 @@ def _run_forward(query, key, value, sink, window, scale, with_lse):
 
 
 def forward_tile(dim: int, queries: int, shared: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Tile sizes of the forward kernel, for programs that may use ``shared`` bytes of shared memory."""
+    """Choose the forward kernel's tile, for thread blocks that may use ``shared`` bytes of shared memory."""
     # The host takes longer to describe blocks than a short prompt takes the device.
-    copy = capability >= (9, 0) and queries >= FEWEST_COPIED
-    tile = dict(M=64, N=64, num_warps=4, num_stages=2, most_packed=4, COPY=copy)
+    tma = capability >= (9, 0) and queries >= MIN_TMA_QUERIES
+    tile = dict(M=64, N=64, num_warps=4, num_stages=2, max_pack=4, TMA=tma)
     if dim > 128:
         return tile | dict(N=32)
-    if copy and capability < (12, 0):
-        # Tiles that read half as much from L2, in few enough registers for two programs on a multiprocessor.
+    if tma and capability < (12, 0):
+        # Tiles that read half as much from L2, in few enough registers for two thread blocks on an SM.
         return tile | dict(M=128, num_warps=8, maxnreg=128)
-    # Small tiles, so that two programs share a multiprocessor and one computes while the other takes its softmax. Three
+    # Small tiles, so that two thread blocks share an SM and one computes while the other takes its softmax. Three
     # stages take up to 112 KiB, two 80 KiB: consumer GPUs have 99.
     return tile | dict(num_stages=3 if shared >= 140_000 or dim <= 64 else 2)
 
 
 def backward_tile(dim: int) -> dict[str, int]:
-    """Tile sizes of the backward kernels."""
+    """Choose the backward kernels' tile."""
     side = 64 if dim <= 128 else 32
     return dict(M=side, N=side, num_warps=4, num_stages=2)
 
@@ -341,12 +325,12 @@ def _run_backward(query, key, value, output, lse, grad, sink, window, scale):
     )  # fmt: skip
     sinks = min(sink, keys)
     if sinks and keys > window:  # queries behind the window see the sink keys: many queries, few keys
-        parts = max(1, min(64, keys // 1024))
+        splits = max(1, min(64, keys // 1024))
         blocks = triton.cdiv(sinks, N)
-        far = query.new_zeros(2, parts, batch, kv_heads, blocks * N, dim, dtype=torch.float32)
-        _key_gradient[(blocks, kv_heads, batch * parts)](
+        far = query.new_zeros(2, splits, batch, kv_heads, blocks * N, dim, dtype=torch.float32)
+        _key_gradient[(blocks, kv_heads, batch * splits)](
             query, key, value, grad, lse, delta, far[0], far[1], *strides, *far.stride()[1:5],
-            length, keys, sink, window, scale, scale * LOG2E.value, parts, FAR=True, **constants,
+            length, keys, sink, window, scale, scale * LOG2E.value, splits, FAR=True, **constants,
         )  # fmt: skip
         for states, extra in zip((dkey, dvalue), far.sum(1), strict=True):
             states[:, :, :sinks] += extra[:, :, :sinks].to(states.dtype)
@@ -357,7 +341,7 @@ def _run_backward(query, key, value, output, lse, grad, sink, window, scale):
 def streaming(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink: int, window: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp, as an operator: gradient checkpointing can keep what an operator gave."""
+    """Compute output and log-sum-exp; an operator, as gradient checkpointing can keep what an operator gave."""
     return _run_forward(query, key, value, sink, window, scale, with_lse=True)
 
 
@@ -389,7 +373,7 @@ def attention(
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention of the last S of T positions to the first ``sink`` keys and the latest ``window`` ones.
+    Compute attention of the last S of T positions to the first ``sink`` keys and the latest ``window`` ones.
 
     Differentiable; gradients do not flow through the log-sum-exp.
 

@@ -1,17 +1,59 @@
-"""Which keys a layer may see: one file a pattern. Each has its mask, its prefill and its count of pairs."""
+"""Which keys a layer may see: one file a pattern, and the registry by which configurations name them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
 from flux_attention.config import FluxConfig
+from flux_attention.errors import FluxConfigError
+from flux_attention.patterns.base import Pattern
 from flux_attention.patterns.full import Full
 from flux_attention.patterns.streaming import Streaming
 from flux_attention.patterns.triangle import Triangle
 
-__all__ = ["Full", "Streaming", "Triangle", "sparse_pattern"]
+__all__ = ["FULL_PATTERNS", "SPARSE_PATTERNS", "Full", "Pattern", "Streaming", "Triangle", "build", "full_pattern",
+           "sparse_pattern"]  # fmt: skip
+
+#: What full layers may compute, and what sparse layers may, by name.
+FULL_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Full,)}
+SPARSE_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Streaming, Triangle)}
 
 
-def sparse_pattern(config: FluxConfig) -> Streaming:
-    """The pattern that sparse layers use in prefill; all of them keep and decode sink + window."""
-    if config.pattern == "triangle":
-        return Triangle(config.sink, config.window, config.last_n)
-    return Streaming(config.sink, config.window)
+def build(settings: Mapping[str, Any], registry: Mapping[str, type[Pattern]]) -> Pattern:
+    """
+    Make the pattern that a configuration names.
+
+    Parameters
+    ----------
+    settings : mapping
+        ``pattern``, a name in the registry, and the sizes of that pattern.
+    registry : mapping of str to type
+        ``FULL_PATTERNS`` or ``SPARSE_PATTERNS``.
+
+    Raises
+    ------
+    FluxConfigError
+        For an unknown name, sizes that are missing, unknown or out of range.
+    """
+    sizes = dict(settings)
+    name = sizes.pop("pattern", None)
+    if name not in registry:
+        raise FluxConfigError(f"pattern is {name!r}, expected one of {list(registry)}")
+    known = {size.name for size in fields(registry[name])}
+    if wrong := known ^ set(sizes):
+        raise FluxConfigError(
+            f"the pattern {name!r} has the sizes {sorted(known)}; unknown or missing: {sorted(wrong)}"
+        )
+    return registry[name](**sizes)
+
+
+def sparse_pattern(config: FluxConfig) -> Pattern:
+    """Make the pattern that sparse layers use; see ``build``."""
+    return build(config.sparse, SPARSE_PATTERNS)
+
+
+def full_pattern(config: FluxConfig) -> Pattern:
+    """Make the pattern that full layers use; see ``build``."""
+    return build(config.full, FULL_PATTERNS)

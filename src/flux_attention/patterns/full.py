@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from flux_attention import kernels
+from flux_attention.patterns.base import Pattern
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Pattern):
     """Causal attention over the whole context."""
 
+    name: ClassVar[str] = "full"
+
     def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
-        """bool (length, length): which key each query sees. A definition for tests, not a way to compute."""
+        """See ``Pattern.mask``."""
         return torch.ones(length, length, dtype=torch.bool).tril()
 
-    def pairs(self, length: int) -> int:
-        """Query-key pairs computed for a prompt of ``length`` tokens."""
-        return length * (length + 1) // 2
-
     def prefill(self, query_BHSD, key_BKTD, value_BKTD, scale, prompt_lengths=None) -> torch.Tensor:
-        """Attention of the last S of T positions; see ``kernels.full``."""
+        """See ``Pattern.prefill``."""
         return kernels.full(query_BHSD, key_BKTD, value_BKTD, scale)
+
+    @property
+    def later(self) -> Full:
+        """The pattern itself."""
+        return self
+
+    def kept(self, length: int) -> int:
+        """See ``Pattern.kept``: all."""
+        return length
+
+    def pairs(self, length: int) -> int:
+        """See ``Pattern.pairs``."""
+        return length * (length + 1) // 2

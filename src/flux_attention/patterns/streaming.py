@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from flux_attention import kernels
+from flux_attention.patterns.base import Pattern
 
 
 @dataclass(frozen=True)
-class Streaming:
+class Streaming(Pattern):
     """
-    Key j is seen by query i if j ≤ i and (j < sink or i − j < window). Exact token counts.
+    Sink + window: key j is seen by query i if j ≤ i and (j < sink or i − j < window). Exact token counts.
 
     Parameters
     ----------
     sink, window : int
-        Tokens.
+        Tokens; the window includes the query's own.
     """
 
+    name: ClassVar[str] = "streaming"
+
     sink: int
-    window: int
+    window: int = field(metadata={"min": 1})
 
     def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
-        """bool (length, length): which key each query sees. A definition for tests, not a way to compute."""
+        """See ``Pattern.mask``."""
         i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
         return (j <= i) & ((j < self.sink) | (i - j < self.window))
 
-    def pairs(self, length: int) -> int:
-        """Query-key pairs computed for a prompt of ``length`` tokens."""
-        most = min(length, self.sink + self.window)
-        return most * (most + 1) // 2 + (length - most) * (self.sink + self.window)
-
     def prefill(self, query_BHSD, key_BKTD, value_BKTD, scale, prompt_lengths=None) -> torch.Tensor:
-        """Attention of the last S of T positions; see ``kernels.streaming``."""
+        """See ``Pattern.prefill``."""
         return kernels.streaming(query_BHSD, key_BKTD, value_BKTD, self.sink, self.window, scale)
+
+    @property
+    def later(self) -> Streaming:
+        """Sink + window."""
+        return Streaming(self.sink, self.window)
+
+    def kept(self, length: int) -> int:
+        """See ``Pattern.kept``."""
+        return min(length, self.sink + self.window)
+
+    def pairs(self, length: int) -> int:
+        """See ``Pattern.pairs``."""
+        kept = self.kept(length)
+        return kept * (kept + 1) // 2 + (length - kept) * (self.sink + self.window)

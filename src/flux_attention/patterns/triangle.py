@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -15,28 +16,23 @@ class Triangle(Streaming):
     """
     ``Streaming`` for all queries but the last ``last_n`` of the prompt, which see every key.
 
-    The prompt is what the first forward call gets: tokens of later calls (further prefill chunks, decode)
-    attend to sink and window only, as the other keys are no longer kept.
+    Tokens behind the prompt attend to sink and window only, as the other keys are no longer kept.
     """
 
-    last_n: int
+    name: ClassVar[str] = "triangle"
+
+    last_n: int = field(metadata={"min": 1})
 
     def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
-        """bool (length, length), for a first call of ``prompt_length`` (default: all) tokens."""
+        """See ``Pattern.mask``."""
         prompt_length = length if prompt_length is None else prompt_length
         mask = super().mask(length)
         rows = slice(max(0, prompt_length - self.last_n), prompt_length)
         mask[rows] = torch.ones(length, length, dtype=torch.bool).tril()[rows]
         return mask
 
-    def pairs(self, length: int) -> int:
-        """Query-key pairs computed for a prompt of ``length`` tokens."""
-        # The last rows see i + 1 keys instead of sink + window.
-        extra = [i + 1 - self.sink - self.window for i in range(max(0, length - self.last_n), length)]
-        return super().pairs(length) + sum(e for e in extra if e > 0)
-
     def prefill(self, query_BHSD, key_BKTD, value_BKTD, scale, prompt_lengths=None) -> torch.Tensor:
-        """Attention of a whole prompt (S = T); ``prompt_lengths`` are the rows' real lengths, default all S."""
+        """See ``Pattern.prefill``; of a whole prompt (S = T)."""
         output = super().prefill(query_BHSD, key_BKTD, value_BKTD, scale)
         lengths = prompt_lengths or [query_BHSD.shape[2]] * len(query_BHSD)
         output = output.clone() if output.requires_grad else output  # which its backward pass would miss
@@ -48,3 +44,9 @@ class Triangle(Streaming):
                 query_BHSD[rows, :, last], key_BKTD[rows, :, :length], value_BKTD[rows, :, :length], scale
             )
         return output
+
+    def pairs(self, length: int) -> int:
+        """See ``Pattern.pairs``."""
+        # The last rows see i + 1 keys instead of sink + window.
+        extra = [i + 1 - self.sink - self.window for i in range(max(0, length - self.last_n), length)]
+        return super().pairs(length) + sum(e for e in extra if e > 0)

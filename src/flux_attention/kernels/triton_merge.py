@@ -1,6 +1,6 @@
-"""Attention over two sets of keys, joined by their log-sum-exps: one Triton kernel that reads and writes each once.
+"""The merge of two attention states by their log-sum-exps: one Triton kernel that reads and writes each once.
 
-PyTorch's operations on it are five, with numbers in float32 in between.
+By PyTorch's operations it would take five, with float32 in memory between them.
 
 Shape suffixes: B batch, S query length, H query heads, D head dim.
 """
@@ -11,14 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from flux_attention.kernels import on_device
+from flux_attention.kernels.device import on_device
 
-#: Queries of a program.
+#: Queries of a thread block.
 ROWS = 16
 
 
 @triton.jit
-def _join(
+def _merge(
     one_ptr, one_lse_ptr, other_ptr, other_lse_ptr, output_ptr,
     one_b, one_h, one_s, other_b, other_h, other_s, output_b, output_h, output_s,
     length, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -39,7 +39,7 @@ def _join(
     tl.store(output, result.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-def join(
+def merge_attention_states(
     one_BHSD: torch.Tensor,
     one_lse_BHS: torch.Tensor,
     other_BHSD: torch.Tensor,
@@ -47,7 +47,7 @@ def join(
     output_BHSD: torch.Tensor,
 ) -> None:
     """
-    Write attention over the keys of both to ``output_BHSD``; computed in float32 and rounded once.
+    Write attention over both sets of keys to ``output_BHSD``, computed in float32 and rounded once.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def join(
     batch, heads, length, dim = output_BHSD.shape
     states = (one_BHSD, other_BHSD, output_BHSD)
     with on_device(output_BHSD):
-        _join[(heads, triton.cdiv(length, ROWS), batch)](
+        _merge[(heads, triton.cdiv(length, ROWS), batch)](
             one_BHSD, one_lse_BHS, other_BHSD, other_lse_BHS, output_BHSD,
             *(stride for tensor in states for stride in tensor.stride()[:3]),
             length, D=dim, WIDTH=triton.next_power_of_2(dim), ROWS=ROWS, num_warps=4,

@@ -1,0 +1,363 @@
+"""Where the routes of one forward pass come from: one class for each source, all asked in the same way.
+
+A decision is about *units*: the routed layers, or, to compare with, their KV heads. An engine makes one for each batch
+of prompts, shows it the query states that it wants to read, asks it for each unit's routes, and finishes it.
+
+Shape suffixes: B batch, S query length, H query heads, D head dim, U units.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flux_attention.errors import UnsupportedModelError
+from flux_attention.router import LayerRouter, Pooling, hard_route, soft_route
+from flux_attention.routes import unit_name
+
+#: A routed layer's index in the model, or (layer, KV head).
+Unit = int | tuple[int, int]
+#: What ``Routing.force`` takes.
+RouteSpec = str | float | Sequence[int] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Decided:
+    """
+    What a finished decision came to, all on the CPU.
+
+    Attributes
+    ----------
+    routes_BU : torch.Tensor
+        bool, True = full attention.
+    logits_BU2 : torch.Tensor or None
+        float32, the routers' outputs for [SA, FA]; None where no router ran.
+    gates_BU : torch.Tensor or None
+        float32, straight-through decisions with gradients; in training only.
+    """
+
+    routes_BU: torch.Tensor
+    logits_BU2: torch.Tensor | None = None
+    gates_BU: torch.Tensor | None = None
+
+
+class Decision(ABC):
+    """Where the routes of one batch of prompts come from; ``units`` are what it is about."""
+
+    units: tuple[Unit, ...]
+    #: Whether ``observe`` is to be called with every unit's query states before its routes are asked for.
+    reads_queries = False
+
+    def observe(self, unit: Unit, query_BSHD: torch.Tensor) -> None:
+        """Read a unit's query states before rotary embedding; called where ``reads_queries``."""
+        raise RuntimeError(f"{type(self).__name__} reads no query states")
+
+    @abstractmethod
+    def routes(self, unit: Unit) -> list[bool]:
+        """Return the sequences' routes in a unit, True = full attention."""
+
+    def gate(self, unit: Unit) -> torch.Tensor | None:
+        """Return float32 (B,), straight-through routes with gradients, in training; else None."""
+        return None
+
+    @abstractmethod
+    def finish(self) -> Decided:
+        """Return all that was decided, once every unit took part."""
+
+
+class Forced(Decision):
+    """
+    Routes that are known beforehand, sequence by sequence.
+
+    Parameters
+    ----------
+    units : tuple of Unit
+    routes_BU : torch.Tensor
+        bool, True = full attention.
+    """
+
+    def __init__(self, units: tuple[Unit, ...], routes_BU: torch.Tensor):
+        self.units, self.routes_BU = units, routes_BU
+
+    def routes(self, unit: Unit) -> list[bool]:
+        """See ``Decision.routes``."""
+        return self.routes_BU[:, self.units.index(unit)].tolist()
+
+    def finish(self) -> Decided:
+        """See ``Decision.finish``."""
+        return Decided(self.routes_BU)
+
+
+class Static(Forced):
+    """
+    One fixed set of full units for every sequence.
+
+    Parameters
+    ----------
+    units : tuple of Unit
+    full : sequence of Unit
+        Those that attend fully.
+    batch : int
+        B.
+    """
+
+    def __init__(self, units: tuple[Unit, ...], full: Sequence[Unit], batch: int):
+        super().__init__(units, parse_routes(list(full), batch, units))
+
+
+class _LogitsCopy:
+    """
+    A router's logits on their way to the host.
+
+    How a row is computed depends on its route, so the host must read it: the one synchronisation of a layer's prefill.
+    It does so when attention is reached; by then the device has projections and rotary embedding to work on.
+    """
+
+    def __init__(self, logits_B2: torch.Tensor):
+        self.event = None
+        if logits_B2.is_cuda:
+            self.values = torch.empty(logits_B2.shape, dtype=logits_B2.dtype, pin_memory=True)
+            self.values.copy_(logits_B2, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(logits_B2.device))
+        else:
+            self.values = logits_B2.cpu()
+
+    def read(self, unit: Unit) -> torch.Tensor:
+        """Return float32 (B, 2) on the CPU."""
+        if self.event is not None:
+            self.event.synchronize()
+        if not math.isfinite(self.values.sum().item()):
+            bad = [row for row, values in enumerate(self.values) if not values.isfinite().all()]
+            raise ValueError(
+                f"the router of layer {unit_name(unit)} read NaN or infinite query states in sequences {bad} of the "
+                "batch; the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
+            )
+        return self.values
+
+
+class _ByRouters(Decision):
+    """What decisions by routers share: each unit's router reads the pooled query states, in float32."""
+
+    reads_queries = True
+
+    def __init__(self, units: tuple[Unit, ...], routers: Mapping[Unit, LayerRouter], pooling: Pooling):
+        self.units, self.routers, self.pooling = units, routers, pooling
+        self.finished = False
+        self._logits: dict[Unit, torch.Tensor] = {}
+        self._routes: dict[Unit, list[bool]] = {}
+
+    def _read(self, unit: Unit, query_BSHD: torch.Tensor) -> torch.Tensor:
+        router, device = self.routers[unit], query_BSHD.device
+        if next(router.parameters()).device != device:
+            router.to(device)
+        with torch.autocast(device.type, enabled=False):
+            return router(self.pooling(query_BSHD))
+
+    def _all_logits(self) -> torch.Tensor:
+        return torch.stack([self._logits[unit].cpu() for unit in self.units], dim=1)
+
+
+class Routed(_ByRouters):
+    """
+    Hard, deterministic routes by trained routers, which read the prompt while it is computed.
+
+    Parameters
+    ----------
+    units : tuple of Unit
+    routers : mapping of Unit to LayerRouter
+    pooling : Pooling
+        What they read of each prompt.
+    short : sequence of bool
+        Of each sequence whether it runs full, whatever the routers say.
+    """
+
+    def __init__(
+        self,
+        units: tuple[Unit, ...],
+        routers: Mapping[Unit, LayerRouter],
+        pooling: Pooling,
+        short: Sequence[bool],
+    ):
+        super().__init__(units, routers, pooling)
+        self.short = short
+        self._copies: dict[Unit, _LogitsCopy] = {}
+
+    def observe(self, unit: Unit, query_BSHD: torch.Tensor) -> None:
+        """See ``Decision.observe``."""
+        if unit in self._copies or unit in self._routes:
+            raise UnsupportedModelError(f"layer {unit_name(unit)} computes its query twice, so it cannot be routed")
+        self._copies[unit] = _LogitsCopy(self._read(unit, query_BSHD).detach())
+
+    def routes(self, unit: Unit) -> list[bool]:
+        """See ``Decision.routes``; waits for the router if need be."""
+        if unit not in self._routes:
+            self._logits[unit] = logits = self._copies.pop(unit).read(unit)
+            routes = hard_route(logits).tolist()
+            self._routes[unit] = [short or route for short, route in zip(self.short, routes, strict=True)]
+        return self._routes[unit]
+
+    def finish(self) -> Decided:
+        """See ``Decision.finish``."""
+        routes_BU = torch.tensor([self.routes(unit) for unit in self.units]).T
+        return Decided(routes_BU, self._all_logits())
+
+
+class Soft(_ByRouters):
+    """
+    Straight-through Gumbel-Softmax decisions, through which gradients flow to the routers: for training.
+
+    Gradient checkpointing computes layers again after ``finish``, and then shows their query states once more.
+
+    Parameters
+    ----------
+    units, routers, pooling
+        As in ``Routed``.
+    temperature : float or torch.Tensor
+        τ.
+    noise_BU2 : torch.Tensor, optional
+        float32, the Gumbel noise; drawn where it is not given.
+
+    Raises
+    ------
+    ValueError
+        For noise of another shape.
+    """
+
+    def __init__(
+        self,
+        units: tuple[Unit, ...],
+        routers: Mapping[Unit, LayerRouter],
+        pooling: Pooling,
+        temperature: float | torch.Tensor,
+        noise_BU2: torch.Tensor | None = None,
+    ):
+        super().__init__(units, routers, pooling)
+        self.temperature, self.noise_BU2 = temperature, noise_BU2
+        self._gates: dict[Unit, torch.Tensor] = {}
+        expected = (len(pooling.lengths), len(units), 2)
+        if noise_BU2 is not None and noise_BU2.shape != expected:
+            raise ValueError(
+                f"the noise has shape {tuple(noise_BU2.shape)}, expected {expected}: sequences, routed layers, 2"
+            )
+
+    def observe(self, unit: Unit, query_BSHD: torch.Tensor) -> None:
+        """See ``Decision.observe``."""
+        if unit in self._routes and not self.finished:
+            raise UnsupportedModelError(f"layer {unit_name(unit)} computes its query twice, so it cannot be routed")
+        logits = self._read(unit, query_BSHD)
+        noise = None if self.noise_BU2 is None else self.noise_BU2[:, self.units.index(unit)]
+        gate = soft_route(logits, self.temperature, noise)
+        self._logits[unit], self._gates[unit] = logits.detach(), gate
+        self._routes[unit] = (gate.detach() > 0.5).tolist()
+
+    def routes(self, unit: Unit) -> list[bool]:
+        """See ``Decision.routes``."""
+        return self._routes[unit]
+
+    def gate(self, unit: Unit) -> torch.Tensor:
+        """See ``Decision.gate``; of a layer that is computed again, once."""
+        # A kept gate would hold all that its router's input is made of.
+        return self._gates.pop(unit) if self.finished else self._gates[unit]
+
+    def finish(self) -> Decided:
+        """
+        See ``Decision.finish``.
+
+        Raises
+        ------
+        ValueError
+            If the gates carry no gradient though the routers are to be trained.
+        """
+        gates = [self._gates[unit] for unit in self.units]
+        trained = any(parameter.requires_grad for unit in self.units for parameter in self.routers[unit].parameters())
+        if trained and torch.is_grad_enabled() and not gates[0].requires_grad:
+            raise ValueError(
+                "the gates carry no gradient: reentrant gradient checkpointing runs layers without one; enable it "
+                "with gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        self.finished = True
+        gates_BU = torch.stack([gate.cpu() for gate in gates], dim=1)
+        self._gates = {}  # whose graph holds the checkpoints, which hold the forward pass that asks this decision
+        return Decided(gates_BU.detach() > 0.5, self._all_logits(), gates_BU)
+
+
+# --- What is forced ---------------------------------------------------------------------------------------------------
+
+
+def read_spec(text: str, separator: str = ",") -> RouteSpec:
+    """
+    Read a ``RouteSpec`` from text: ``full``, ``sparse``, a ratio such as 0.75, or layers such as 3,7.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+    """
+    if text in ("full", "sparse"):
+        return text
+    try:
+        return float(text) if "." in text else [int(layer) for layer in text.split(separator)]
+    except ValueError:
+        raise ValueError(
+            f"cannot force {text!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3{separator}7"
+        ) from None
+
+
+def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[Unit]) -> torch.Tensor:
+    """
+    Write out the routes that ``spec`` asks for.
+
+    Parameters
+    ----------
+    spec : str, float, sequence of int, or torch.Tensor
+        ``"full"`` or ``"sparse"`` for every layer; a ratio Ω_MSR in [0, 1] (the full layers are spread evenly
+        over the depth); the model's indices of the layers that run full; or a tensor of (L,) or (B, L), nonzero
+        = full.
+    batch : int
+        Sequences.
+    layers : sequence of int
+        The model's indices of the routed layers.
+
+    Returns
+    -------
+    torch.Tensor
+        bool ``routes_BL``.
+
+    Raises
+    ------
+    ValueError
+        For anything else, with what was expected.
+    """
+    count = len(layers)
+    routes = torch.zeros(batch, count, dtype=torch.bool)
+    if isinstance(spec, torch.Tensor):
+        rows = {1: 1, 2: len(spec)}.get(spec.ndim, 0) if spec.shape[-1:] == (count,) else 0
+        if rows == 0 or batch % rows:
+            raise ValueError(
+                f"forced routes have shape {tuple(spec.shape)}, expected ({count},) or ({batch}, {count}): "
+                "(routed layers,) or (batch, routed layers)"
+            )
+        # generate() repeats each sequence for beams and num_return_sequences.
+        return (spec.detach().cpu() != 0).view(rows, count).repeat_interleave(batch // rows, dim=0)
+    if isinstance(spec, str):
+        if spec not in ("full", "sparse"):
+            raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")
+        return routes.fill_(spec == "full")
+    if isinstance(spec, (int, float)) and not isinstance(spec, bool):
+        if not 0 <= spec <= 1:
+            raise ValueError(f"cannot force the ratio {spec}; Ω_MSR, the share of sparse layers, is between 0 and 1")
+        full = count - round(spec * count)
+        routes[:, [int((index + 0.5) * count / full) for index in range(full)]] = True
+        return routes
+    if isinstance(spec, Sequence):
+        unknown = [layer for layer in spec if layer not in layers]
+        if unknown:
+            raise ValueError(f"cannot force layers {unknown} to full attention; routed layers are {list(layers)}")
+        routes[:, [list(layers).index(layer) for layer in spec]] = True
+        return routes
+    raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")

@@ -1,0 +1,75 @@
+"""The forward context: what the forward call that is running in a thread has to say to layers, cache and compiled code.
+
+A context travels to the layers as a keyword argument, so that gradient checkpointing, which runs layers again, finds
+it; within a layer a context variable holds it, so that threads do not mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+#: The name under which attention and mask functions are registered with transformers.
+NAME = "flux"
+#: The keyword that carries the context to attention layers.
+CONTEXT = "flux_context"
+#: The keyword by which attention is told that it is traced into a compiled layer.
+COMPILED = "flux_compiled"
+
+
+class ForwardContext(Protocol):
+    """What a forward pass and a captured decode step have in common."""
+
+    #: Whether it is a captured decode step.
+    is_step: bool
+    #: Whether the forward call is over; layers may still be computed again by gradient checkpointing.
+    finished: bool
+    #: Whether query modules' outputs are to be observed.
+    reads_queries: bool
+    #: Whether sequences lie behind one another in one row.
+    is_packed: bool
+    #: The routed layers' indices.
+    routed: Collection[int]
+
+    def observe(self, layer: int, output: torch.Tensor, source: torch.Tensor) -> None:
+        """Read the output and the input of a layer's query module."""
+
+    def attend(
+        self, layer: int, query_BHSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Compute attention output (B, S, H, D) of one layer, and store its new keys and values."""
+
+    def finish(self) -> Any:
+        """End the forward call; returns what is to be published, or None."""
+
+
+@dataclass(frozen=True)
+class EnclosingCall:
+    """
+    The call of a model around the decoder, which may turn a padding mask into masks for each kind of layer.
+
+    Attributes
+    ----------
+    attention_mask : torch.Tensor or None
+        As it was given.
+    input_ids : torch.Tensor or None
+        As they were given.
+    text_only : bool
+        Whether no token is an image's, a video's or a sound's.
+    """
+
+    attention_mask: Any
+    input_ids: torch.Tensor | None
+    text_only: bool
+
+
+#: The context of the forward call that this thread is in.
+current: ContextVar[ForwardContext | None] = ContextVar("flux_context", default=None)
+#: The calls around the decoder's, outermost first.
+enclosing: ContextVar[tuple[EnclosingCall, ...]] = ContextVar("flux_enclosing", default=())
+#: Columns of the prompt that this thread generates from: a forward call may hold drafted tokens behind them.
+prompt_columns: ContextVar[int | None] = ContextVar("flux_prompt_columns", default=None)

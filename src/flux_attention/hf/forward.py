@@ -1,0 +1,232 @@
+"""The forward pass of a routed decoder: asks its decision for each layer's routes, groups rows, attends, stores.
+
+Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, D head dim, R rows of one group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flux_attention import kernels
+from flux_attention.decision import Decision, Unit
+from flux_attention.errors import UnsupportedModelError
+from flux_attention.hf.cache.buffers import take_rows
+from flux_attention.hf.cache.groups import AttentionGroup, prompt_groups
+from flux_attention.hf.cache.layer import RoutedLayer
+from flux_attention.hf.layout import BatchLayout
+from flux_attention.hf.support import QueryShape
+from flux_attention.patterns import Pattern
+from flux_attention.routes import Routes
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """
+    What a forward call was given, checked.
+
+    Attributes
+    ----------
+    layout : BatchLayout
+        Which of the call's tokens are real.
+    prompt_lengths : list of int
+        Of each row's real tokens so many, from the first on, are prompt.
+    layers : dict of int to RoutedLayer
+        The routed layers of the KV cache; empty without a cache.
+    """
+
+    layout: BatchLayout
+    prompt_lengths: list[int]
+    layers: dict[int, RoutedLayer]
+
+    @property
+    def past(self) -> list[int]:
+        """Real tokens of each row in the cache."""
+        first = next(iter(self.layers.values()), None)
+        return list(first.lengths) if first and first.seen else [0] * len(self.layout.lengths)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the cache is empty, or there is none."""
+        return not any(layer.seen for layer in self.layers.values())
+
+    @property
+    def decides(self) -> bool:
+        """Whether the call's routes are to be decided; else the cache has them."""
+        return not self.layers or next(iter(self.layers.values())).is_undecided
+
+    @property
+    def contexts(self) -> list[int]:
+        """Of each row, the tokens that its routes are about."""
+        return [old + new for old, new in zip(self.past, self.prompt_lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a forward pass that decided came to: ``routes``, and in training ``gates_BU`` with gradients."""
+
+    routes: Routes
+    gates_BU: torch.Tensor | None
+
+
+class ForwardPass:
+    """
+    One forward call of the decoder (a ``ForwardContext``).
+
+    Parameters
+    ----------
+    inputs : Inputs
+        Tokens and cache.
+    decision : Decision or None
+        Where routes come from; None if the cache has them.
+    units : tuple of Unit
+        What is routed.
+    shapes : dict of int to QueryShape
+        Each routed layer's.
+    sparse, full : Pattern
+        What sparse and full layers compute.
+    """
+
+    is_step = False
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        decision: Decision | None,
+        units: tuple[Unit, ...],
+        shapes: dict[int, QueryShape],
+        sparse: Pattern,
+        full: Pattern,
+    ):
+        self.layout, self.prompt_lengths, self.layers = inputs.layout, inputs.prompt_lengths, inputs.layers
+        self.batch, self.is_prompt, self.contexts = len(inputs.layout.lengths), inputs.is_prompt, inputs.contexts
+        self.decision, self.units, self.shapes, self.sparse, self.full = decision, units, shapes, sparse, full
+        self.reads_queries = decision is not None and decision.reads_queries
+        self.routed, self.is_packed = shapes.keys(), inputs.layout.starts is not None
+        self.attended: set[Unit] = set()
+        self.finished = False
+
+    def observe(self, layer: int, output: torch.Tensor, source: torch.Tensor) -> None:
+        """See ``ForwardContext.observe``."""
+        self._show(layer, self.shapes[layer].states(output, self.layout.width, source))
+
+    def _show(self, layer: int, query_BSHD: torch.Tensor) -> None:
+        self.decision.observe(layer, query_BSHD)
+
+    def finish(self) -> Finished | None:
+        """
+        See ``ForwardContext.finish``.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If a layer did not take part.
+        """
+        self.finished = True
+        missing = sorted(set(self.units) - self.attended)
+        if missing:
+            raise UnsupportedModelError(
+                f"layers {missing} did not call the registered attention function, so this model (or this way of "
+                "calling it, such as early exit) cannot be routed; call detach() to use it as it was"
+            )
+        if self.decision is None:
+            return None
+        decided = self.decision.finish()
+        lengths = tuple(self.contexts)
+        routes = Routes(decided.routes_BU, decided.logits_BU2, self.units, lengths, self.sparse, self.full)
+        return Finished(routes, decided.gates_BU)
+
+    def attend(self, layer: int, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
+        """See ``ForwardContext.attend``."""
+        return self._attend(layer, query_BHSD, key_BKSD, value_BKSD, scale)
+
+    def _attend(self, unit: Unit, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
+        if unit in self.attended and not self.finished:
+            raise UnsupportedModelError(f"layer {unit} calls attention twice in a call, so it cannot be routed")
+        self.attended.add(unit)
+        if value_BKSD.shape[-1] != query_BHSD.shape[-1]:
+            raise UnsupportedModelError(
+                f"values have {value_BKSD.shape[-1]} dimensions a head, queries {query_BHSD.shape[-1]}; routed layers "
+                "need the same"
+            )
+        states = tuple(self.layout.left_align(states) for states in (query_BHSD, key_BKSD, value_BKSD))
+        if unit in self.layers:
+            output = self._through_cache(unit, *states, scale)
+        else:
+            output = self._by_route(self.decision.routes(unit), *states, scale)
+            gate = self.decision.gate(unit)
+            if gate is not None:
+                output = self._mixed(gate, self.decision.routes(unit), output, *states, scale)
+        return self.layout.restore(output).transpose(1, 2).contiguous()
+
+    def _through_cache(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        cached = self.layers[layer]
+        if self.decision is not None:
+            cached.route(self.decision.routes(layer))
+        if self.layout.width == 1 and self.layout.is_uniform and not self.is_prompt:
+            # A single token takes the place that leaves the window: stored first, all is read without a copy.
+            cached.append(key, value, self.layout)
+            return self._by_group(cached.decode_groups(), query, scale)
+        if self.is_prompt:
+            groups = prompt_groups(cached.routes, self.layout, key, value)
+        else:
+            groups = cached.continuation_groups(key, value, self.layout.lengths)
+        output = self._by_group(groups, query, scale)
+        cached.append(key, value, self.layout)  # behind attention, which the device waits for
+        return output
+
+    def _by_route(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
+        if self.layout.starts is not None:
+            return self._by_sequence(routes, query, key, value, scale)
+        return self._by_group(prompt_groups(routes, self.layout, key, value), query, scale)
+
+    def _by_group(self, groups: list[AttentionGroup], query: torch.Tensor, scale: float) -> torch.Tensor:
+        if len(groups) == 1 and groups[0].queries == query.shape[2] and len(groups[0].rows) == self.batch:
+            return self._one(groups[0], query, scale)
+        output = torch.zeros_like(query)
+        for group in groups:
+            part = self._one(group, take_rows(query, group.rows)[:, :, : group.queries], scale)
+            output[kernels.index_on(query.device, group.rows), :, : group.queries] = part
+        return output
+
+    def _by_sequence(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
+        """Attend in sequences packed into one row, each alone; those of one route and length together."""
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for row, length in enumerate(self.layout.lengths):
+            groups.setdefault((routes[row], length), []).append(row)
+        # By one split: the gradient of a slice would be as large as the whole pack, for each sequence.
+        sequences = [states.split(self.layout.lengths, dim=2) for states in (query, key, value)]
+        outputs: list[torch.Tensor] = [query] * self.batch
+        for (route, length), rows in groups.items():
+            parts = [torch.cat([states[row] for row in rows]) for states in sequences]
+            output = self._one(AttentionGroup(rows, route, length, *parts[1:]), parts[0], scale)
+            for row, part in zip(rows, output.split(1), strict=True):
+                outputs[row] = part
+        return torch.cat(outputs, dim=2)
+
+    def _one(self, group: AttentionGroup, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
+        if group.is_decode:
+            return kernels.decode(query_RHSD, group.key_RKTD, group.value_RKTD, group.lengths, scale)
+        pattern = self.full if group.route else self.sparse
+        if not self.is_prompt:
+            pattern = pattern.later
+        prompt_lengths = [self.prompt_lengths[row] for row in group.rows]
+        return pattern.prefill(query_RHSD, group.key_RKTD, group.value_RKTD, scale, prompt_lengths)
+
+    def _mixed(self, gate_B, routes: list[bool], chosen, query, key, value, scale: float) -> torch.Tensor:
+        """
+        Compute O = z · FA + (1 − z) · SA, with the gate z of each sequence and ``chosen`` where its route is.
+
+        As z is 0 or 1, the gradients of query, key and value flow through the chosen branch alone; the other one is
+        needed for the gate's gradient, ⟨∂L/∂O, FA − SA⟩, and so forward only.
+        """
+        gate = gate_B[:, None, None, None]
+        if self.layout.starts is not None:  # (1, 1, S, 1): each token has its sequence's gate
+            lengths = torch.tensor(self.layout.lengths, device=gate.device)
+            gate = gate.repeat_interleave(lengths, output_size=self.layout.width).view(1, 1, -1, 1)
+        gate = gate.to(query.dtype)  # behind the repetition: its backward is a sum over the tokens, in float32
+        with torch.no_grad():
+            other = self._by_route([not route for route in routes], query, key, value, scale)
+            difference = torch.where(gate > 0.5, chosen - other, other - chosen)
+        return chosen + (gate - gate.detach()) * difference

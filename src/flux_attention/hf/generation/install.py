@@ -1,0 +1,127 @@
+"""The subclass of a model's class whose ``generate`` has the decode loop, knows the prompt, and takes routes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+
+from flux_attention.errors import UnsupportedModelError
+from flux_attention.hf.context import prompt_columns
+from flux_attention.hf.generation import loop
+
+if TYPE_CHECKING:
+    from flux_attention.hf.handle import Routing
+
+#: The methods that ``generate`` decodes with, which first of all compute the prompt.
+DECODING_METHODS = ("_sample", "_beam_search", "_assisted_decoding")
+
+
+def install_generation(model: PreTrainedModel, routing: Routing) -> Callable[[], None]:
+    """
+    Make a model's class a subclass, of the same name, that generates with routes.
+
+    ``generate`` looks its decoding methods up on the model's class. Everything around them (arguments, other ways of
+    decoding, ``pipeline``) stays the stock one.
+
+    Returns
+    -------
+    callable
+        Undoes it, unless the class was changed again meanwhile.
+    """
+    stock = type(model)
+    names: dict[str, Any] = {
+        "__deepcopy__": lambda self, memo: routing.__deepcopy__(memo),
+        "__reduce_ex__": lambda self, protocol: routing.__reduce__(),
+        "__module__": stock.__module__,
+        "__doc__": stock.__doc__,
+    }
+    if isinstance(model, GenerationMixin):
+        names["generate"] = _generate(stock.generate, routing)
+        for name in DECODING_METHODS:
+            method = getattr(stock, name, None)
+            if method is not None:
+                names[name] = _decoding_method(method, routing)
+    ours = model.__class__ = type(stock.__name__, (stock,), names)
+
+    def undo() -> None:
+        if type(model) is ours:
+            model.__class__ = stock
+
+    return undo
+
+
+def _generate(stock: Callable, routing: Routing) -> Callable:
+    @functools.wraps(stock)
+    def generate(self, *args, routes=None, **kwargs):
+        if not routing.is_attached:
+            return stock(self, *args, **kwargs)
+        config = kwargs.get("generation_config") or self.generation_config
+        early_exit = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
+        if early_exit is not None:  # refused before it changes the model's configuration
+            raise UnsupportedModelError(
+                f"assistant_early_exit={early_exit} runs some of the layers, which routing does not support; leave it "
+                "out, or call detach()"
+            )
+        with contextlib.nullcontext() if routes is None else routing.force(routes):
+            return stock(self, *args, **kwargs)
+
+    return generate
+
+
+def _decoding_method(stock: Callable, routing: Routing) -> Callable:
+    has_loop = stock is GenerationMixin._sample  # a model with a decode loop of its own keeps it
+
+    @functools.wraps(stock)
+    def decode(self, input_ids, *args, **kwargs):
+        if not routing.is_attached:
+            return stock(self, input_ids, *args, **kwargs)
+        columns = _prompt_columns(input_ids, **kwargs)
+        _check_chunks(routing, input_ids, columns, **kwargs)
+        token = prompt_columns.set(columns)
+        try:
+            if has_loop:
+                return loop.sample(routing, functools.partial(stock, self), input_ids, *args, **kwargs)
+            return stock(self, input_ids, *args, **kwargs)
+        finally:
+            prompt_columns.reset(token)
+
+    return decode
+
+
+def _prompt_columns(input_ids: torch.Tensor, attention_mask=None, inputs_embeds=None, **kwargs) -> int:
+    """Count the columns of the prompt, those that are cached already included."""
+    widths = [input_ids.shape[1]]
+    if isinstance(attention_mask, torch.Tensor):
+        widths.append(attention_mask.shape[1])  # of new tokens alone, the mask is longer
+    if inputs_embeds is not None:
+        widths.append(inputs_embeds.shape[1])
+    return max(widths)
+
+
+def _check_chunks(
+    routing: Routing,
+    input_ids,
+    columns: int,
+    generation_config=None,
+    past_key_values=None,
+    attention_mask=None,
+    **kwargs,
+) -> None:
+    """Refuse to cut a prompt into chunks that has to be read whole."""
+    size = getattr(generation_config, "prefill_chunk_size", None)
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if size is None or seen or columns <= size:
+        return
+    is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    lengths = attention_mask.sum(1).tolist() if is_mask else [columns] * len(input_ids)
+    if routing.needs_whole_prompt(lengths):
+        raise UnsupportedModelError(
+            f"prefill_chunk_size is {size}, but the prompt's {columns} tokens have to come in one call: routers read "
+            "both of its ends, and triangle's last rows see all of it; leave prefill_chunk_size out, or force routes "
+            "(generate(..., routes=...)) of a pattern without such rows"
+        )

@@ -1,0 +1,329 @@
+"""The handle of attached routers: forcing, soft decisions, what was decided, saving, detaching.
+
+Shape suffixes: B batch, L routed layers, U units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from flux_attention import adapters
+from flux_attention.config import FluxConfig
+from flux_attention.decision import Decision, Forced, Routed, RouteSpec, Soft, Static, Unit, parse_routes
+from flux_attention.errors import UnsupportedModelError
+from flux_attention.hf.cache.layer import RoutedLayer
+from flux_attention.hf.context import NAME, ForwardContext
+from flux_attention.hf.forward import Finished, ForwardPass, Inputs
+from flux_attention.hf.generation.step import CapturedSteps
+from flux_attention.hf.heads import HeadForwardPass
+from flux_attention.hf.inputs import InputReader
+from flux_attention.hf.support import QueryShape, tensor_parallel_group
+from flux_attention.patterns import full_pattern, sparse_pattern
+from flux_attention.router import LayerRouter, Pooling
+from flux_attention.routes import Routes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What ``with`` blocks of this thread ask of a model's decisions.
+
+    Attributes
+    ----------
+    forced : what ``Routing.force`` takes, or None
+        Routes in force.
+    temperature : float, torch.Tensor or None
+        Of soft decisions; None outside of ``Routing.soft``.
+    noise : torch.Tensor or None
+        Their Gumbel noise; None draws it.
+    """
+
+    forced: RouteSpec | None = None
+    temperature: float | torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+
+
+#: Of each handle, by its id. A context variable, so that a request's ``force`` is no other one's: threads and tasks.
+_settings: ContextVar[Mapping[int, Settings]] = ContextVar("flux_settings", default=MappingProxyType({}))
+
+
+class Routing:
+    """
+    Routers attached to a model; made by ``attach``.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+        The model that they are attached to.
+    config : FluxConfig
+        Patterns, sizes, and the base model's fingerprint.
+    routers : torch.nn.ModuleDict
+        One ``LayerRouter`` a routed layer, by the layer's index. Not part of the model: ``model.state_dict()``
+        and ``model.parameters()`` are the stock ones.
+    layers : tuple of int
+        The routed layers' indices.
+    units : tuple
+        What is decided on, in the order of routes and gates: the routed layers, or (layer, head) of their KV heads.
+    sparse, full : Pattern
+        What sparse and full layers compute.
+    cuda_graphs : bool
+        Whether ``generate`` may decode by captured steps; may be set at any time.
+    min_tokens : int
+        Shorter prompts run full; may be set at any time.
+    steps : CapturedSteps
+        Captured decode steps.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decoder: nn.Module,
+        attentions: dict[int, nn.Module],
+        config: FluxConfig,
+        routers: nn.ModuleDict,
+        keep_full_kv: bool,
+        cuda_graphs: bool,
+        compile: bool,
+        min_tokens: int,
+    ):
+        self.model, self.config, self.routers, self.keep_full_kv = model, config, routers, keep_full_kv
+        self.cuda_graphs, self.compile, self.min_tokens = cuda_graphs, compile, min_tokens
+        self.layers = config.base_model.routed_layers
+        self.sparse, self.full = sparse_pattern(config), full_pattern(config)
+        self.by_head = config.granularity == "head"
+        heads = range(config.base_model.num_kv_heads)
+        self.units: tuple[Unit, ...] = (
+            tuple((layer, head) for layer in self.layers for head in heads) if self.by_head else self.layers
+        )
+        self.steps = CapturedSteps()
+        self.hooks = 0  # of ours on modules
+        self._shapes = {index: QueryShape.of(decoder.config, attention) for index, attention in attentions.items()}
+        self._group = tensor_parallel_group(decoder)
+        self._decoder = decoder
+        self._reader = InputReader(decoder, self.layers, self.sparse.later, keep_full_kv)
+        self._published = threading.local()
+        self._latest: Finished | None = None
+        self.is_attached = True
+        #: Undoes what ``attach`` did, latest first.
+        self.undo = ExitStack()
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether several processes share the model's heads."""
+        return self._group is not None
+
+    @property
+    def min_tokens(self) -> int:
+        """Shorter prompts run full, without routers."""
+        return self._min_tokens
+
+    @min_tokens.setter
+    def min_tokens(self, value: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"min_tokens is {value!r}, expected a number of tokens, 0 or more")
+        self._min_tokens = value
+
+    @property
+    def routes(self) -> Routes | None:
+        """What the last prefill of this thread decided; of any thread, where this one ran none."""
+        found = getattr(self._published, "finished", self._latest)
+        return None if found is None else found.routes
+
+    @property
+    def gates(self) -> torch.Tensor | None:
+        """In training (``soft``): float32 (B, U) on the CPU, this thread's last straight-through decisions."""
+        found = getattr(self._published, "finished", self._latest)
+        return None if found is None else found.gates_BU
+
+    def router(self, unit: Unit) -> LayerRouter:
+        """Return the router that decides on ``unit``."""
+        return self.routers[str(unit[0] if self.by_head else unit)]
+
+    def __repr__(self) -> str:
+        return f"Routing({len(self.layers)} layers of {self.config.base_model.name}, {self.sparse})"
+
+    # What to decide.
+
+    @property
+    def settings(self) -> Settings:
+        """What the ``with`` blocks of this thread, or task, ask for."""
+        return _settings.get().get(id(self), Settings())
+
+    @contextlib.contextmanager
+    def _set(self, **changes: Any):
+        before = _settings.get()
+        _settings.set({**before, id(self): replace(self.settings, **changes)})
+        try:
+            yield self
+        finally:
+            _settings.set(before)
+
+    def force(self, routes: RouteSpec | None):
+        """
+        Force the routes of prefills of this thread within a ``with`` block; the routers are not run.
+
+        Parameters
+        ----------
+        routes : str, float, sequence of int, torch.Tensor, or None
+            ``"full"``, ``"sparse"``, a ratio Ω_MSR, the indices of the full layers, or (L,) or (B, L) bits; None lets
+            the routers decide, also within another ``force``.
+
+        Raises
+        ------
+        ValueError
+            For anything else.
+        """
+        if routes is not None and not isinstance(routes, torch.Tensor):
+            parse_routes(routes, 1, self.units)  # a wrong request fails here, not in the next forward
+        return self._set(forced=routes)
+
+    def soft(self, temperature: float | torch.Tensor, noise: torch.Tensor | None = None):
+        """
+        Decide by straight-through Gumbel-Softmax within a ``with`` block: for training, without a KV cache.
+
+        Both branches run and gradients flow to the routers. Pass ``prompt_lengths`` (B real tokens each) to the
+        model's forward where the sequences hold answers, which routers must not read.
+
+        Parameters
+        ----------
+        temperature : float or torch.Tensor
+            τ of the Gumbel-Softmax.
+        noise : torch.Tensor, optional
+            float32 (B, U, 2), the Gumbel noise, for decisions that can be repeated; drawn where it is not given.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Under tensor parallelism.
+        """
+        if self._group is not None:
+            raise UnsupportedModelError("routers cannot be trained under tensor parallelism: use DDP or FSDP2")
+        return self._set(temperature=temperature, noise=noise)
+
+    def reroute(self, cache: DynamicCache) -> None:
+        """
+        Let the next call with ``cache`` decide routes anew, from that call's tokens.
+
+        Raises
+        ------
+        ValueError
+            Unless attached with ``keep_full_kv=True``: sparse layers have dropped what a full one would need.
+        """
+        layers = [layer for layer in cache.layers if isinstance(layer, RoutedLayer)]
+        if not layers:
+            raise ValueError("this cache has no routed layers: it was not filled by a model with routers attached")
+        for layer in layers:
+            layer.reroute()
+
+    def needs_whole_prompt(self, lengths: list[int]) -> bool:
+        """Whether prompts of these lengths have to come in one call: routers read them, or their last rows differ."""
+        forced = self.settings.forced
+        if forced is None:
+            return any(length >= self.min_tokens for length in lengths)
+        sparse = not bool(parse_routes(forced, len(lengths), self.units).all())
+        return sparse and self.sparse.later != self.sparse
+
+    # A forward call, from the hooks of ``attach``.
+
+    def begin(self, kwargs: dict[str, Any]) -> ForwardContext:
+        """
+        Check a forward call's arguments, put routed layers into its cache, and make its forward pass.
+
+        Raises
+        ------
+        ValueError, UnsupportedModelError, RuntimeError
+            For a call that cannot be routed.
+        """
+        implementation = self._decoder.config._attn_implementation
+        if implementation != NAME:
+            raise RuntimeError(
+                f"the model's attention implementation was changed to {implementation!r} while routers were attached; "
+                "detach first, and attach again after changing it"
+            )
+        settings = self.settings
+        soft = settings.temperature is not None and settings.forced is None
+        if self.by_head and kwargs.get("past_key_values") is not None:
+            raise UnsupportedModelError(
+                "routers of granularity 'head' are for comparison: they score and train without a KV cache, and cannot "
+                "generate; attach routers of granularity 'layer'"
+            )
+        keeps_cache = not (
+            self.by_head or settings.temperature is not None or (self._decoder.training and self._checkpoints())
+        )
+        tells_padding = settings.forced is None or self.sparse.later != self.sparse
+        inputs = self._reader.read(kwargs, keeps_cache, tells_padding)
+        if soft and inputs.layers:
+            raise ValueError("soft routing is for training and keeps no KV cache; pass use_cache=False")
+        decision = self._decision(inputs, settings) if inputs.decides else None
+        kind = HeadForwardPass if self.by_head else ForwardPass
+        return kind(inputs, decision, self.units, self._shapes, self.sparse, self.full)
+
+    def _decision(self, inputs: Inputs, settings: Settings) -> Decision:
+        batch = len(inputs.layout.lengths)
+        if not inputs.is_prompt and min(inputs.layout.lengths) == 0:
+            raise ValueError("cannot re-route: a sequence of the batch has no new token to read")
+        if settings.forced is not None:
+            return Forced(self.units, parse_routes(settings.forced, batch, self.units))
+        short = [length < self.min_tokens for length in inputs.contexts]
+        if settings.temperature is None and all(short):
+            return Static(self.units, self.units, batch)
+        routers = {unit: self.router(unit) for unit in self.units}
+        heads = self.config.base_model.num_heads
+        pooling = Pooling(inputs.prompt_lengths, self.config.pool_size, inputs.layout.columns, heads, self._group)
+        if settings.temperature is not None:
+            return Soft(self.units, routers, pooling, settings.temperature, settings.noise)
+        return Routed(self.units, routers, pooling, short)
+
+    def _checkpoints(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
+
+    def publish(self, finished: Finished) -> None:
+        """Make what a forward pass decided this thread's, and the latest."""
+        self._published.finished = self._latest = finished
+
+    # The adapter.
+
+    def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter; see ``adapters.save``."""
+        adapters.save(directory, self.config, self.routers, dtype)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Upload the adapter; see ``adapters.push_to_hub``."""
+        return adapters.push_to_hub(repo_id, self.config, self.routers, **kwargs)
+
+    # Attaching and detaching.
+
+    def add_hook(self, handle: Any) -> None:
+        """Count a hook on a module, and have ``detach`` remove it."""
+        self.hooks += 1
+        self.undo.callback(handle.remove)
+
+    def release(self) -> None:
+        """Let go of what belongs to the attached model."""
+        self.is_attached = False
+        self.steps.clear()
+
+    def detach(self) -> None:
+        """
+        Restore the stock model exactly; caches filled while attached cannot be read afterwards.
+
+        Whatever was put around or in place of the model's modules meanwhile stays.
+        """
+        self.undo.close()
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("a model with routers attached cannot be copied: detach, copy, attach to both")
+
+    def __reduce__(self):
+        raise RuntimeError("a model with routers attached cannot be pickled: detach first, save routers as an adapter")

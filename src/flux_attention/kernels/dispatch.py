@@ -1,0 +1,90 @@
+"""The choice of a kernel: by device, dtype, head dim and length.
+
+Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flux_attention.kernels import dense, reference
+from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on
+
+
+def _triton_prefill(query_BHSD: torch.Tensor):
+    """The Triton prefill kernels' module, where they can take these states."""
+    if query_BHSD.dtype not in DTYPES or query_BHSD.shape[-1] not in HEAD_DIMS or not has_triton(query_BHSD.device):
+        return None
+    from flux_attention.kernels import triton_prefill  # only where Triton is installed
+
+    return triton_prefill
+
+
+def full(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor, scale: float) -> torch.Tensor:
+    """
+    Compute causal attention of the last S of T positions.
+
+    Parameters
+    ----------
+    query_BHSD, key_BKTD, value_BKTD : torch.Tensor
+        Any float dtype, all the same; H a multiple of K, S ≤ T.
+    scale : float
+        Factor of the dot products, usually D ** -0.5.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape and dtype of ``query_BHSD``.
+    """
+    keys = key_BKTD.shape[2]
+    triton = _triton_prefill(query_BHSD) if query_BHSD.shape[2] < keys else None
+    if dense.backend_order(query_BHSD) and has_triton(query_BHSD.device):
+        if triton and (splits := dense.num_splits(query_BHSD, key_BKTD, value_BKTD)) > 1:
+            return dense.full_by_splits(query_BHSD, key_BKTD, value_BKTD, scale, splits, triton.attention)
+        if dense.blocks_are_faster(query_BHSD, key_BKTD, value_BKTD):
+            from flux_attention.kernels.triton_merge import merge_attention_states  # only where Triton is installed
+
+            return dense.full_by_blocks(query_BHSD, key_BKTD, value_BKTD, scale, merge_attention_states)
+    if triton:
+        return triton.attention(query_BHSD, key_BKTD, value_BKTD, 0, keys, scale)
+    with dense.fastest_backend(query_BHSD):
+        return reference.full(query_BHSD, key_BKTD, value_BKTD, scale)
+
+
+def streaming(
+    query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor, sink: int, window: int, scale: float
+) -> torch.Tensor:
+    """
+    Compute attention of the last S of T positions to the first ``sink`` keys and the latest ``window`` ones.
+
+    Memory is bounded by the inputs and one block of queries: no S × T mask.
+
+    Parameters
+    ----------
+    query_BHSD, key_BKTD, value_BKTD, scale
+        As in ``full``.
+    sink, window : int
+        Tokens; the window includes the query's own position.
+    """
+    if key_BKTD.shape[2] <= sink + window:
+        return full(query_BHSD, key_BKTD, value_BKTD, scale)
+    if triton := _triton_prefill(query_BHSD):
+        return triton.attention(query_BHSD, key_BKTD, value_BKTD, sink, window, scale)
+    return reference.streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale)
+
+
+def decode(
+    query_BH1D: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor, lengths: list[int] | None, scale: float
+) -> torch.Tensor:
+    """
+    Compute attention of one query a row, to all keys or to the row's first ``lengths`` keys.
+
+    Parameters
+    ----------
+    query_BH1D, key_BKTD, value_BKTD, scale
+        As in ``full``. The order of the keys does not matter.
+    lengths : list of int, optional
+        Real keys of each row, where rows differ.
+    """
+    lengths_B = None if lengths is None else index_on(query_BH1D.device, lengths)
+    return reference.decode(query_BH1D, key_BKTD, value_BKTD, lengths_B, scale)

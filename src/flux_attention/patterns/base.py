@@ -1,0 +1,83 @@
+"""The protocol of a pattern: which keys a layer may see, how they are attended to, what is kept, and what it costs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+
+from flux_attention.errors import FluxConfigError
+
+#: Sizes beyond this are mistakes, and kernels count in 32 bits.
+MAX_TOKENS = 2**28
+
+
+class Pattern(ABC):
+    """
+    Which keys each query of a layer sees; subclasses are frozen dataclasses whose fields are the pattern's sizes.
+
+    A field's metadata may hold ``min``, the least size; the greatest is ``MAX_TOKENS``.
+    """
+
+    #: Its name in configurations.
+    name: ClassVar[str]
+
+    def __post_init__(self):
+        for size in fields(self):
+            value, least = getattr(self, size.name), size.metadata.get("min", 0)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise FluxConfigError(f"{size.name} is {value!r}, expected a whole number, at least {least}")
+            if value > MAX_TOKENS:
+                raise FluxConfigError(f"{size.name} is {value}, expected at most {MAX_TOKENS} tokens")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The pattern's name and sizes, as a configuration holds them."""
+        return {"pattern": self.name, **{size.name: getattr(self, size.name) for size in fields(self)}}
+
+    @abstractmethod
+    def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
+        """
+        Define which key each query sees; for tests, not a way to compute.
+
+        Parameters
+        ----------
+        length : int
+            S, tokens of the sequence.
+        prompt_length : int, optional
+            The first so many of them are the prompt; default: all.
+
+        Returns
+        -------
+        torch.Tensor
+            bool (S, S).
+        """
+
+    @abstractmethod
+    def prefill(
+        self,
+        query_BHSD: torch.Tensor,
+        key_BKTD: torch.Tensor,
+        value_BKTD: torch.Tensor,
+        scale: float,
+        prompt_lengths: list[int] | None = None,
+    ) -> torch.Tensor:
+        """
+        Compute attention of the last S of T positions; see ``kernels.full``.
+
+        ``prompt_lengths`` are the rows' prompts, which may be followed by other tokens; default: all S.
+        """
+
+    @property
+    @abstractmethod
+    def later(self) -> Pattern:
+        """The pattern of tokens behind the prompt, which decides what a row has to keep."""
+
+    @abstractmethod
+    def kept(self, length: int) -> int:
+        """Count the tokens whose keys and values are kept of a sequence of ``length``."""
+
+    @abstractmethod
+    def pairs(self, length: int) -> int:
+        """Count the query-key pairs that are computed for a prompt of ``length`` tokens."""
