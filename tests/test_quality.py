@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import flux
 
-from flux_attention import shipped
+from flux_attention import named
 from flux_attention.evaluation import quality
-from flux_attention.evaluation.harness import Scores, evaluate
 from flux_attention.evaluation.quality import Evaluation, best_layers, greedy_layers, random_routes
 from flux_attention.evaluation.report import comparisons, difference, heat_map, short_names, summary, write_report
-from flux_attention.evaluation.tasks import Haystack
-from flux_attention.evaluation.text import local_texts
 from flux_attention.shipped import load_shipped
+from flux_attention.tasks.samples import Haystack
+from flux_attention.tasks.scoring import Scores, evaluate
+from flux_attention.tasks.text import local_texts
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def setting():
 def make(setting, **changes):
     values = dict(families=["single_needle", "plain"], lengths=[1024], samples=3, calibration=1)
     model, tokenizer, haystack = setting
-    return Evaluation(model, tokenizer, [str(shipped.ROUTERS)], haystack, **{**values, **changes})
+    return Evaluation(model, tokenizer, [str(named.ROUTERS)], haystack, **{**values, **changes})
 
 
 def test_greedy_layers_take_what_lowers_the_loss_most():
@@ -92,7 +92,7 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
     model, tokenizer, haystack = setting
     from flux_attention import attach
 
-    routing = attach(model, shipped.ROUTERS)
+    routing = attach(model, named.ROUTERS)
     try:
         for method, spec in (("dense", "full"), ("sparse", "sparse"), ("static", static), ("routed", None)):
             with routing.force(spec):
@@ -127,7 +127,7 @@ def test_the_best_static_layers_are_found_once_and_used_for_all(setting, monkeyp
     assert found["best-static-fewer"]["sparsity"] == 1  # nothing was chosen
     from flux_attention import attach
 
-    routing = attach(setting[0], shipped.ROUTERS)
+    routing = attach(setting[0], named.ROUTERS)
     try:
         for count, (accuracy, loss) in zip((1, 2), values[0], strict=True):
             some = [evaluation.make(task, 1024, count, quality.CALIBRATION_SEED) for task in evaluation.families]

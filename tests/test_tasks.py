@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flux_attention.evaluation import text
-from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack, Words, make_sample, training_sample
-from flux_attention.evaluation.words import ADJECTIVES, CITIES, NOUNS, PEOPLE, split_words
 from flux_attention.shipped import BACKBONE
+from flux_attention.tasks import text
+from flux_attention.tasks.families import EVERY_FAMILY, FAMILIES
+from flux_attention.tasks.samples import Haystack, make_sample, training_sample
+from flux_attention.tasks.words import ADJECTIVES, CITIES, NOUNS, PEOPLE, Words, split_words
 
 EVERY_WORD = [*ADJECTIVES, *NOUNS, *PEOPLE, *CITIES]
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from flux_attention import AdapterError, FluxConfig, UnsupportedModelError, attach, shipped
+from flux_attention import AdapterError, FluxConfig, UnsupportedModelError, attach, named
 from flux_attention.call import Call
 from flux_attention.training import Recipe, RecipeError, RouterTrainer, SparsityObjective, load_data, train
 from flux_attention.training import trainer as trainer_module
@@ -34,7 +34,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(shipped.BACKBONE)
+    return AutoTokenizer.from_pretrained(named.BACKBONE)
 
 
 @pytest.fixture(scope="module")

@@ -114,10 +114,10 @@ def _load_model(model: str, device: str | None, dtype: str):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        from flux_attention import shipped
+        from flux_attention import named
 
         logging.disable_progress_bar()
-        path = shipped.model_path(model)
+        path = named.model_path(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
             raise _UserError(f"device is {device!r}, expected cpu, cuda, cuda:N, mps or xpu")
@@ -127,7 +127,7 @@ def _load_model(model: str, device: str | None, dtype: str):
             raise _UserError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or auto")
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-            loaded.config.name_or_path = shipped.model_name(model)
+            loaded.config.name_or_path = named.model_name(model)
             return loaded, AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise _UserError(
@@ -139,10 +139,10 @@ def _load(model: str, routers: str | None, device: str | None, dtype: str):
     """Model, tokenizer and attached routers."""
     loaded, tokenizer = _load_model(model, device, dtype)
     with err.status("attaching routers"):
-        from flux_attention import attach, shipped
+        from flux_attention import attach, named
 
         routers = routers or ("shipped" if model == "shipped" else None)
-        return loaded, tokenizer, attach(loaded, routers and shipped.adapter_path(routers))
+        return loaded, tokenizer, attach(loaded, routers and named.adapter_path(routers))
 
 
 def _encode(tokenizer, text: str, model, new_tokens: int = 0):
@@ -395,11 +395,12 @@ def evaluate(
     dtype: Dtype = "auto",
 ):
     """Score a model on generated questions or lm-eval's tasks by every way of choosing full layers; write a report."""
-    from flux_attention import shipped
+    from flux_attention import named
     from flux_attention.evaluation import quality
     from flux_attention.evaluation.report import label, short_names, summary, tokens, write_report
-    from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack
-    from flux_attention.evaluation.text import local_texts
+    from flux_attention.tasks.families import EVERY_FAMILY, FAMILIES
+    from flux_attention.tasks.samples import Haystack
+    from flux_attention.tasks.text import local_texts
 
     if tasks and families:
         raise _UserError(
@@ -410,7 +411,7 @@ def evaluate(
     sizes = _numbers(lengths, int, 256, 2**24)
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise _UserError("matplotlib is missing, which draws the report: pip install 'flux-attention[eval]'")
-    adapters = [shipped.adapter_path(name) for name in routers or (["shipped"] if model == "shipped" else [])]
+    adapters = [named.adapter_path(name) for name in routers or (["shipped"] if model == "shipped" else [])]
     loaded, tokenizer = _load_model(model, device, dtype)
     with err.status("reading text") as status:
         asked = methods.split(",") if methods else None
@@ -464,7 +465,7 @@ def demo(
     as_json: Json = False,
 ):
     """Run the shipped model on real text, dense, routed and all-sparse, and show what each input needed."""
-    from flux_attention.evaluation.demo import run_demo
+    from flux_attention.shipped.demo import run_demo
 
     rows = run_demo(samples, length, seed, Console(quiet=True) if as_json else out)
     if as_json:

@@ -293,8 +293,8 @@ class Generated(Sequence):
         held_out: bool,
         seed: int,
     ):
-        from flux_attention.evaluation.tasks import Haystack
-        from flux_attention.evaluation.text import local_texts
+        from flux_attention.tasks.samples import Haystack
+        from flux_attention.tasks.text import local_texts
 
         self.tokenizer, self.tasks, self.held_out = tokenizer, tasks, held_out
         self.haystack = Haystack(local_texts(held_out, site_packages=True, max_chars=max_chars), tokenizer)
@@ -309,7 +309,7 @@ class Generated(Sequence):
         return self.tasks[self.families[index % len(self.families)]]
 
     def __getitem__(self, index: int) -> Example:
-        from flux_attention.evaluation.tasks import make_sample
+        from flux_attention.tasks.samples import make_sample
 
         family = self.families[index % len(self.families)]
         sample = make_sample(
@@ -463,7 +463,8 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
 
 
 def _generated(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> Generated:
-    from flux_attention.evaluation.tasks import EVERY_FAMILY, make_sample
+    from flux_attention.tasks.families import EVERY_FAMILY
+    from flux_attention.tasks.samples import make_sample
 
     tasks = source.get("tasks", GENERATED_TASKS)
     lengths = source.get("lengths", [min(4096, recipe.max_length)])

@@ -36,8 +36,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from flux_attention import kernels
 from flux_attention.attach import Routing
-from flux_attention.evaluation.harness import check_head
 from flux_attention.routes import unit_name
+from flux_attention.tasks.scoring import check_head
 from flux_attention.training.data import Example, PackedExamples, collate
 from flux_attention.training.objective import SparsityObjective, temperature
 from flux_attention.training.recipe import Recipe

@@ -3,7 +3,11 @@
 Every word is one token of the shipped model's tokenizer (with the space before it).
 """
 
-from flux_attention.evaluation.text import is_held_out
+from __future__ import annotations
+
+import random
+
+from flux_attention.tasks.text import is_held_out
 
 ADJECTIVES = """
 amber ancient arctic bitter blazing bold brass brave bright bronze calm carved clever coral cosmic crimson crystal
@@ -46,3 +50,68 @@ Stockholm Sydney Tallinn Tampa Tokyo Toronto Tunis Turin Utrecht Venice Vienna V
 def split_words(words: list[str], held_out: bool, fraction: float = 0.25) -> list[str]:
     """The part of ``words`` that belongs to the training split, or to the held-out one."""
     return [word for word in words if is_held_out(word, fraction) == held_out]
+
+
+class Words:
+    """
+    Names and values drawn without repetition, from the training or the held-out vocabulary.
+
+    Held-out names are never keys or asked values in training. They do occur there in copied passages, as a token
+    that was never read has no meaning to look up.
+
+    Parameters
+    ----------
+    rng : random.Random
+        Source of randomness.
+    held_out : bool
+        Which part of every word list, and which five-digit codes, to draw from.
+
+    Raises
+    ------
+    IndexError
+        When a list is used up; the sample is then as dense as the vocabulary allows.
+    """
+
+    def __init__(self, rng: random.Random, held_out: bool = False):
+        self.rng, self.held_out = rng, held_out
+        self.pools = {
+            name: rng.sample(words, len(words))
+            for name, words in (
+                ("person", split_words(PEOPLE, held_out)),
+                ("city", split_words(CITIES, held_out)),
+            )
+        }
+        self.adjectives, self.nouns = split_words(ADJECTIVES, held_out), split_words(NOUNS, held_out)
+        self.taken: set[str] = set()
+
+    def draw(self, kind: str) -> str:
+        """A person or a city that was not drawn yet."""
+        return self.pools[kind].pop()
+
+    def key(self) -> str:
+        """An adjective and a noun that were not drawn together yet."""
+        if len(self.taken) == len(self.adjectives) * len(self.nouns):
+            raise IndexError("all keys are drawn")
+        while True:
+            key = f"{self.rng.choice(self.adjectives)} {self.rng.choice(self.nouns)}"
+            if key not in self.taken:
+                self.taken.add(key)
+                return key
+
+    def code(self) -> str:
+        """Five digits."""
+        while True:
+            code = f"{self.rng.randrange(100_000):05d}"
+            if is_held_out(code, 0.2) == self.held_out:
+                return code
+
+    def distinct(self) -> list[str]:
+        """All names of one word of this part, in random order."""
+        pool = sorted(
+            {word for words in (ADJECTIVES, NOUNS, PEOPLE, CITIES) for word in split_words(words, self.held_out)}
+        )
+        return self.rng.sample(pool, len(pool))
+
+    def any_words(self, count: int) -> list[str]:
+        """Words of all lists and both splits, with repetition."""
+        return [self.rng.choice(self.rng.choice((ADJECTIVES, NOUNS, PEOPLE, CITIES))) for _ in range(count)]

@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flux_attention.cache import kv_bytes
-from flux_attention.evaluation.harness import answer_losses
-from flux_attention.evaluation.tasks import FAMILIES, Haystack, Sample, make_sample
-from flux_attention.evaluation.text import local_texts
 from flux_attention.shipped import load_shipped
+from flux_attention.tasks.families import FAMILIES
+from flux_attention.tasks.samples import Haystack, Sample, make_sample
+from flux_attention.tasks.scoring import answer_losses
+from flux_attention.tasks.text import local_texts
 
 METHODS = {"dense": "full", "routed": None, "sparse": "sparse"}
 TITLES = {

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from flux_attention.call import UnsupportedModelError
-from flux_attention.evaluation.tasks import Sample
 from flux_attention.routes import RouteSpec
+from flux_attention.tasks.samples import Sample
 
 
 @dataclass
