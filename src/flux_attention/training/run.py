@@ -17,9 +17,13 @@ from flux_attention import named
 from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.attach import Routing, attach, max_positions
 from flux_attention.routes import unit_name
-from flux_attention.training.data import PackedExamples, check_sources, load_data
+from flux_attention.training.checkpoints import last_checkpoint
+from flux_attention.training.data import check_sources, load_data
+from flux_attention.training.module import CHUNK
+from flux_attention.training.packing import PackedExamples
 from flux_attention.training.recipe import Recipe, RecipeError
-from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
+from flux_attention.training.sizes import SHAPES
+from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.
 RESULTS = ("README.md", "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
@@ -281,8 +285,6 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
 
 def _model_config(recipe: Recipe):
     """The model's configuration: its own, or where that does not lie on this machine, the recipe's ``shape``."""
-    from flux_attention.evaluation.speed import SHAPES
-
     if recipe.shape not in {None, *SHAPES}:
         raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
     path = named.model_path(recipe.model)
