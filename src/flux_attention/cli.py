@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -296,44 +295,23 @@ def bench(
     output: Annotated[Optional[Path], typer.Option(help="Folder for JSON, written after every row.")] = None,  # noqa: UP045
 ):
     """Measure speed and memory on this GPU, with random weights, against dense attention in the same run."""
-    from flux_attention.evaluation import speed, speed_model
-    from flux_attention.evaluation.results import earlier_rows, merged, write_results
+    import flux_attention
 
-    names = shapes.split(",")
-    if unknown := sorted(set(names) - set(speed.SHAPES)):
-        raise _UserError(f"unknown shapes {unknown}, expected some of {list(speed.SHAPES)}")
-    tokens, sequences = _numbers(lengths, int, 1, 2**24), _numbers(batches, int, 1, 1024)
-    ratios = _numbers(sparsities, float, 0, 1)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)  # fails now, not after the first measurement
+    folder = Path(flux_attention.__path__[0]).parents[1] / "benchmarks"
+    if not (folder / "speed").is_dir():
+        raise _UserError(
+            "bench runs from a checkout only, as benchmarks/ is not in the installed package: clone the repository, "
+            "and in it run pip install -e ."
+        )
+    sys.path.insert(0, str(folder))
+    from speed.bench import bench as measure
 
-    def train_speed(shape: str):
-        from flux_attention.evaluation.speed_training import training  # which needs what the Trainer needs
+    numbers = _numbers(lengths, int, 1, 2**24), _numbers(sparsities, float, 0, 1), _numbers(batches, int, 1, 1024)
 
-        return training(shape, tokens, repeats)
+    def tell(row: dict[str, Any]) -> None:
+        out.print("  ".join(f"{key} {value}" for key, value in row.items()), highlight=False, soft_wrap=True)
 
-    measures = {
-        "attention": {
-            "attention_prefill": lambda shape: speed.attention_prefill(shape, tokens, ratios),
-            "attention_decode": lambda shape: speed.attention_decode(shape, tokens, sequences, ratios),
-        },
-        "prefill": {
-            "e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, sequences, ratios, compile, repeats)
-        },
-        "decode": {"e2e_decode": lambda shape: speed_model.decode(shape, tokens, sequences, ratios, compile)},
-        "training": {"training": train_speed},
-        "memory": {"memory": lambda shape: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9))},
-    }
-    if what not in measures:
-        raise _UserError(f"cannot measure {what!r}; expected one of {list(measures)}")
-    for name, measure in measures[what].items():
-        rows, before = [], [] if output is None else earlier_rows(output / f"{name}.json")
-        for row in itertools.chain.from_iterable(map(measure, names)):
-            rows.append(row)
-            out.print("  ".join(f"{key} {value}" for key, value in row.items()), highlight=False, soft_wrap=True)
-            if output is not None:
-                ceilings = {} if what == "memory" else speed.ceilings()
-                write_results(output / f"{name}.json", merged(before, rows), **ceilings)
+    measure(what, shapes.split(","), *numbers, compile, repeats, int(gpu_gb * 1e9), output, tell)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Timing whole models on a GPU: prefill, decode steps and memory, by length and forced sparsity, with random weights.
+"""Whole models on a GPU: prefill, decode steps and memory, by length and forced sparsity, with random weights.
 
 Every function yields result rows (the contract of ``results``) as they are measured. The baseline is the same code with
 every layer full; its floor is what the hardware's ceilings allow.
@@ -22,10 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from flux_attention.attach import Routing, attach
 from flux_attention.cache import RoutedLayer, Tokens, kv_bytes
 from flux_attention.config import FluxConfig
-from flux_attention.evaluation.speed import DTYPE, PATTERN, SHAPES, floor_ms, measure, measure_in_turn, require_gpu, row
 from flux_attention.generation import decode_step, without_collection
 from flux_attention.patterns import Full
 from flux_attention.routes import parse_routes
+from flux_attention.training.sizes import SHAPES
+from speed.timing import DTYPE, PATTERN, floor_ms, measure, measure_in_turn, require_gpu, row
 
 #: By whether layers are compiled.
 ENGINES = {False: "flux", True: "flux-compile"}

@@ -1,4 +1,4 @@
-"""Timing router training on a GPU: one pack forward and backward through a whole frozen model, with random weights."""
+"""Router training on a GPU: one pack forward and backward through a whole frozen model, with random weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from flux_attention.attach import Routing
 from flux_attention.call import Call
-from flux_attention.evaluation.speed import PATTERN, ceilings, measure, require_gpu, row
-from flux_attention.evaluation.speed_model import body_and_head, random_model
 from flux_attention.patterns import Full
+from flux_attention.training.module import RoutedTraining, keep_attention
 from flux_attention.training.objective import SparsityObjective
-from flux_attention.training.trainer import RoutedTraining, keep_attention
+from speed.model import body_and_head, random_model
+from speed.timing import PATTERN, ceilings, measure, require_gpu, row
 
 #: Tokens at a pack's end that carry the loss.
 LABELS = 512
@@ -95,7 +95,7 @@ def training(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[d
     if min(lengths) <= LABELS:
         raise ValueError(f"lengths are {list(lengths)}, expected more than {LABELS} tokens")
     routing = random_model(shape, compile=False)
-    settings = {"use_reentrant": False, "context_fn": keep_attention(routing.model.device)}
+    settings = {"use_reentrant": False, "context_fn": keep_attention}
     routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}).to(routing.model.device)).train()
 
