@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_attach import CONFIG, ids
+from conftest import VOCAB, tiny_model
 
-from flux_attention import attach
+from flux_attention import FluxConfig, attach
 from flux_attention.training import SparsityObjective, temperature
 
 
@@ -52,7 +51,11 @@ def test_unknown_classes_and_targets_are_refused():
 def test_training_reaches_its_sparsity_target():
     torch.manual_seed(0)
     model = tiny_model("qwen3").requires_grad_(False)
-    routing = attach(model, CONFIG)
+    routing = attach(model, FluxConfig(sink=4, window=9, pool_size=6))
+
+    def ids(batch, length, seed):
+        return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
     objective = SparsityObjective({"text": 0.67}, initial=1.0)
     optimizer = torch.optim.AdamW(routing.routers.parameters(), lr=3e-3)
     ascent = torch.optim.Adam(objective.parameters(), lr=1e-2, maximize=True)

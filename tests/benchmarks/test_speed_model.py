@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from speed import model, timing
 
 from flux_attention.cache import kv_bytes
-from flux_attention.evaluation import speed, speed_model
+from flux_attention.patterns import Streaming
+from flux_attention.training.sizes import SHAPES
 
 SIZES = dict(
     vocab_size=500,
@@ -20,9 +22,9 @@ SIZES = dict(
 @pytest.fixture
 def measured(monkeypatch):
     """Rows of a tiny shape on the CPU, each run "taking" as long as its number of full layers; and what was run."""
-    monkeypatch.setitem(speed.SHAPES, "tiny", {**speed.SHAPES["qwen3-8b"], **SIZES})
-    monkeypatch.setattr(speed_model, "require_gpu", lambda: None)
-    monkeypatch.setattr(speed, "ceilings", lambda: {"matmul_tflops": 1.0})
+    monkeypatch.setitem(SHAPES, "tiny", {**SHAPES["qwen3-8b"], **SIZES})
+    monkeypatch.setattr(model, "require_gpu", lambda: None)
+    monkeypatch.setattr(timing, "ceilings", lambda: {"matmul_tflops": 1.0})
     for name, value in (("empty_cache", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 7)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
 
@@ -38,15 +40,13 @@ def measured(monkeypatch):
             run()
         return [{"ms": 10.0 + count, "ms_min": 10.0, "ms_max": 20.0, "repeats": 1} for count in full or [0] * len(runs)]
 
-    monkeypatch.setattr(speed_model, "measure_in_turn", in_turn)
-    monkeypatch.setattr(speed_model, "kv_bytes", count)
-    return lambda *lengths, batches=(1,): list(
-        speed_model.prefill("tiny", lengths, batches, [0.5, 0.75], compile=False)
-    )
+    monkeypatch.setattr(model, "measure_in_turn", in_turn)
+    monkeypatch.setattr(model, "kv_bytes", count)
+    return lambda *lengths, batches=(1,): list(model.prefill("tiny", lengths, batches, [0.5, 0.75], compile=False))
 
 
 def test_routers_decide_what_is_forced_beside_them(measured, monkeypatch):
-    monkeypatch.setattr(speed_model, "PATTERN", speed.Streaming(8, 16))
+    monkeypatch.setattr(model, "PATTERN", Streaming(8, 16))
     rows = measured(64)
     assert [(row["method"], row["sparsity"], row["ms"]) for row in rows] == [
         ("dense", 0.0, 14.0),
@@ -63,7 +63,7 @@ def test_routers_decide_what_is_forced_beside_them(measured, monkeypatch):
 
 
 def test_prompts_of_a_batch_and_no_more_than_fit(measured, monkeypatch):
-    monkeypatch.setattr(speed_model, "MOST_TOGETHER", 128)
+    monkeypatch.setattr(model, "MOST_TOGETHER", 128)
     rows = measured(64, 256, batches=(1, 2, 3))
     assert [(row["batch"], row["seq_len"]) for row in rows[::6]] == [(1, 64), (1, 256), (2, 64)]
     one, two = rows[0], rows[12]
@@ -74,14 +74,14 @@ def test_what_does_not_fit_is_a_row_of_its_own(measured, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(speed_model, "kv_bytes", full)
+    monkeypatch.setattr(model, "kv_bytes", full)
     rows = measured(64)
     assert {row["error"] for row in rows} == {"out of memory"} and len(rows) == 6
 
 
 @pytest.mark.gpu
 def test_a_decode_step_and_a_generated_token(monkeypatch):
-    monkeypatch.setitem(speed.SHAPES, "tiny", {**speed.SHAPES["qwen3-8b"], **SIZES, "head_dim": 64})
-    rows = list(speed_model.decode("tiny", [4096], [1, 2], [0.5], compile=False))
+    monkeypatch.setitem(SHAPES, "tiny", {**SHAPES["qwen3-8b"], **SIZES, "head_dim": 64})
+    rows = list(model.decode("tiny", [4096], [1, 2], [0.5], compile=False))
     assert [(row["batch"], row["sparsity"]) for row in rows] == [(1, 0.0), (1, 0.5), (2, 0.0), (2, 0.5)]
     assert all(row["ms"] > 0 and row["generate_ms"] > 0 for row in rows)

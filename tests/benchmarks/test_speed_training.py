@@ -3,27 +3,27 @@
 import pytest
 import torch
 from conftest import tiny_model
+from speed import training
 
 from flux_attention import FluxConfig, attach
 from flux_attention.call import Call
-from flux_attention.evaluation import speed_training
+from flux_attention.training.module import RoutedTraining
 from flux_attention.training.objective import SparsityObjective
-from flux_attention.training.trainer import RoutedTraining
 
 one = Call._one
 
 
 @pytest.fixture
 def routing(monkeypatch):
-    monkeypatch.setattr(speed_training, "LABELS", 8)
+    monkeypatch.setattr(training, "LABELS", 8)
     return attach(tiny_model("qwen3"), FluxConfig(sink=4, window=9, pool_size=6))
 
 
 def test_both_formulas_give_the_same_loss_and_gradients(routing):
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}, initial=0.5))
-    pack = speed_training.pack_of(routing, 40)
+    pack = training.pack_of(routing, 40)
     grads = []
-    for formula in (speed_training.plain_formula(), torch.enable_grad()):
+    for formula in (training.plain_formula(), torch.enable_grad()):
         with formula:
             outputs = module(**pack)
             outputs["loss"].backward()
@@ -40,9 +40,9 @@ def test_neither_formula_keeps_gates_that_were_computed_again(routing, monkeypat
     routing.model.gradient_checkpointing_enable({"use_reentrant": False})
     routing.model.train()
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}))
-    for formula in (speed_training.plain_formula(), torch.enable_grad()):
+    for formula in (training.plain_formula(), torch.enable_grad()):
         with formula:
-            module(**speed_training.pack_of(routing, 40))["loss"].backward()
+            module(**training.pack_of(routing, 40))["loss"].backward()
         assert not calls[-1].gates
 
 
@@ -51,15 +51,15 @@ def test_the_plain_formula_runs_each_branch_once(routing, monkeypatch):
     runs = []
     monkeypatch.setattr(Call, "_one", lambda self, *a: runs.append(1) or one(self, *a))
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}))
-    for formula in (speed_training.plain_formula(), torch.enable_grad()):
+    for formula in (training.plain_formula(), torch.enable_grad()):
         runs.clear()
         with formula:
-            module(**speed_training.pack_of(routing, 40))
+            module(**training.pack_of(routing, 40))
         assert len(runs) == 2 * 3
 
 
 def test_flops_are_those_of_the_sizes(routing, monkeypatch):
-    monkeypatch.setattr(speed_training, "PATTERN", routing.pattern)
+    monkeypatch.setattr(training, "PATTERN", routing.pattern)
     model, length = routing.model, 40
     linear = sum(
         module.weight.numel() for layer in model.model.layers for module in layer.modules()
@@ -69,4 +69,4 @@ def test_flops_are_those_of_the_sizes(routing, monkeypatch):
     dense, sparse = length * (length + 1) // 2, int(routing.pattern.mask(length).sum())
     attention = 4 * 4 * 16 * (3 * (dense + sparse) + 2 * (2 * dense + sparse))
     expected = 4 * length * (linear + norms) + 4 * 8 * model.lm_head.weight.numel() + attention
-    assert speed_training.necessary_flops(routing, length) == pytest.approx(expected)
+    assert training.necessary_flops(routing, length) == pytest.approx(expected)

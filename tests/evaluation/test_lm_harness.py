@@ -11,6 +11,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from helpers.command import flux
 
 from flux_attention import FluxConfig, attach
 from flux_attention.routes import unit_name
@@ -383,11 +384,9 @@ def test_rows_of_results():
 
 
 def test_flux_attention_eval(tasks, tmp_path):
-    command = [sys.executable, "-m", "flux_attention.cli", "eval", "shipped", "--tasks", "flux_choice"]
-    command += ["--device", "cpu", "--dtype", "float32"]
+    command = ["eval", "shipped", "--tasks", "flux_choice", "--device", "cpu", "--dtype", "float32"]
     command += ["--include-path", str(tasks), "--samples", "2", "--methods", "dense,routed", "--output", str(tmp_path)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = flux(*command)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [(row["task"], row["method"], row["n"]) for row in rows] == [
@@ -395,8 +394,7 @@ def test_flux_attention_eval(tasks, tmp_path):
         ("flux_choice", "routed", 2),
     ]
     assert "flux_choice" in (tmp_path / "report.html").read_text()
-    both = [*command, "--families", "count"]
-    result = subprocess.run(both, capture_output=True, text=True, env=environment, timeout=300)
+    result = flux(*command, "--families", "count")
     assert result.returncode == 1 and "--tasks and --families are both there" in result.stderr
 
 
