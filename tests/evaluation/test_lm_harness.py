@@ -6,16 +6,18 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
 from helpers.command import flux
+from helpers.shipped import SPARSE
 
 from flux_attention import FluxConfig, attach
 from flux_attention.routes import unit_name
-from flux_attention.shipped import BACKBONE, ROUTERS, load_shipped
+from flux_attention.shipped import BACKBONE, load_shipped
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -23,7 +25,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from flux_attention.evaluation import quality  # noqa: E402
+from flux_attention.evaluation import lm_harness, quality  # noqa: E402
 from flux_attention.evaluation.lm_harness import FluxLM, TaskEvaluation, _parse_force, _task_rows  # noqa: E402
 from flux_attention.evaluation.report import write_report  # noqa: E402
 
@@ -32,25 +34,27 @@ ARGUMENTS = dict(device="cpu", dtype="float32")
 ENDINGS = [" 48213", " 48219", " 4", " x", " 48213.\n# and"]
 
 
-def context(code, lines=95):
+def context(code, lines=26):
     """About 11 tokens a line. Sparse layers do not see the code: it is behind the sink and before the window."""
     text = [f"x{index} = compute({index})" for index in range(lines)]
     text.insert(10, f"# The secret code of the silver whale is {code}.")
     return "\n".join(text) + "\n# Question: What is the secret code of the silver whale?\n# Answer:"
 
 
-CONTEXTS = [context(48213), context(77015, lines=70), "# Answer:"]
+CONTEXTS = [context(48213), context(77015, lines=18), "# Answer:"]
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return FluxLM(str(BACKBONE), routers=str(ROUTERS), batch_size=4, **ARGUMENTS)
+def lm(short_adapter):
+    return FluxLM(str(BACKBONE), routers=short_adapter, batch_size=4, **ARGUMENTS)
 
 
 @pytest.fixture(scope="module")
-def shipped():
+def shipped(short_adapter):
     """Model, tokenizer and handle, without lm-eval."""
-    return load_shipped()
+    model, tokenizer, routing = load_shipped()
+    routing.detach()
+    return model, tokenizer, attach(model, short_adapter)
 
 
 def requests(kind, arguments):
@@ -96,7 +100,7 @@ def scores(lm):
 def test_likelihoods_are_the_models_own(lm, shipped, scores):
     model, tokenizer, routing = shipped
     tokens = [split(tokenizer, *pair) for pair in pairs()]
-    assert len(tokens[0][0]) > 1000 and len(tokens[5][0]) > 768
+    assert len(tokens[0][0]) > 250 and len(tokens[5][0]) > 80
     assert_same(scores, [score(model, *each, read=len(each[0])) for each in tokens])
     with routing.force("full"):
         dense = [score(model, *each)[0] for each in tokens]
@@ -140,19 +144,19 @@ def test_same_tokens_split_in_two_ways(lm, shipped):
     """They share a forward in stock lm-eval; here their prompts, and so their routes, differ."""
     model, tokenizer, _ = shipped
     prompt, ending = split(tokenizer, CONTEXTS[0], ENDINGS[0])
-    ways = [(("a", "b"), prompt, ending), (("c", "d"), prompt[:300], prompt[300:] + ending)]
+    ways = [(("a", "b"), prompt, ending), (("c", "d"), prompt[:150], prompt[150:] + ending)]
     found = lm._loglikelihood_tokens(ways, disable_tqdm=True)
     assert_same(found, [score(model, *way[1:], read=len(way[1])) for way in ways])
 
 
 def test_truncated_on_the_left(lm, shipped, monkeypatch):
     model, tokenizer, _ = shipped
-    monkeypatch.setattr(lm, "_max_length", 900)
+    monkeypatch.setattr(lm, "_max_length", 200)
     found = lm.loglikelihood(requests("loglikelihood", pairs()[:5]), disable_tqdm=True)
     expected = []
     for text, ending in pairs()[:5]:
         prompt, continuation = split(tokenizer, text, ending)
-        prompt = prompt[-(901 - len(continuation)) :]
+        prompt = prompt[-(201 - len(continuation)) :]
         expected.append(score(model, prompt, continuation, read=len(prompt)))
     assert_same(found, expected)
 
@@ -170,13 +174,13 @@ def test_forced_full_is_the_stock_model(lm):
 
 def test_rolling_reads_the_window(lm, shipped, monkeypatch):
     model, tokenizer, _ = shipped
-    monkeypatch.setattr(lm, "_max_length", 900)  # two windows for the first text
+    monkeypatch.setattr(lm, "_max_length", 200)  # two windows for the first text
     ids = tokenizer.encode(CONTEXTS[0])
     (found,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(CONTEXTS[0],)]), disable_tqdm=True)
     start = [lm.prefix_token_id, *ids]
     # A window's last token is scored but never read, by the model or its routers.
-    first = score(model, start[:1], start[1:901], read=900)[0]
-    last = score(model, start[-901:901], start[901:], read=900)[0]
+    first = score(model, start[:1], start[1:201], read=200)[0]
+    last = score(model, start[-201:201], start[201:], read=200)[0]
     assert found == pytest.approx(first + last, abs=1e-3)
 
 
@@ -221,10 +225,10 @@ doc_to_text: "{{{{text}}}}"
     return folder
 
 
-def test_tasks(tasks, shipped):
+def test_tasks(tasks, shipped, short_adapter):
     results = lm_eval.simple_evaluate(
         model="flux",
-        model_args=f"pretrained={BACKBONE},routers={ROUTERS},dtype=float32",
+        model_args=f"pretrained={BACKBONE},routers={short_adapter},dtype=float32",
         tasks=["flux_choice", "flux_answer"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         batch_size=2,
@@ -244,13 +248,13 @@ def test_tasks(tasks, shipped):
     assert results["results"]["flux_answer"]["exact_match,none"] >= 2 / 3
     facts = results["config"]["flux_attention"]
     assert facts["mean_msr"] == pytest.approx(fmean(msr)) and facts["sequences"] == len(msr) == 12
-    assert facts["routers"] == str(ROUTERS) and facts["force"] is None
+    assert facts["routers"] == short_adapter and facts["force"] is None
     json.dumps(facts)
 
 
-def test_command_line(tasks, tmp_path):
+def test_command_line(tasks, tmp_path, short_adapter):
     command = [sys.executable, "-m", "flux_attention.evaluation.lm_harness", "--model", "flux", "--device", "cpu"]
-    arguments = f"pretrained={BACKBONE},routers={ROUTERS},dtype=float32,force=3;7"
+    arguments = f"pretrained={BACKBONE},routers={short_adapter},dtype=float32,force=3;7"
     command += ["--model_args", arguments, "--tasks", "flux_choice", "--include_path", str(tasks)]
     result = subprocess.run(
         [*command, "--output_path", str(tmp_path), "--limit", "1"],
@@ -266,7 +270,13 @@ def test_command_line(tasks, tmp_path):
     assert facts["mean_msr"] == pytest.approx(0.8) and facts["force"] == "3;7"
 
 
-def test_tasks_by_method(tasks, tmp_path, monkeypatch):
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """An index of lm-eval's thousands of tasks takes ten seconds to build."""
+    monkeypatch.setattr(lm_harness, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
+def test_tasks_by_method(tasks, tmp_path, monkeypatch, own_tasks_only, short_adapter):
     """Rows are what lm-eval says of the same forced routes; a run goes on, and has a report."""
     model, tokenizer, routing = load_shipped()
     routing.detach()
@@ -275,15 +285,15 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch):
     def make(**changes):
         names = ["flux_choice", "flux_answer"]
         arguments = dict(choose=lambda routing, count, tell: counts.append(count) or [6, 8], include_path=str(tasks))
-        return TaskEvaluation(model, tokenizer, [str(ROUTERS)], names, samples=3, **{**arguments, **changes})
+        return TaskEvaluation(model, tokenizer, [short_adapter], names, samples=3, **{**arguments, **changes})
 
     rows = quality.run(make(), tmp_path, False, lambda text: None)
     by = {(row["task"], row["method"]): row for row in rows}
     methods = ("dense", "sparse", "routed", "static", "random")
     assert set(by) == {(task, method) for task in ("flux_choice", "flux_answer") for method in methods}
     for method, force in (("sparse", "sparse"), ("routed", None)):
-        lm = FluxLM(model, routers=str(ROUTERS), tokenizer=tokenizer, force=force)
-        manager = TaskManager(include_path=str(tasks))
+        lm = FluxLM(model, routers=short_adapter, tokenizer=tokenizer, force=force)
+        manager = TaskManager(include_path=str(tasks), include_defaults=False)
         found = lm_eval.simple_evaluate(lm, tasks=["flux_choice"], task_manager=manager, bootstrap_iters=0)
         lm.routing.detach()
         row = by["flux_choice", method]
@@ -307,16 +317,16 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch):
     assert "## Accuracy on lm-eval's tasks" in markdown.read_text()
     assert "Share of full attention, routers, on lm-eval's tasks" in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match=r"no tasks \['poems'\]"):
-        TaskEvaluation(model, tokenizer, [str(ROUTERS)], ["poems"])
+        TaskEvaluation(model, tokenizer, [short_adapter], ["poems"])
     with pytest.raises(ValueError, match=r"methods \['best-static'\] are not for"):
         make(methods=["best-static"])
 
 
-def test_tasks_by_head(tasks, tmp_path):
+def test_tasks_by_head(tasks, tmp_path, own_tasks_only, short_adapter):
     """Likelihoods only; a run that goes on keeps the heads that were chosen."""
     model, tokenizer, routing = load_shipped()
     routing.detach()
-    heads = attach(model, FluxConfig(sink=64, window=704, pool_size=16, granularity="head"))
+    heads = attach(model, FluxConfig(**SPARSE, granularity="head"))
     heads.save_pretrained(tmp_path / "heads")
     names, chosen = [unit_name(unit) for unit in heads.units], torch.arange(len(heads.units)) % 3 == 0
     heads.detach()
@@ -339,11 +349,11 @@ def test_tasks_by_head(tasks, tmp_path):
     assert [row["method"] for row in late.rows(rows[:1])] == ["sparse", "head", "head-static"] and forced == [None]
 
 
-def test_layers_drawn_for_a_context_are_its_own(tasks):
+def test_layers_drawn_for_a_context_are_its_own(tasks, short_adapter):
     """All continuations of a context have the same ones, in whatever batch; another context has others."""
     model, tokenizer, routing = load_shipped()
     routing.detach()
-    lm = FluxLM(model, routers=str(ROUTERS), tokenizer=tokenizer, batch_size=2)
+    lm = FluxLM(model, routers=short_adapter, tokenizer=tokenizer, batch_size=2)
     lm.drawn = 3
     try:
         for context in ([1, 2, 3], [1, 2, 4]):
@@ -398,7 +408,7 @@ def test_flux_attention_eval(tasks, tmp_path):
     assert result.returncode == 1 and "--tasks and --families are both there" in result.stderr
 
 
-def test_force(shipped):
+def test_force(shipped, short_adapter):
     assert [_parse_force(force) for force in (None, "full", "sparse", 0.75, "0.75", 3, "3", "3;7", [3, 7])] == [
         *(None, "full", "sparse", 0.75, 0.75),
         *([3], [3], [3, 7], [3, 7]),
@@ -408,7 +418,7 @@ def test_force(shipped):
             _parse_force(force)
     for force in (1.5, "3;70"):
         with pytest.raises(ValueError, match="cannot force"):
-            FluxLM(str(BACKBONE), routers=str(ROUTERS), force=force, **ARGUMENTS)
+            FluxLM(str(BACKBONE), routers=short_adapter, force=force, **ARGUMENTS)
 
 
 def test_without_lm_eval(monkeypatch):

@@ -7,25 +7,30 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import flux
+from helpers.shipped import SPARSE
 
-from flux_attention import named
+from flux_attention import FluxConfig, attach
 from flux_attention.evaluation import quality
 from flux_attention.evaluation.quality import Evaluation, best_layers, greedy_layers, random_routes
 from flux_attention.shipped import load_shipped
 from flux_attention.tasks.scoring import evaluate
 
+#: Tokens of a sample, more than sparse layers see.
+LENGTH = 256
+
 
 @pytest.fixture(scope="module")
-def setting(haystack):
+def setting(haystack, short_adapter):
+    """The shipped model without routers, its text, and an adapter."""
     model, tokenizer, routing = load_shipped()
     routing.detach()
-    return model, tokenizer, haystack
+    return model, tokenizer, haystack, short_adapter
 
 
 def make(setting, **changes):
-    values = dict(families=["single_needle", "plain"], lengths=[1024], samples=3, calibration=1)
-    model, tokenizer, haystack = setting
-    return Evaluation(model, tokenizer, [str(named.ROUTERS)], haystack, **{**values, **changes})
+    values = dict(families=["single_needle", "plain"], lengths=[LENGTH], samples=3, calibration=1)
+    model, tokenizer, haystack, adapter = setting
+    return Evaluation(model, tokenizer, [adapter], haystack, **{**values, **changes})
 
 
 def test_greedy_layers_take_what_lowers_the_loss_most():
@@ -62,7 +67,7 @@ def test_best_layers_are_the_best_of_all_sets():
 
 
 def test_random_routes_are_seeded_and_of_the_size_asked_for(setting):
-    samples = make(setting).make("single_needle", 1024, 6)
+    samples = make(setting).make("single_needle", LENGTH, 6)
     routes = random_routes(samples, 10, 3)
     assert (routes.sum(1) == 3).all() and torch.equal(routes, random_routes(samples, 10, 3))
     assert not torch.equal(routes, random_routes(samples, 10, 3, seed=1))
@@ -77,18 +82,17 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
     assert all(len(row["scores"]) == 3 for row in rows.values())
     routed = [sum(rows[family, "routed"]["fa_rate"].values()) for family in evaluation.families]
     count = math.ceil(sum(routed) / 2 - 1e-6)
+    assert 0 < count < 10
     static = rows["plain", "static"]["full_layers"]
     assert len(static) == count and rows["single_needle", "static"]["full_layers"] == static
     assert rows["plain", "static"]["sparsity"] == rows["plain", "random"]["sparsity"] == 1 - count / 10
     assert rows["plain", "dense"]["sparsity"] == 0 and rows["plain", "sparse"]["sparsity"] == 1
-    model, tokenizer, haystack = setting
-    from flux_attention import attach
-
-    routing = attach(model, named.ROUTERS)
+    model, _, _, adapter = setting
+    routing = attach(model, adapter)
     try:
         for method, spec in (("dense", "full"), ("sparse", "sparse"), ("static", static), ("routed", None)):
             with routing.force(spec):
-                scores = evaluate(model, evaluation.make("plain", 1024, 3), routing)
+                scores = evaluate(model, evaluation.make("plain", LENGTH, 3), routing)
             assert rows["plain", method]["perplexity"] == pytest.approx(scores.perplexity, abs=1e-4)
             assert rows["plain", method]["low"] < scores.perplexity < rows["plain", method]["high"]
     finally:
@@ -117,12 +121,10 @@ def test_the_best_static_layers_are_found_once_and_used_for_all(setting, monkeyp
     full = np.mean([sum(row["fa_rate"].values()) for row in both.rows() if row["method"] == "routed"])
     assert sizes[:2] == [math.ceil(full - 1e-6), math.ceil(full - 1e-6) - 1]
     assert found["best-static-fewer"]["sparsity"] == 1  # nothing was chosen
-    from flux_attention import attach
-
-    routing = attach(setting[0], named.ROUTERS)
+    routing = attach(setting[0], setting[3])
     try:
         for count, (accuracy, loss) in zip((1, 2), values[0], strict=True):
-            some = [evaluation.make(task, 1024, count, quality.CALIBRATION_SEED) for task in evaluation.families]
+            some = [evaluation.make(task, LENGTH, count, quality.CALIBRATION_SEED) for task in evaluation.families]
             needle, plain = (evaluate(setting[0], samples, routing, routes=[2, 5]) for samples in some)
             assert accuracy == needle.accuracy
             assert -loss == pytest.approx((np.mean(needle.nats) + np.mean(plain.nats)) / 2, abs=1e-5)
@@ -131,10 +133,8 @@ def test_the_best_static_layers_are_found_once_and_used_for_all(setting, monkeyp
 
 
 def test_head_adapters_have_methods_of_their_own(setting, tmp_path):
-    from flux_attention import FluxConfig, attach
-
-    model, tokenizer, haystack = setting
-    routing = attach(model, FluxConfig(sink=64, window=704, pool_size=16, granularity="head"))
+    model, tokenizer, haystack, _ = setting
+    routing = attach(model, FluxConfig(**SPARSE, granularity="head"))
     torch.manual_seed(0)
     for router in routing.routers.values():
         torch.nn.init.normal_(router.head[-1].weight, std=3.0)
@@ -142,7 +142,7 @@ def test_head_adapters_have_methods_of_their_own(setting, tmp_path):
     routing.save_pretrained(tmp_path / "heads")
     routing.detach()
     sizes = dict(samples=2, calibration=1, batch_size=1)
-    evaluation = Evaluation(model, tokenizer, [str(tmp_path / "heads")], haystack, ["plain"], [1024], **sizes)
+    evaluation = Evaluation(model, tokenizer, [str(tmp_path / "heads")], haystack, ["plain"], [LENGTH], **sizes)
     rows = {row["method"]: row for row in evaluation.rows()}
     assert list(rows) == ["dense", "sparse", "head", "head-static"]
     units = rows["head"]["fa_rate"]
@@ -185,11 +185,11 @@ def test_wrong_requests_are_refused(setting):
     for changes, message in (
         (dict(families=["poems"]), r"unknown families \['poems'\]"),
         (dict(methods=["magic"]), r"unknown methods \['magic'\]"),
-        (dict(lengths=[1024, 16384]), "16384 tokens do not fit into the model's 8192 positions"),
+        (dict(lengths=[LENGTH, 16384]), "16384 tokens do not fit into the model's 8192 positions"),
     ):
         with pytest.raises(ValueError, match=message):
             make(setting, **changes)
-    model, tokenizer, haystack = setting
+    model, tokenizer, haystack, _ = setting
     with pytest.raises(ValueError, match="at least one adapter"):
         Evaluation(model, tokenizer, [], haystack, ["plain"], [1024])
 
