@@ -15,7 +15,7 @@ LEVELS = [
     "errors config router",
     "kernels",
     "patterns",
-    "decision routes adapters named",
+    "decision routes adapters named names",
     "hf | serving",
     "tasks calibration",
     "training | evaluation",
