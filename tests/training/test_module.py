@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, tiny_model
-from torch.utils.checkpoint import noop_context_fn
+from conftest import INTERPRETED, SMALL, tiny_model
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flux_attention import FluxConfig, UnsupportedModelError, attach
@@ -50,7 +50,21 @@ def test_the_operations_that_are_kept_exist():
     for name in ATTENTION:
         room, operation = name.split("::")
         assert hasattr(getattr(torch.ops, room), operation), name
-    assert triton_prefill.streaming._opoverload.name() in ATTENTION
+
+
+@INTERPRETED
+def test_checkpointing_keeps_what_our_own_kernel_gave(monkeypatch):
+    forward, runs = triton_prefill._run_forward, []
+    monkeypatch.setattr(triton_prefill, "_run_forward", lambda *a, **k: runs.append(1) or forward(*a, **k))
+
+    def attended(*states):
+        return triton_prefill.attention(*states, sink=2, window=5, scale=0.25).sin()
+
+    for context, times in ((keep_attention, 1), (noop_context_fn, 2)):
+        states = [torch.randn(1, 2, 20, 16, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+        runs.clear()
+        checkpoint(attended, *states, use_reentrant=False, context_fn=context).sum().backward()
+        assert len(runs) == times and all(tensor.grad is not None for tensor in states)
 
 
 def calls_of(routing):
