@@ -9,12 +9,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from speed.model import ENGINES, random_cache, random_model
+from speed.timing import measure
 from torch.profiler import ProfilerActivity, profile
 
 from flux_attention.evaluation.results import write_results
-from flux_attention.evaluation.speed import SHAPES, measure
-from flux_attention.evaluation.speed_model import ENGINES, random_cache, random_model
 from flux_attention.generation import decode_step
+from flux_attention.training.sizes import SHAPES
 
 #: Kinds of kernels, by the first pattern that their name contains.
 KINDS = {

@@ -12,8 +12,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from flux_attention.evaluation.tasks import FAMILIES
 from flux_attention.shipped import ROUTERS
+from flux_attention.tasks.families import FAMILIES
 
 HERE = Path(__file__).parent
 

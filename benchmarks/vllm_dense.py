@@ -17,12 +17,13 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from flux_attention.training.sizes import SHAPES
+
 # One process, no look-ups on the network, and a sampler that needs no compiler.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-ARCHITECTURES = {"qwen3-8b": "Qwen3ForCausalLM", "llama-3.1-8b": "LlamaForCausalLM"}
 MORE = 64
 
 
@@ -32,15 +33,15 @@ def spread(times):
 
 def measured(shape, lengths, batches, repeats):
     """(phase, batch, length, times in ms) of vLLM with random weights."""
+    from speed.model import fitting
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import LLM, SamplingParams
-
-    from flux_attention.evaluation.speed import SHAPES
-    from flux_attention.evaluation.speed_model import fitting
 
     longest = max(lengths) + 2 * MORE
     config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=longest)
-    config.architectures, config.dtype = [ARCHITECTURES[shape]], "bfloat16"
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = "bfloat16"
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         llm = LLM(
@@ -71,12 +72,13 @@ def measured(shape, lengths, batches, repeats):
 
 
 def main():
+    from speed.timing import row
+
     from flux_attention.evaluation.results import earlier_rows, environment, merged, write_results
-    from flux_attention.evaluation.speed import row
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--shape", default="qwen3-8b", choices=ARCHITECTURES)
+    parser.add_argument("--shape", default="qwen3-8b", choices=SHAPES)
     parser.add_argument("--lengths", default="1,2,4,8,16,32,64,128,256", help="thousands (1,024) of tokens")
     parser.add_argument("--batches", default="1,8", help="sequences together")
     parser.add_argument("--repeats", type=int, default=3)

@@ -18,6 +18,9 @@ DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=py
 # One test process a core: more threads than cores slow each other down many times over.
 torch.set_num_threads(1)
 
+#: Where fixtures that several folders share are.
+pytest_plugins = ["helpers.shipped", "helpers.training"]
+
 VOCAB = 96
 SMALL = dict(
     vocab_size=VOCAB,

@@ -16,7 +16,7 @@ from flux_attention import FluxConfig, UnsupportedModelError, attach, kv_bytes
 from flux_attention.cache import Tokens
 from flux_attention.call import Call
 from flux_attention.patterns import Full
-from flux_attention.training.trainer import noise_of
+from flux_attention.training.module import noise_of
 
 CONFIG = FluxConfig(sink=4, window=9, last_n=5, pool_size=6)
 TRIANGLE = FluxConfig(pattern="triangle", sink=4, window=9, last_n=5, pool_size=6)

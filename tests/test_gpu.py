@@ -8,10 +8,10 @@ from test_attach import CONFIG, TRIANGLE, ids
 from test_patterns import error, oracle
 
 from flux_attention import attach, generation, kernels
-from flux_attention.evaluation.tasks import Haystack, make_sample
-from flux_attention.evaluation.text import local_texts
 from flux_attention.patterns import Full, Streaming
 from flux_attention.shipped import load_shipped
+from flux_attention.tasks.samples import Haystack, make_sample
+from flux_attention.tasks.text import local_texts
 
 pytestmark = pytest.mark.gpu
 

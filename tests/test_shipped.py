@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from flux_attention.evaluation.harness import evaluate
 from flux_attention.evaluation.quality import adapter_hash
-from flux_attention.evaluation.tasks import FAMILIES, Haystack, make_sample
-from flux_attention.evaluation.text import local_texts
 from flux_attention.shipped import BACKBONE, ROUTERS, load_shipped
+from flux_attention.tasks.families import FAMILIES
+from flux_attention.tasks.samples import Haystack, make_sample
+from flux_attention.tasks.scoring import evaluate
+from flux_attention.tasks.text import local_texts
 
 LENGTH = 4096
 

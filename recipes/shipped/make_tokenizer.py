@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flux_attention.evaluation.text import local_texts
-from flux_attention.evaluation.words import ADJECTIVES, CITIES, NOUNS, PEOPLE
+from flux_attention.tasks.text import local_texts
+from flux_attention.tasks.words import ADJECTIVES, CITIES, NOUNS, PEOPLE
 
 VOCAB_SIZE = 3072
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"

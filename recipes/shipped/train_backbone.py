@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from flux_attention.evaluation.harness import evaluate
-from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack, make_sample, training_sample
-from flux_attention.evaluation.text import local_texts
+from flux_attention.tasks.families import EVERY_FAMILY, FAMILIES
+from flux_attention.tasks.samples import Haystack, make_sample, training_sample
+from flux_attention.tasks.scoring import evaluate
+from flux_attention.tasks.text import local_texts
 
 #: Arguments that a run may go on with changed.
 FREE = {"output", "workers", "eval_every", "eval_count", "save_every", "no_compile"}

@@ -23,7 +23,7 @@ import torch
 from flux_attention.evaluation.quality import row_key
 from flux_attention.evaluation.report import write_report
 from flux_attention.evaluation.results import write_results
-from flux_attention.evaluation.text import local_texts
+from flux_attention.tasks.text import local_texts
 from flux_attention.training import Recipe
 
 CLI = [sys.executable, "-m", "flux_attention.cli"]

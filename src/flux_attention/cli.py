@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -114,10 +113,10 @@ def _load_model(model: str, device: str | None, dtype: str):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        from flux_attention import shipped
+        from flux_attention import named
 
         logging.disable_progress_bar()
-        path = shipped.model_path(model)
+        path = named.model_path(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
             raise _UserError(f"device is {device!r}, expected cpu, cuda, cuda:N, mps or xpu")
@@ -127,7 +126,7 @@ def _load_model(model: str, device: str | None, dtype: str):
             raise _UserError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or auto")
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-            loaded.config.name_or_path = shipped.model_name(model)
+            loaded.config.name_or_path = named.model_name(model)
             return loaded, AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise _UserError(
@@ -139,10 +138,10 @@ def _load(model: str, routers: str | None, device: str | None, dtype: str):
     """Model, tokenizer and attached routers."""
     loaded, tokenizer = _load_model(model, device, dtype)
     with err.status("attaching routers"):
-        from flux_attention import attach, shipped
+        from flux_attention import attach, named
 
         routers = routers or ("shipped" if model == "shipped" else None)
-        return loaded, tokenizer, attach(loaded, routers and shipped.adapter_path(routers))
+        return loaded, tokenizer, attach(loaded, routers and named.adapter_path(routers))
 
 
 def _encode(tokenizer, text: str, model, new_tokens: int = 0):
@@ -296,44 +295,23 @@ def bench(
     output: Annotated[Optional[Path], typer.Option(help="Folder for JSON, written after every row.")] = None,  # noqa: UP045
 ):
     """Measure speed and memory on this GPU, with random weights, against dense attention in the same run."""
-    from flux_attention.evaluation import speed, speed_model
-    from flux_attention.evaluation.results import earlier_rows, merged, write_results
+    import flux_attention
 
-    names = shapes.split(",")
-    if unknown := sorted(set(names) - set(speed.SHAPES)):
-        raise _UserError(f"unknown shapes {unknown}, expected some of {list(speed.SHAPES)}")
-    tokens, sequences = _numbers(lengths, int, 1, 2**24), _numbers(batches, int, 1, 1024)
-    ratios = _numbers(sparsities, float, 0, 1)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)  # fails now, not after the first measurement
+    folder = Path(flux_attention.__path__[0]).parents[1] / "benchmarks"
+    if not (folder / "speed").is_dir():
+        raise _UserError(
+            "bench runs from a checkout only, as benchmarks/ is not in the installed package: clone the repository, "
+            "and in it run pip install -e ."
+        )
+    sys.path.insert(0, str(folder))
+    from speed.bench import bench as measure
 
-    def train_speed(shape: str):
-        from flux_attention.evaluation.speed_training import training  # which needs what the Trainer needs
+    numbers = _numbers(lengths, int, 1, 2**24), _numbers(sparsities, float, 0, 1), _numbers(batches, int, 1, 1024)
 
-        return training(shape, tokens, repeats)
+    def tell(row: dict[str, Any]) -> None:
+        out.print("  ".join(f"{key} {value}" for key, value in row.items()), highlight=False, soft_wrap=True)
 
-    measures = {
-        "attention": {
-            "attention_prefill": lambda shape: speed.attention_prefill(shape, tokens, ratios),
-            "attention_decode": lambda shape: speed.attention_decode(shape, tokens, sequences, ratios),
-        },
-        "prefill": {
-            "e2e_prefill": lambda shape: speed_model.prefill(shape, tokens, sequences, ratios, compile, repeats)
-        },
-        "decode": {"e2e_decode": lambda shape: speed_model.decode(shape, tokens, sequences, ratios, compile)},
-        "training": {"training": train_speed},
-        "memory": {"memory": lambda shape: speed_model.memory(shape, tokens, ratios, int(gpu_gb * 1e9))},
-    }
-    if what not in measures:
-        raise _UserError(f"cannot measure {what!r}; expected one of {list(measures)}")
-    for name, measure in measures[what].items():
-        rows, before = [], [] if output is None else earlier_rows(output / f"{name}.json")
-        for row in itertools.chain.from_iterable(map(measure, names)):
-            rows.append(row)
-            out.print("  ".join(f"{key} {value}" for key, value in row.items()), highlight=False, soft_wrap=True)
-            if output is not None:
-                ceilings = {} if what == "memory" else speed.ceilings()
-                write_results(output / f"{name}.json", merged(before, rows), **ceilings)
+    measure(what, shapes.split(","), *numbers, compile, repeats, int(gpu_gb * 1e9), output, tell)
 
 
 @app.command()
@@ -395,11 +373,12 @@ def evaluate(
     dtype: Dtype = "auto",
 ):
     """Score a model on generated questions or lm-eval's tasks by every way of choosing full layers; write a report."""
-    from flux_attention import shipped
+    from flux_attention import named
     from flux_attention.evaluation import quality
     from flux_attention.evaluation.report import label, short_names, summary, tokens, write_report
-    from flux_attention.evaluation.tasks import EVERY_FAMILY, FAMILIES, Haystack
-    from flux_attention.evaluation.text import local_texts
+    from flux_attention.tasks.families import EVERY_FAMILY, FAMILIES
+    from flux_attention.tasks.samples import Haystack
+    from flux_attention.tasks.text import local_texts
 
     if tasks and families:
         raise _UserError(
@@ -410,7 +389,7 @@ def evaluate(
     sizes = _numbers(lengths, int, 256, 2**24)
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise _UserError("matplotlib is missing, which draws the report: pip install 'flux-attention[eval]'")
-    adapters = [shipped.adapter_path(name) for name in routers or (["shipped"] if model == "shipped" else [])]
+    adapters = [named.adapter_path(name) for name in routers or (["shipped"] if model == "shipped" else [])]
     loaded, tokenizer = _load_model(model, device, dtype)
     with err.status("reading text") as status:
         asked = methods.split(",") if methods else None
@@ -464,7 +443,7 @@ def demo(
     as_json: Json = False,
 ):
     """Run the shipped model on real text, dense, routed and all-sparse, and show what each input needed."""
-    from flux_attention.evaluation.demo import run_demo
+    from flux_attention.shipped.demo import run_demo
 
     rows = run_demo(samples, length, seed, Console(quiet=True) if as_json else out)
     if as_json:

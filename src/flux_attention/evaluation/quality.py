@@ -35,10 +35,11 @@ from typing import Any
 import torch
 
 from flux_attention.attach import attach, max_positions
-from flux_attention.evaluation.harness import Scores, check_head, evaluate
 from flux_attention.evaluation.results import environment, write_results
-from flux_attention.evaluation.tasks import EVERY_FAMILY, Haystack, Sample, make_sample
 from flux_attention.routes import unit_name
+from flux_attention.tasks.families import EVERY_FAMILY
+from flux_attention.tasks.samples import Haystack, Sample, make_sample
+from flux_attention.tasks.scoring import Scores, check_head, evaluate
 
 METHODS = ("dense", "sparse", "routed", "static", "best-static", "best-static-fewer", "random", "head", "head-static")
 #: Those that try every set: 120 of three layers of 10, 94 million of nine of 36.

@@ -5,29 +5,13 @@ How both were made: recipes/shipped/ in the repository.
 
 from __future__ import annotations
 
-from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-#: What it is called in results and adapters, wherever it lies.
-NAME = "flux-attention/shipped"
-#: Stock transformers checkpoint with its tokenizer.
-BACKBONE = Path(__file__).parent / "backbone"
-#: Router adapter for it.
-ROUTERS = Path(__file__).parent / "routers"
+from flux_attention.attach import attach
+from flux_attention.named import BACKBONE, NAME, ROUTERS
 
-
-def model_path(model: str) -> str:
-    """Where the model called ``shipped`` lies; any other name as it is."""
-    return str(BACKBONE) if model == "shipped" else model
-
-
-def model_name(model: str) -> str:
-    """What the model called ``shipped`` is called in results and adapters; any other name as it is."""
-    return NAME if model == "shipped" else model
-
-
-def adapter_path(adapter: str) -> str:
-    """Where the adapter called ``shipped`` lies; any other name as it is."""
-    return str(ROUTERS) if adapter == "shipped" else adapter
+__all__ = ["BACKBONE", "ROUTERS", "load_shipped"]
 
 
 def load_shipped():
@@ -41,11 +25,6 @@ def load_shipped():
     tokenizer : transformers.PreTrainedTokenizerFast
     routing : Routing
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from flux_attention.attach import attach
-
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of loading 112 tensors, which takes no time
     try:

@@ -132,7 +132,7 @@ class Recipe:
     gradient_checkpointing : bool
         Compute layers again in the backward pass instead of keeping their activations.
     shape : str, optional
-        A key of ``speed.SHAPES``: sizes for a dry run where the model's configuration is not at hand.
+        A key of ``sizes.SHAPES``: sizes for a dry run where the model's configuration is not at hand.
     objective : Objective
         Knobs of the objective.
     training : dict

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from flux_attention import shipped
+from flux_attention import named
 from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.attach import Routing, attach, max_positions
 from flux_attention.routes import unit_name
-from flux_attention.training.data import PackedExamples, check_sources, load_data
+from flux_attention.training.checkpoints import last_checkpoint
+from flux_attention.training.data import check_sources, load_data
+from flux_attention.training.module import CHUNK
+from flux_attention.training.packing import PackedExamples
 from flux_attention.training.recipe import Recipe, RecipeError
-from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
+from flux_attention.training.sizes import SHAPES
+from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.
 RESULTS = ("README.md", "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
@@ -34,7 +38,7 @@ def load_model(recipe: Recipe) -> Routing:
     OSError, ValueError
         If there is no such model, or no such adapter for it.
     """
-    path = shipped.model_path(recipe.model)
+    path = named.model_path(recipe.model)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype, **recipe.config)
     most = max_positions(model)
     if most and recipe.max_length > most:
@@ -42,8 +46,8 @@ def load_model(recipe: Recipe) -> Routing:
             f"max_length is {recipe.max_length}, but {recipe.model} has {most} positions: shorten it, or extend them "
             "by `config`, with rope_parameters that fit and max_position_embeddings"
         )
-    model.config.name_or_path = shipped.model_name(recipe.model)
-    routers = recipe.flux_config if recipe.start is None else shipped.adapter_path(recipe.start)
+    model.config.name_or_path = named.model_name(recipe.model)
+    routers = recipe.flux_config if recipe.start is None else named.adapter_path(recipe.start)
     return attach(model, routers)
 
 
@@ -56,7 +60,7 @@ def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
     RecipeError
         With the files that would be lost, or the recipe's keys that differ.
     """
-    if recipe.start is not None and Path(shipped.adapter_path(recipe.start)).resolve() == folder.resolve():
+    if recipe.start is not None and Path(named.adapter_path(recipe.start)).resolve() == folder.resolve():
         raise RecipeError(f"the output is {folder}, the adapter that is started from: use another output")
     kept, checkpoint = folder / "recipe.yaml", last_checkpoint(folder)
     found = [name for name in RESULTS if name != "malformed.txt" and (folder / name).exists()]
@@ -112,7 +116,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
         raise ImportError("matplotlib is missing, which draws the run: pip install 'flux-attention[train]'")
     check_output(recipe, folder, restart)
     # Before the model: what is wrong with data is known before a large one is loaded.
-    data, report = load_data(recipe, AutoTokenizer.from_pretrained(shipped.model_path(recipe.model)))
+    data, report = load_data(recipe, AutoTokenizer.from_pretrained(named.model_path(recipe.model)))
     if main:
         say(f"{report}\n{len(data):,} packs of up to {recipe.pack_length:,} tokens, {recipe.batch_size} in a step")
     if len(data) < recipe.batch_size:
@@ -227,7 +231,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
     recipe, routing = trainer.recipe, trainer.routing
     base = routing.config.base_model
     of, kind = ("Layer", "layers") if routing.config.granularity == "layer" else ("Head", "KV heads")
-    arguments = ["BACKBONE" if base.name == shipped.NAME else repr(base.name)]
+    arguments = ["BACKBONE" if base.name == named.NAME else repr(base.name)]
     arguments += [f"{key}={value!r}" for key, value in recipe.config.items()]  # what the routers were trained with
     lines = [
         "---",
@@ -244,7 +248,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         "```python",
         "from flux_attention import attach",
         "from transformers import AutoModelForCausalLM",
-        *(["from flux_attention.shipped import BACKBONE"] if base.name == shipped.NAME else []),
+        *(["from flux_attention.shipped import BACKBONE"] if base.name == named.NAME else []),
         "",
         f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
         'routing = attach(model, "path or id of this adapter")',
@@ -281,11 +285,9 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
 
 def _model_config(recipe: Recipe):
     """The model's configuration: its own, or where that does not lie on this machine, the recipe's ``shape``."""
-    from flux_attention.evaluation.speed import SHAPES
-
     if recipe.shape not in {None, *SHAPES}:
         raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
-    path = shipped.model_path(recipe.model)
+    path = named.model_path(recipe.model)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=recipe.shape is not None, **recipe.config)
     except OSError as error:
@@ -316,7 +318,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     config = _model_config(recipe)
     sizes, made_for = recipe.flux_config, None
     if recipe.start is not None:
-        start = load_config(shipped.adapter_path(recipe.start))[1]
+        start = load_config(named.adapter_path(recipe.start))[1]
         sizes, made_for = replace(start, base_model=None), start.base_model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -4,23 +4,17 @@ Distribution, mixed precision, checkpoints, resuming and reporting are the Train
 trains, the objective, the optimizer's two groups, and noise that depends on seed, step and sequence alone, so that a
 resumed run, or one on other processes, makes the same decisions.
 
-Shape suffixes: N sequences of a pack, S tokens of a pack, L routed layers, C task classes, D hidden size.
+Shape suffixes: N sequences of a pack, S tokens of a pack, L routed layers, C task classes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import json
 import os
-import random
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -30,191 +24,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from flux_attention import kernels
 from flux_attention.attach import Routing
-from flux_attention.evaluation.harness import check_head
 from flux_attention.routes import unit_name
-from flux_attention.training.data import Example, PackedExamples, collate
+from flux_attention.training.checkpoints import SHARDED, WEIGHTS, whole
+from flux_attention.training.module import RoutedTraining, keep_attention, noise_of
 from flux_attention.training.objective import SparsityObjective, temperature
+from flux_attention.training.packing import PackedExamples, Steps, collate
+from flux_attention.training.progress import Progress
 from flux_attention.training.recipe import Recipe
-
-#: What a checkpoint holds of the model.
-WEIGHTS = "training.safetensors"
-#: How a sharded optimizer's state lies in a checkpoint: whole.
-SHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
-#: Label positions whose logits are in memory at a time.
-CHUNK = 2048
-
-
-def keep_attention(device: torch.device):
-    """
-    What makes gradient checkpointing keep the outputs of attention, both branches', and compute all else again.
-
-    They take as little memory as the hidden states between layers, and of a long pack's work they are most.
-    """
-    names = ["flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"]
-    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
-    if kernels.has_triton(device):
-        from flux_attention.kernels import triton_prefill  # which registers it
-
-        kept.append(triton_prefill.streaming._opoverload)
-    return partial(create_selective_checkpoint_contexts, kept)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP may have sharded; every process takes part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-class Steps(Dataset):
-    """
-    The packs of a whole run, in the order in which they are trained on: every pass over the data is shuffled anew.
-
-    One long epoch, so that no step is short and N processes share each step evenly.
-    """
-
-    def __init__(self, packs: PackedExamples, count: int, seed: int):
-        self.packs, self.count, self.seed, self._orders = packs, count, seed, {}
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> list[tuple[int, Example]]:
-        turn, place = divmod(index, len(self.packs))
-        if turn not in self._orders:
-            order = list(range(len(self.packs)))
-            random.Random(f"{self.seed}-{turn}").shuffle(order)
-            self._orders = {turn: order}
-        return self.packs[self._orders[turn][place]]
-
-
-def label_losses(head: nn.Module, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
-    """
-    Loss in nats at the positions that carry a label: the language-model head runs there only, some at a time.
-
-    Parameters
-    ----------
-    head : torch.nn.Module
-        From hidden states to logits.
-    hidden_PD, targets_P : torch.Tensor
-        Hidden states, and the tokens that come after them.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 (P,).
-    """
-
-    def chunk(hidden, targets):
-        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-    parts = zip(hidden_PD.split(CHUNK), targets_P.split(CHUNK), strict=True)
-    return torch.cat([checkpoint(chunk, hidden, targets, use_reentrant=False) for hidden, targets in parts])
-
-
-class RoutedTraining(nn.Module):
-    """
-    A frozen model with routers and multipliers, as the one module that a Trainer wraps.
-
-    Parameters
-    ----------
-    routing : Routing
-        Routers attached to the model.
-    objective : SparsityObjective
-        With a target for every task class.
-    """
-
-    def __init__(self, routing: Routing, objective: SparsityObjective):
-        super().__init__()
-        self.routing = routing
-        self.backbone = routing.model.requires_grad_(False)
-        self.routers, self.objective = routing.routers, objective
-        self.names = list(objective.classes)
-        check_head(routing)
-        # Checkpointing needs training mode, in which a frozen model is to compute what it computes at inference.
-        self._before = (self.backbone.training, self.backbone.config.use_cache, [])
-        for module in self.backbone.modules():
-            names = ["p"] if isinstance(module, nn.Dropout) else ["attention_dropout", "router_jitter_noise"]
-            for name in names:
-                if getattr(module, name, None):
-                    self._before[2].append((module, name, getattr(module, name)))
-                    setattr(module, name, 0.0)
-
-    def release(self) -> None:
-        """Leave the backbone as it was: its mode, its dropout, gradient checkpointing off."""
-        mode, use_cache, dropouts = self._before
-        self.backbone.train(mode)
-        self.backbone.config.use_cache = use_cache
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.modules()):
-            self.backbone.gradient_checkpointing_disable()
-        for module, name, value in dropouts:
-            setattr(module, name, value)
-
-    @property
-    def config(self):
-        """The backbone's."""
-        return self.backbone.config
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        labels: torch.Tensor,
-        sequence_lengths: torch.Tensor,
-        prompt_lengths: torch.Tensor,
-        classes: torch.Tensor,
-        temperature: float,
-        noise: torch.Tensor,
-        progress: float,
-    ) -> dict[str, torch.Tensor]:
-        """
-        The objective of one pack (see ``data.collate``).
-
-        Returns
-        -------
-        dict
-            ``loss``: the sequences' mean; ``lm_loss_N``: float32, nats a labelled token; ``gates_NL``.
-        """
-        with self.routing.soft(temperature, noise):
-            hidden_SD = (
-                self.backbone.get_decoder()(
-                    input_ids=input_ids,
-                    position_ids=position_ids,
-                    use_cache=False,
-                    sequence_lengths=sequence_lengths.tolist(),
-                    prompt_lengths=prompt_lengths.tolist(),
-                )
-                .last_hidden_state[0]
-                .contiguous()
-            )
-        # Position s predicts the token at s + 1; no label stands on a sequence's first token.
-        places = (labels[0, 1:] != -100).nonzero()[:, 0]
-        losses_P = label_losses(self.backbone.get_output_embeddings(), hidden_SD[places], labels[0, 1:][places])
-        count = len(sequence_lengths)
-        owner_S = torch.arange(count, device=places.device).repeat_interleave(
-            sequence_lengths.to(places.device), output_size=labels.shape[1]
-        )
-        owner_P = owner_S[places + 1]
-        total_N = torch.zeros(count, device=places.device).index_add(0, owner_P, losses_P)
-        lm_loss_N = total_N / owner_P.bincount(minlength=count)
-        gates_NL = self.routing.gates.to(lm_loss_N.device)
-        names = [self.names[index] for index in classes.tolist()]
-        loss = self.objective(lm_loss_N, gates_NL, names, progress)
-        return {"loss": loss, "lm_loss_N": lm_loss_N.detach(), "gates_NL": gates_NL.detach()}
-
-
-def noise_of(seed: int, step: int, numbers: list[int], layers: int) -> torch.Tensor:
-    """The Gumbel noise (N, L, 2) of these sequences in this step, whatever the pack or the process they are in."""
-    noise = []
-    for number in numbers:
-        digest = hashlib.sha256(f"{seed}-{step}-{number}".encode()).digest()
-        generator = np.random.default_rng(int.from_bytes(digest[:16], "big"))
-        noise.append(torch.from_numpy(generator.gumbel(size=(layers, 2)).astype(np.float32)))
-    return torch.stack(noise)
 
 
 class RouterTrainer(Trainer):
@@ -251,7 +71,7 @@ class RouterTrainer(Trainer):
         objective = SparsityObjective(recipe.targets, knobs.multiplier_start, knobs.target_warmup)
         module = RoutedTraining(routing, objective)
         if recipe.gradient_checkpointing:  # reentrant checkpointing would hide the routers' gradients
-            settings = {"use_reentrant": False, "context_fn": keep_attention(args.device)}
+            settings = {"use_reentrant": False, "context_fn": keep_attention}
             routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         self._sums: torch.Tensor | None = None
         super().__init__(
@@ -411,29 +231,6 @@ class RouterTrainer(Trainer):
                     module.register_parameter(name, nn.Parameter(whole(parameter.detach())))
 
 
-class Progress(ProgressCallback):
-    """The Trainer's progress bar, and one line a log instead of all numbers."""
-
-    def __init__(self, names: list[str]):
-        super().__init__()
-        self.names = names
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Print loss, and each class's Ω_MSR and LM loss."""
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
-        classes = [
-            f"{name} Ω {logs[f'{name}/msr']:.2f}, {logs[f'{name}/lm_loss']:.3f} nats"
-            for name in self.names
-            if f"{name}/msr" in logs
-        ]
-        line = f"step {state.global_step}: loss {float(logs['loss']):.3f}; " + "; ".join(classes)
-        if self.training_bar is None:
-            print(line, flush=True)
-        else:
-            self.training_bar.write(line)
-
-
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """
     A recipe's ``TrainingArguments``.
@@ -463,17 +260,3 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if args.world_size != processes:  # each would run alone, and write the same files
         raise RuntimeError(f"{processes} processes were started, but torch.distributed joined {args.world_size}")
     return args
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint: a run that was killed while it wrote one goes on from the one before."""
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        # The trainer's state is what is written last, but a full disk or a crash can cut any file.
-        with contextlib.suppress(Exception):
-            step = int(json.loads((path / "trainer_state.json").read_text())["global_step"])
-            load_file(path / WEIGHTS)
-            for name in ("optimizer.pt", "scheduler.pt"):
-                torch.load(path / name, map_location="cpu", weights_only=True)
-            found.append((step, path))
-    return max(found)[1] if found else None

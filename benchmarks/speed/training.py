@@ -1,0 +1,128 @@
+"""Router training on a GPU: one pack forward and backward through a whole frozen model, with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from flux_attention.attach import Routing
+from flux_attention.call import Call
+from flux_attention.patterns import Full
+from flux_attention.training.module import RoutedTraining, keep_attention
+from flux_attention.training.objective import SparsityObjective
+from speed.model import body_and_head, random_model
+from speed.timing import PATTERN, ceilings, measure, require_gpu, row
+
+#: Tokens at a pack's end that carry the loss.
+LABELS = 512
+#: The paper's run: steps, sequences of a step, tokens of a sequence at most.
+PAPER_TOKENS = 300 * 48 * 65_536
+
+
+@contextlib.contextmanager
+def plain_formula():
+    """Mixed attention as it is written down, O = z · FA + (1 − z) · SA, with both branches' backward."""
+
+    def mixed(self, layer, chosen, query, key, value, scale):
+        (route,) = self.routes_of(layer)  # of a single sequence
+        gate = self.gates[layer].to(query.dtype).view(1, 1, 1, 1)
+        # As in what it is compared with: a kept gate would hold all that its router's input is made of.
+        if self.finished:
+            del self.gates[layer]
+        other = self._by_route([not route], query, key, value, scale)
+        full, sparse = (chosen, other) if route else (other, chosen)
+        return gate * full + (1 - gate) * sparse
+
+    before, Call._mixed = Call._mixed, mixed
+    try:
+        yield
+    finally:
+        Call._mixed = before
+
+
+def necessary_flops(routing: Routing, length: int) -> float:
+    """
+    Of a step in which every other layer is full: nothing that is computed twice, no gradients of frozen weights.
+
+    The model's products forward and for the activations' gradients; both branches of attention forward; the chosen
+    one's backward, which takes twice its forward (FlashAttention's also computes the scores again).
+    """
+    base = routing.config.base_model
+    body, head = body_and_head(routing)
+    full = (len(routing.layers) + 1) // 2
+    pairs = {True: Full().pairs(length), False: PATTERN.pairs(length)}
+    forward = len(routing.layers) * sum(pairs.values())
+    backward = 2 * (full * pairs[True] + (len(routing.layers) - full) * pairs[False])
+    return 4 * (forward + backward) * base.num_heads * base.head_dim + 4 * (body * length + head * LABELS)
+
+
+def pack_of(routing: Routing, length: int) -> dict[str, Any]:
+    """What ``RoutedTraining`` takes: one sequence, and noise by which every other layer is full."""
+    device = routing.model.device
+    ids = torch.randint(3, routing.model.config.vocab_size, (1, length), device=device)
+    labels = ids.clone()
+    labels[:, :-LABELS] = -100
+    noise = torch.zeros(1, len(routing.layers), 2)
+    noise[:, ::2, 1] = noise[:, 1::2, 0] = 50.0
+    return dict(
+        input_ids=ids,
+        position_ids=torch.arange(length, device=device)[None],
+        labels=labels,
+        sequence_lengths=torch.tensor([length]),
+        prompt_lengths=torch.tensor([length - LABELS]),
+        classes=torch.tensor([0]),
+        temperature=1.0,
+        noise=noise,
+        progress=1.0,
+    )
+
+
+def training(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[dict[str, Any]]:
+    """
+    Forward and backward of one pack of one sequence, every other layer full, with selective checkpointing.
+
+    Yields
+    ------
+    dict
+        Engine ``flux`` against ``plain`` (``plain_formula``): ``ms``, ``tokens_per_s``, ``peak_bytes``, and
+        ``of_matmul``, the rate of ``necessary_flops`` over that of a large matrix product; ``paper_hours`` is what the
+        paper's recipe would take on eight such GPUs at this rate.
+    """
+    require_gpu()
+    if min(lengths) <= LABELS:
+        raise ValueError(f"lengths are {list(lengths)}, expected more than {LABELS} tokens")
+    routing = random_model(shape, compile=False)
+    settings = {"use_reentrant": False, "context_fn": keep_attention}
+    routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    module = RoutedTraining(routing, SparsityObjective({"all": 0.5}).to(routing.model.device)).train()
+
+    for length in lengths:
+        pack = pack_of(routing, length)
+
+        def step(pack=pack):
+            module(**pack)["loss"].backward()
+            module.zero_grad(set_to_none=True)
+
+        found = {}
+        for engine, formula in (("plain", plain_formula), ("flux", contextlib.nullcontext)):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                with formula():
+                    times = measure(step, least=repeats, warm=1)
+            except torch.OutOfMemoryError:
+                yield dict(shape=shape, seq_len=length, batch=1, phase="train", engine=engine, error="out of memory")
+                continue
+            found[engine] = times
+            speed = length / times["ms"] * 1000
+            rate = necessary_flops(routing, length) / times["ms"] / 1e9
+            yield row(
+                times, "plain", found.get("plain"),
+                shape=shape, seq_len=length, batch=1, phase="train", engine=engine, method="routed", sparsity=0.5,
+                tokens_per_s=round(speed), peak_bytes=torch.cuda.max_memory_allocated(),
+                of_matmul=round(rate / ceilings()["matmul_tflops"], 3),
+                paper_hours=round(PAPER_TOKENS / speed / 8 / 3600, 2),
+            )  # fmt: skip

@@ -1,0 +1,153 @@
+"""Score a model, routed or not, on generated samples.
+
+A sample's answer is right if every one of its tokens is the most likely one given the tokens before it: exactly
+then greedy generation gives this answer. One forward pass scores prompt and answer; routes are decided by the
+prompt alone, and answer tokens see sink and window in sparse layers, as in decode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from flux_attention.call import UnsupportedModelError
+from flux_attention.routes import RouteSpec
+from flux_attention.tasks.samples import Sample
+
+
+@dataclass
+class Scores:
+    """
+    Per-sample results, in order.
+
+    Attributes
+    ----------
+    right : list of bool
+        Whether the whole answer is right.
+    nats : list of float
+        Mean loss of the answer's tokens (for ``plain``: of the second half of the text).
+    full : list of list of bool
+        Routes, True = full attention; empty for a model without routers.
+    """
+
+    right: list[bool] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)
+    full: list[list[bool]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return fmean(self.right)
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean loss."""
+        return float(np.exp(fmean(self.nats)))
+
+    @property
+    def msr(self) -> float:
+        """Mean Ω_MSR."""
+        return 1 - fmean(map(fmean, self.full))
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        n, p, z = len(self.right), self.accuracy, 1.96
+        centre, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (centre - width) / (1 + z * z / n), (centre + width) / (1 + z * z / n)
+
+    @property
+    def perplexity_interval(self) -> tuple[float, float]:
+        """95 % interval of the perplexity, from the spread of the samples' losses."""
+        error = 1.96 * stdev(self.nats) / math.sqrt(len(self.nats)) if len(self.nats) > 1 else math.inf
+        return math.exp(fmean(self.nats) - error), math.exp(fmean(self.nats) + error)
+
+
+@torch.no_grad()
+def check_head(routing) -> None:
+    """
+    Check that the model's logits are its output embedding's, as scoring takes them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For models that scale or cap their logits afterwards.
+    """
+    model = routing.model
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with routing.force("full"):
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    if not torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-2, rtol=1e-2):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} scales or caps its logits after the output embedding, which training and scoring "
+            "do not compute"
+        )
+
+
+def answer_losses(model, samples: Sequence[Sample], **kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """
+    Loss of each sample's answer tokens, and whether each is the most likely one.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With or without routers; ``kwargs`` go to its decoder.
+    samples : sequence of Sample
+        All of the same number of tokens.
+
+    Returns
+    -------
+    losses, right : list of torch.Tensor
+        One 1-D tensor a sample: float32 nats (with gradients where they are enabled), bool.
+    """
+    ids = torch.from_numpy(np.stack([sample.input_ids for sample in samples]).astype(np.int64)).to(model.device)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+    losses, right = [], []
+    for row, sample in enumerate(samples):
+        start, end = sample.answers[-1]
+        logits = model.get_output_embeddings()(hidden[row, start - 1 : end - 1]).float()
+        losses.append(F.cross_entropy(logits, ids[row, start:end], reduction="none"))
+        right.append(logits.argmax(-1) == ids[row, start:end])
+    return losses, right
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    samples: Sequence[Sample],
+    routing=None,
+    batch_size: int = 1,
+    routes: RouteSpec | None = None,
+) -> Scores:
+    """
+    Score ``samples``.
+
+    Parameters
+    ----------
+    routing : Routing, optional
+        The attached routers' handle, if any.
+    batch_size : int
+        Samples a forward; samples of one call have the same number of tokens.
+    routes : str, float, sequence of int, or torch.Tensor, optional
+        What ``routing.force`` takes, a tensor with a row for each sample included; default: what is in force.
+    """
+    scores = Scores()
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        lengths = {} if routing is None else {"prompt_lengths": [len(sample.prompt_ids) for sample in batch]}
+        some = routes[first : first + len(batch)] if isinstance(routes, torch.Tensor) and routes.ndim == 2 else routes
+        with nullcontext() if some is None else routing.force(some):
+            losses, right = answer_losses(model, batch, **lengths)
+        scores.nats += [loss.mean().item() for loss in losses]
+        scores.right += [bool(tokens.all()) for tokens in right]
+        if routing is not None:
+            scores.full += routing.routes.routes_BL.tolist()
+    return scores
