@@ -93,9 +93,9 @@ def key_figure():
     by = by_task("demo_quality", "shipped")
     accuracy, sparsity = means(by)
     return (
-        f"{accuracy['routed']:.3f} right, dense {accuracy['dense']:.3f}",
-        f"{len(families(by)) - 1} kinds of questions with {sparsity:.0%} of the layers sparse; all sparse"
-        f" {accuracy['sparse']:.3f}, the best fixed layers {accuracy['best-static']:.3f}"
+        f"{accuracy['routed']:.3f} answered, dense {accuracy['dense']:.3f}",
+        f"right answers to {len(families(by)) - 1} kinds of questions with {100 * sparsity:.0f} % of the layers sparse;"
+        f" all sparse {accuracy['sparse']:.3f}, the best fixed layers {accuracy['best-static']:.3f}"
         " ([file](benchmarks/results/demo_quality.md))",
     )
 
