@@ -37,10 +37,10 @@ def index(pages):
         source = f"{meta['device']}, {meta['commit'][:7]}, {meta['date']}"
         lines.append([f"[{name}.json]({name}.json)", shown, f"`{command}`", source])
     about = """
-    Every number in the documentation comes from one of these files. A file says on what device, with which versions
-    and at which commit it was measured, and each row holds its baseline of the same run. This list and the pages are
-    written by `python benchmarks/show_pages.py`; do not edit. What the words mean is in the
-    [glossary](../../docs/glossary.md), what the numbers mean in [performance.md](../../docs/performance.md),
+    Numbers in the documentation come from these files; notes of trials say where one does not. A file says on what
+    device, with which versions and at which commit it was measured, and each row holds its baseline of the same run.
+    This list and the pages are written by `python benchmarks/show_pages.py`; do not edit. What the words mean is in
+    the [glossary](../../docs/glossary.md), what the numbers mean in [performance.md](../../docs/performance.md),
     [quality.md](../../docs/quality.md) and [training.md](../../docs/training.md).
     """
     columns = ["file", "what it shows", "written by", "device, commit, date"]

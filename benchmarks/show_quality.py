@@ -229,11 +229,25 @@ def pages():
     return {"quality": page("quality", "Routed, fixed and random layers", *parts)}
 
 
+def close_up(rows, length):
+    """The plot of accuracy over sparsity, where all but random and all-sparse layers are."""
+    figure = trade_off(
+        [row for row in seeds_as_one(rows) if row["method"] not in ("dense", "sparse", "random")], length
+    )
+    (axes,) = figure.axes
+    (dense,) = summary(list(grouped(rows, length)["dense"][0].values()))
+    axes.axhline(dense["accuracy"], color="#009e73", linestyle=":", linewidth=1)
+    axes.set(xlim=(0.38, 0.92), ylim=(0.78, 1.0))
+    axes.set_title(f"Accuracy over sparsity at {length:,} tokens, close up; dotted: dense", size=11)
+    return figure
+
+
 def images():
     """Draw the plots of the study."""
     rows = load("quality")["rows"]
     for length in dict.fromkeys(row["seq_len"] for row in rows):
         save(trade_off(seeds_as_one(rows), length), f"quality_{length}")
+    save(close_up(rows, 4096), "quality_close")
     for name in ("0.65", "0.8"):
         figure = heat_map(rows, 4096, grouped(rows, 4096)[f"routed ({name})"][0]["plain"]["routers"])
         figure.axes[0].set_title(f"Share of inputs with full attention, target {name}, seed 0, 4,096 tokens", size=11)
