@@ -1,29 +1,17 @@
-"""Tables and plots of benchmarks/results/quality.json, the study's result.
+"""Page, tables and plots of benchmarks/results/quality.json, the study's result.
 
-Run: ``python benchmarks/show_quality.py``. Prints the tables of docs/quality.md and writes its images.
+Run by ``python benchmarks/show_pages.py``.
 """
 
-import json
-from pathlib import Path
 from statistics import fmean, variance
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-from show_speed import table
+from show_tables import ROOT, load, page, save, table
 
 from flux_attention.evaluation.quality import EXHAUSTIVE, METHODS
 from flux_attention.evaluation.report import difference, heat_map, summary, trade_off
 from flux_attention.training import Recipe
 
-HERE = Path(__file__).parent
-STUDY = HERE.parent / "recipes/study"
-
-
-def save(figure, name):
-    figure.savefig(HERE.parent / f"docs/images/{name}.svg", facecolor="white", metadata={"Date": None})
-    plt.close(figure)
+STUDY = ROOT / "recipes/study"
 
 
 def target(routers):
@@ -68,7 +56,7 @@ def by_class(rows, length):
         cells.append(over_seeds((100 * (mean["accuracy"] - dense["accuracy"]) for mean in means[name]), "+.1f"))
         cells.append(over_seeds((mean["perplexity"] / dense["perplexity"] for mean in means[name]), ".3f"))
         lines.append([name, *cells])
-    table([f"{length:,} tokens", "Ω_MSR", *kinds, "accuracy", "− dense, points", "perplexity ÷ dense"], lines)
+    return table([f"{length:,} tokens", "Ω_MSR", *kinds, "accuracy", "− dense, points", "perplexity ÷ dense"], lines)
 
 
 def differences(rows, length):
@@ -103,8 +91,7 @@ def differences(rows, length):
                     over_seeds(sparser, "+.3f"),
                 ]
             )
-    if lines:
-        table([f"{length:,} tokens", "beside", "points", "of one seed, 95 %", "perplexity ÷", "Ω_MSR −"], lines)
+    return table([f"{length:,} tokens", "beside", "points", "of one seed, 95 %", "perplexity ÷", "Ω_MSR −"], lines)
 
 
 def beside_mix(routed, more, fewer):
@@ -150,8 +137,7 @@ def at_equal_sparsity(rows, length):
             if found:
                 forms = (".3f", ".3f", ".3f", "+.1f", ".1f")
                 lines.append([f"{name}, {what}", *map(over_seeds, zip(*found, strict=True), forms)])
-    if lines:
-        table([f"{length:,} tokens", "Ω_MSR", "accuracy", "mix of fixed sets", "points", "±, one seed"], lines)
+    return table([f"{length:,} tokens", "Ω_MSR", "accuracy", "mix of fixed sets", "points", "±, one seed"], lines)
 
 
 def seeds_as_one(rows):
@@ -178,23 +164,91 @@ def by_family(rows, length, methods):
             for seeds in some
         ]
         lines.append([task.replace("_", " "), *cells])
-    table([f"{length:,} tokens", *methods], lines)
+    return table([f"{length:,} tokens", *methods], lines)
 
 
-def main():
-    rows = json.loads((HERE / "results/quality.json").read_text())["rows"]
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux"})
+def brief():
+    """quality.md's table: what each way of choosing answers at 4,096 tokens, over seeds."""
+    groups = grouped(load("quality")["rows"], 4096)
+    names = {
+        "dense": "all layers full",
+        "routed (0.65)": "routed, target 0.65",
+        "best-static (0.8)": "two layers for every input, the best",
+        "routed (0.8)": "routed, target 0.8",
+        "head-static (0.8)": "three KV heads of twenty for every input",
+        "best-static-fewer (0.8)": "one layer for every input, the best",
+        "random (0.8)": "two layers at random",
+        "sparse": "no layer full",
+    }
+    lines = []
+    (dense,) = summary(list(groups["dense"][0].values()))
+    for method, name in names.items():
+        means = [summary(list(seed.values()))[0] for seed in groups[method]]
+        cells = [
+            f"{fmean(mean['sparsity'] for mean in means):.3f}",
+            f"{fmean(mean['accuracy'] for mean in means):.3f}",
+            f"{fmean(mean['perplexity'] / dense['perplexity'] for mean in means):.3f}",
+        ]
+        lines.append([name, *cells])
+    return table(["full layers", "Ω_MSR", "questions answered", "perplexity of plain text ÷ dense"], lines)
+
+
+def pages():
+    """{name of the result file: text} of the study's page."""
+    rows = load("quality")["rows"]
+    parts = [
+        """
+        One backbone of 100 M parameters, routers at several targets, and every way of choosing full layers,
+        on the same questions; [quality.md](../../docs/quality.md) says what is compared and what came out.
+        The number in brackets is the target of multi-step questions. Where there are three seeds: the mean,
+        and the least and most of them. Commands: [recipes/study](../../recipes/study/README.md).
+        """
+    ]
+    for length in dict.fromkeys(row["seq_len"] for row in rows):
+        parts += [
+            f"## {length:,} tokens",
+            f"![Accuracy over sparsity](../../docs/images/quality_{length}.svg)",
+            "The first Ω_MSR is over all inputs, the next three are by class of task:",
+            by_class(rows, length),
+            """
+            A *mix of fixed sets* uses the better of the two best fixed sets around routed inputs' Ω_MSR for
+            as many inputs as give it the same Ω_MSR, and the smaller for the rest:
+            """,
+            at_equal_sparsity(rows, length),
+            "Differences on the same samples. The interval is that of one seed, over samples:",
+            differences(rows, length),
+        ]
+    methods = ["dense", "routed (0.65)", "routed (0.8)", "best-static (0.8)", "best-static-fewer (0.8)"]
+    parts += [
+        "## By kind of question",
+        "Accuracy (perplexity for plain text) and Ω_MSR:",
+        by_family(rows, 4096, methods),
+        "## What the routers do",
+        *(f"![Full attention, target {name}](../../docs/images/quality_routes_{name}.svg)" for name in ("0.65", "0.8")),
+    ]
+    return {"quality": page("quality", "Routed, fixed and random layers", *parts)}
+
+
+def close_up(rows, length):
+    """The plot of accuracy over sparsity, where all but random and all-sparse layers are."""
+    figure = trade_off(
+        [row for row in seeds_as_one(rows) if row["method"] not in ("dense", "sparse", "random")], length
+    )
+    (axes,) = figure.axes
+    (dense,) = summary(list(grouped(rows, length)["dense"][0].values()))
+    axes.axhline(dense["accuracy"], color="#009e73", linestyle=":", linewidth=1)
+    axes.set(xlim=(0.38, 0.92), ylim=(0.78, 1.0))
+    axes.set_title(f"Accuracy over sparsity at {length:,} tokens, close up; dotted: dense", size=11)
+    return figure
+
+
+def images():
+    """Draw the plots of the study."""
+    rows = load("quality")["rows"]
     for length in dict.fromkeys(row["seq_len"] for row in rows):
         save(trade_off(seeds_as_one(rows), length), f"quality_{length}")
-        by_class(rows, length)
-        differences(rows, length)
-        at_equal_sparsity(rows, length)
-    by_family(rows, 4096, ["dense", "routed (0.65)", "routed (0.8)", "best-static (0.8)", "best-static-fewer (0.8)"])
+    save(close_up(rows, 4096), "quality_close")
     for name in ("0.65", "0.8"):
         figure = heat_map(rows, 4096, grouped(rows, 4096)[f"routed ({name})"][0]["plain"]["routers"])
         figure.axes[0].set_title(f"Share of inputs with full attention, target {name}, seed 0, 4,096 tokens", size=11)
         save(figure, f"quality_routes_{name}")
-
-
-if __name__ == "__main__":
-    main()

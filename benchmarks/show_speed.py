@@ -1,77 +1,22 @@
-"""Tables and plots of the speed and memory results.
+"""Pages and plots of the speed and memory results, which ``flux-attention bench`` writes to benchmarks/results/.
 
-Run: ``python benchmarks/show_speed.py``. Reads benchmarks/results/, which ``flux-attention bench`` writes; prints
-tables, writes those that docs/performance.md and docs/training.md have into them, and the images. What has not been
-measured is left out.
+Run by ``python benchmarks/show_pages.py``. What has not been measured is left out.
 """
 
-import json
-import re
-from collections import defaultdict
-from pathlib import Path
+import math
 
-import matplotlib
+from show_tables import SHAPES, label, load, page, row_of, save, table
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
-HERE = Path(__file__).parent
-SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
-#: Lengths of single layers that the page shows.
+#: Lengths of single layers that the pages show.
 SHOWN = tuple(2**10 * thousands for thousands in (4, 32, 128, 256))
 COLOURS = {0.0: "#777777", 0.25: "#56b4e9", 0.5: "#0072b2", 0.75: "#d55e00", 0.9: "#cc79a7"}
-
-
-def load(name):
-    path = HERE / f"results/{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {"meta": {}, "rows": []}
-
-
-def label(tokens):
-    return f"{tokens // 1024} K"
-
-
-def draw(name, title, y_label, series, log_y=False, reference=None):
-    """Lines over length: {legend: (colour, style, {tokens: value})}."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for legend, (colour, style, points) in series.items():
-        axes.plot(list(points), list(points.values()), style, color=colour, label=legend, marker="o", markersize=4)
-    axes.set_xscale("log", base=2)
-    lengths = sorted({tokens for _, _, points in series.values() for tokens in points})
-    axes.set_xticks(lengths, map(label, lengths))
-    axes.minorticks_off()
-    if log_y:
-        axes.set_yscale("log")
-    if reference is not None:
-        axes.axhline(reference, color="#bbbbbb", linewidth=1)
-    axes.set(xlabel="tokens", ylabel=y_label)
-    axes.set_title(title, size=11)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=9 if len(series) < 8 else 7)
-    figure.savefig(HERE.parent / f"docs/images/{name}.svg", facecolor="white", metadata={"Date": None})
-    plt.close(figure)
-
-
-#: What was printed, by its heading.
-TABLES = defaultdict(list)
-
-
-def table(columns, lines):
-    heading = "| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns) + "\n"
-    TABLES[heading].append("".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines))
-    print("\n" + heading + TABLES[heading][-1], end="")
-
-
-def write_pages():
-    """Fill in the pages' tables: the first of a heading by the first that was printed, and so on."""
-    for name in ("performance", "training"):
-        page = HERE.parent / f"docs/{name}.md"
-        text = page.read_text()
-        for heading, bodies in TABLES.items():
-            before, *rest = re.split(re.escape(heading) + r"(?:\|.*\n)*", text)
-            bodies = [*bodies[: len(rest)], *[""] * (len(rest) - len(bodies))]
-            text = before + "".join(heading + body + after for body, after in zip(bodies, rest, strict=True))
-        page.write_text(text)
+CONDITIONS = """
+    Random bf16 weights in the sizes of the named model, sink 128 and window 1,024, routes forced unless
+    routers are named, layers fused by `attach(..., compile=True)`. "Own dense" is the same code with all
+    layers full, in the same run; "vLLM" its dense engine on the same card
+    ([vllm_dense.json](vllm_dense.json)). Ω 0.9 is the nearest that whole layers allow. The JSON file has
+    least and most of the times.
+    """
 
 
 def of_shape(name, shape):
@@ -100,26 +45,41 @@ def both(values, form=".2f"):
     return "" if set(texts) == {"–"} else ", ".join(texts)
 
 
-def prefill(shape):
-    meta, rows, speedups = of_shape("e2e_prefill", shape)
-    if not rows:
-        return
-    for batch in sorted({key[1] for key in rows}):
-        own = {key: row for key, row in rows.items() if key[1] == batch}
-        print(f"\nPrefill, {SHAPES[shape]}, {meta['device']}, batch {batch}")
-        prefill_of(shape, meta, own, speedups)
+def sequences(batch):
+    return "one prompt" if batch == 1 else f"{batch} prompts at a time"
 
 
-def prefill_of(shape, meta, rows, speedups):
-    """Of one batch size."""
+def prefill_page():
+    parts = [
+        CONDITIONS,
+        """
+        The floor is the counted FLOPs at the rate of a large matrix product of the same run; it is a
+        yardstick, no bound. "Peak" is the most memory that was allocated. A prompt of 8 K was timed five
+        times, of 16 K three times, more often below, and once from 32 K up; of eight prompts once from 8 K
+        up.
+        """,
+    ]
+    for shape in SHAPES:
+        _, rows, speedups = of_shape("e2e_prefill", shape)
+        for batch in sorted({key[1] for key in rows}):
+            own = {key: row for key, row in rows.items() if key[1] == batch}
+            parts.append(f"## {SHAPES[shape]}'s sizes, {sequences(batch)}")
+            parts += prefill_tables(own, speedups)
+    return page("e2e_prefill", "Prefill of whole models", *parts)
+
+
+def prefill_tables(rows, speedups):
+    """Times, ratios, and what routers cost, of one batch size."""
     forced = {(key[0], key[2]): row for key, row in rows.items() if row["method"] != "routed"}
     faster = {(key[0], key[2]): speedups[key] for key, row in rows.items() if row["method"] != "routed"}
+    routed = {(key[0], key[2]): row for key, row in rows.items() if row["method"] == "routed"}
     lengths, ratios = (sorted({key[place] for key in forced}) for place in (0, 1))
-    table(
+    yield table(
         ["tokens", *(f"Ω {ratio}, ms" for ratio in ratios)],
         [[label(n), *(f"{forced[n, r]['ms']:.0f}" if (n, r) in forced else "" for r in ratios)] for n in lengths],
     )
-    table(
+    yield "How many times faster than own dense, than vLLM, the floor, and memory:"
+    yield table(
         [
             "tokens",
             *(f"× at Ω {ratio}" for ratio in ratios[1:]),
@@ -138,8 +98,8 @@ def prefill_of(shape, meta, rows, speedups):
             for n in lengths
         ],
     )
-    routed = {(key[0], key[2]): row for key, row in rows.items() if row["method"] == "routed"}
-    table(
+    yield "With routers that decide so, timed in turn with forced routes, against own dense:"
+    yield table(
         ["tokens", *(f"routers cost at Ω {r}" for r in (0.0, 0.75)), *(f"× at Ω {r}, with routers" for r in ratios)],
         [
             [
@@ -151,56 +111,46 @@ def prefill_of(shape, meta, rows, speedups):
             if {(n, 0.0), (n, 0.75)} <= set(routed)
         ],
     )
-    if shape != "qwen3-8b" or next(iter(rows))[1] != 1:
-        return
-    series = {}
-    for ratio in ratios[1:]:
-        for base, name, style in (("own-dense", "own dense", "-"), ("vllm-dense", "vLLM dense", ":")):
-            points = {n: faster[n, ratio][base] for n in lengths if faster.get((n, ratio), {}).get(base)}
-            if points:
-                series[f"Ω {ratio} against {name}"] = (COLOURS[ratio], style, points)
-    draw("prefill_speedup", f"Prefill, {SHAPES[shape]}'s shape, {meta['device']}", "speed-up", series, reference=1.0)
 
 
-def decode(shape):
-    meta, rows, speedups = of_shape("e2e_decode", shape)
-    if not rows:
-        return
-    print(f"\nDecode, {SHAPES[shape]}, {meta['device']}; floors at {meta['copy_tbps']:.2f} TB/s; ms (× floor)")
-    found = {(key[1], key[0], key[2]): (row, speedups[key]) for key, row in rows.items()}
-    batches, lengths, ratios = (sorted({key[place] for key in found}) for place in range(3))
-    for batch in batches:
-        print(f"\nBatch {batch}")
-        lines = []
-        for n in lengths:
-            cells = [found.get((batch, n, ratio)) for ratio in ratios]
-            if any(cells):
-                texts = [f"{c[0]['ms']:.2f} ({c[0]['over_floor']:.2f})" if c else "" for c in cells]
-                faster = found.get((batch, n, 0.75), ({}, {}))[1]
-                tokens = [found.get((batch, n, ratio), ({}, {}))[0].get("generate_ms") for ratio in (0.0, 0.75)]
-                lines.append(
-                    [label(n), *texts, *(times(faster.get(f"{base}-dense")) for base in ("own", "vllm")), both(tokens)]
-                )
-        more = ["× dense at Ω 0.75", "× vLLM at Ω 0.75", "`generate` at Ω 0, 0.75, ms"]
-        table(["tokens", *(f"Ω {ratio}" for ratio in ratios), *more], lines)
-    if shape != "qwen3-8b":
-        return
-    series = {}
-    for ratio in (0.0, 0.5, 0.75):  # more would be hard to read
-        own = {n: found[1, n, ratio][0] for n in lengths if (1, n, ratio) in found}
-        series[f"Ω {ratio}"] = (COLOURS[ratio], "-", {n: row["ms"] for n, row in own.items()})
-        series[f"Ω {ratio}, floor"] = (COLOURS[ratio], ":", {n: row["floor_ms"] for n, row in own.items()})
-    wanted = {"phase": "decode", "shape": shape, "batch": 1}
-    vllm = {row["seq_len"]: row["ms"] for row in load("vllm_dense")["rows"] if wanted.items() <= row.items()}
-    if vllm:
-        series["vLLM, dense"] = ("#009e73", "--", vllm)
-    draw("decode_floor", f"One decode step, batch 1, {SHAPES[shape]}'s shape, {meta['device']}", "ms", series)
+def decode_page():
+    meta = load("e2e_decode")["meta"]
+    parts = [
+        CONDITIONS,
+        f"""
+        Milliseconds of a step, a replay of the captured graph, and in brackets how many times its floor:
+        the bytes of weights and KV cache at the rate of a large copy, {meta["copy_tbps"]:.2f} TB/s here. A
+        copy writes half of its bytes, so the floor is a yardstick and no bound. `generate` is what a token
+        takes in `model.generate`, greedy, as the difference of two generations. Eight dense caches of 128 K
+        do not fit into the card.
+        """,
+    ]
+    for shape in SHAPES:
+        _, rows, speedups = of_shape("e2e_decode", shape)
+        found = {(key[1], key[0], key[2]): (row, speedups[key]) for key, row in rows.items()}
+        for batch in sorted({key[0] for key in found}):
+            parts += [f"## {SHAPES[shape]}'s sizes, batch {batch}", decode_table(found, batch)]
+    return page("e2e_decode", "Decode steps of whole models", *parts)
 
 
-def training():
-    results = load("training")
-    print(f"\nTraining, {results['meta'].get('device')}")
-    table(
+def decode_table(found, batch):
+    lengths, ratios = (sorted({key[place] for key in found}) for place in (1, 2))
+    lines = []
+    for n in lengths:
+        cells = [found.get((batch, n, ratio)) for ratio in ratios]
+        if any(cells):
+            texts = [f"{c[0]['ms']:.2f} ({c[0]['over_floor']:.2f})" if c else "" for c in cells]
+            faster = found.get((batch, n, 0.75), ({}, {}))[1]
+            tokens = [found.get((batch, n, ratio), ({}, {}))[0].get("generate_ms") for ratio in (0.0, 0.75)]
+            lines.append(
+                [label(n), *texts, *(times(faster.get(f"{base}-dense")) for base in ("own", "vllm")), both(tokens)]
+            )
+    more = ["× dense at Ω 0.75", "× vLLM at Ω 0.75", "`generate` at Ω 0, 0.75, ms"]
+    return table(["tokens", *(f"Ω {ratio}" for ratio in ratios), *more], lines)
+
+
+def training_table():
+    return table(
         [
             "tokens",
             "gradients",
@@ -218,18 +168,14 @@ def training():
                 f"{row['of_matmul']:.3f}",
                 f"{row['paper_hours']:.1f}",
             ]
-            for row in results["rows"]
+            for row in load("training")["rows"]
             if "ms" in row
         ],
     )
 
 
-def attention(name, title, rate):
-    results = load(name)
-    if not results["rows"]:
-        return
-    print(f"\n{title}, {results['meta']['device']}")
-    table(
+def attention_page(name, title, rate, *parts):
+    body = table(
         ["tokens", "batch", "engine, method", "ms", rate[1], "baseline", "its ms", "ratio"],
         [
             [
@@ -242,57 +188,220 @@ def attention(name, title, rate):
                 f"{row['baseline_ms']:.4f}" if "baseline" in row else "",
                 times(speedup(row)),
             ]
-            for row in results["rows"]
+            for row in load(name)["rows"]
             # Some lengths, heads at a share of a half, and cuDNN's of SDPA's backends: the file has all.
             if row["seq_len"] in SHOWN
             and row.get("baseline") != "sdpa-flash"
             and (row["method"] != "head" or row["sparsity"] == 0.5)
         ],
     )
+    return page(name, title, *parts, body)
 
 
-def profile():
-    results = load("profile")
-    for row in results["rows"]:
+ATTENTION = {
+    "attention_prefill": (
+        "One layer's prefill",
+        ("tflops", "TFLOP/s"),
+        """
+        Qwen3-8B's and Llama-3.1-8B's attention (32 query heads, 8 KV heads, head dim 128), bf16, in a CUDA
+        graph. TFLOP/s count exactly the query-key pairs that the pattern asks for. "flex" is compiled
+        FlexAttention with the same pattern, its block mask built beforehand. "head" has half of the KV
+        heads of the layer sparse, "routed" half of the layers. "last n" are dense queries of a prompt's
+        last n tokens, over all keys, against cuDNN reading the same keys without the causal mask.
+        """,
+    ),
+    "attention_decode": (
+        "One layer's decode step",
+        ("tbps", "TB/s"),
+        """
+        Qwen3-8B's and Llama-3.1-8B's attention, bf16, in a CUDA graph; the kernel also stores the new
+        token, and reads rows of any lengths wherever they lie, where SDPA has them in one tensor. "routed"
+        at batch 8 is a batch whose sequences are full and sparse in turn. "flex" is FlexAttention with its
+        block mask rebuilt in every step, both launched one by one. "head" is the same share of work saved
+        by making half of the KV heads of every layer sparse, against half of the layers ("routed").
+        """,
+    ),
+}
+
+
+def profile_page():
+    parts = [
+        "Qwen3-8B's sizes, batch 1, under the profiler, whose own time is in it: GPU milliseconds by kind of kernel."
+    ]
+    for row in load("profile")["rows"]:
         alone = f", {row['unprofiled_ms']:.2f} without the profiler" if "unprofiled_ms" in row else ""
-        print(f"\nA {row['phase']} at {label(row['seq_len'])}, Ω {row['sparsity']}: {row['ms']:.2f} ms{alone}")
+        phase = {"prefill": "Prefill", "decode": "A decode step"}[row["phase"]]
+        parts.append(f"## {phase} at {label(row['seq_len'])}, Ω {row['sparsity']}: {row['ms']:.2f} ms{alone}")
         kinds = {**row["kinds"], "idle": row["idle_ms"]}
-        table(
-            ["kind", "ms", "share"],
-            [[kind, f"{ms:.2f}", f"{100 * ms / row['ms']:.1f} %"] for kind, ms in kinds.items()],
-        )
+        lines = [[kind, f"{ms:.2f}", f"{100 * ms / row['ms']:.1f} %"] for kind, ms in kinds.items()]
+        parts.append(table(["kind", "ms", "share"], lines))
+    return page("profile", "Where the time goes", *parts)
 
 
-def memory():
-    rows = [row for row in load("memory")["rows"] if row["shape"] == "qwen3-8b"]
-    table(
-        ["Ω_MSR", "KV cache at 128 K, GB", "longest context beside the weights in 141 GB"],
-        [
-            [row["sparsity"], f"{row['kv_bytes'] / 1e9:.2f}", f"{row['longest_context'] / 1e6:.2f} M"]
-            for row in rows
-            if row["seq_len"] == 2**17
-        ],
-    )
-    series = {}
-    for row in rows:
-        colour = COLOURS[row["sparsity"]]
-        series.setdefault(f"Ω {row['sparsity']}", (colour, "-", {}))[2][row["seq_len"]] = row["kv_bytes"] / 1e9
-    draw("kv_bytes", "KV cache of one sequence, Qwen3-8B's shape, bf16", "GB", series, log_y=True)
-
-
-def main():
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux"})
-    (HERE.parent / "docs/images").mkdir(parents=True, exist_ok=True)
+def memory_page():
+    rows = load("memory")["rows"]
+    parts = [
+        f"""
+        By arithmetic: weights and KV cache of one sequence, sink 128 and window 1,024, bf16, without the
+        activations of prefill. "Longest" is the longest context beside the weights in {
+            rows[0]["gpu_bytes"] / 1e9:.0f} GB.
+        """
+    ]
     for shape in SHAPES:
-        prefill(shape)
-        decode(shape)
-    training()
-    attention("attention_prefill", "One layer's prefill", ("tflops", "TFLOP/s"))
-    attention("attention_decode", "One layer's decode step", ("tbps", "TB/s"))
-    profile()
-    memory()
-    write_pages()
+        found = {(row["seq_len"], row["sparsity"]): row for row in rows if row["shape"] == shape}
+        lengths, ratios = (sorted({key[place] for key in found}) for place in (0, 1))
+        lines = [
+            [label(n), *(f"{found[n, r]['kv_bytes'] / 1e9:.2f}" if (n, r) in found else "" for r in ratios)]
+            for n in lengths
+        ]
+        longest = ["longest", *(f"{found[lengths[0], r]['longest_context'] / 1e6:.2f} M" for r in ratios)]
+        parts += [f"## {SHAPES[shape]}'s sizes", table(["tokens", *(f"Ω {r}, GB" for r in ratios)], [*lines, longest])]
+    return page("memory", "Memory of the KV cache", *parts)
 
 
-if __name__ == "__main__":
-    main()
+def cpu_page():
+    rows = load("cpu_prefill")["rows"]
+    spread = "{:.1f} ({:.1f} to {:.1f})".format
+    lines = [
+        [
+            f"{row['seq_len']:,}",
+            row["sparsity"],
+            spread(*(row[name] / 1e3 for name in ("ms", "ms_min", "ms_max"))),
+            spread(*(row[name] / 1e3 for name in ("baseline_ms", "baseline_ms_min", "baseline_ms_max"))),
+            times(speedup(row)),
+            f"{row['kv_bytes'] / 2**20:.0f}",
+            f"{row['baseline_kv_bytes'] / 2**20:.0f}",
+        ]
+        for row in rows
+    ]
+    columns = ["tokens", "Ω_MSR", "s", "own dense, s", "×", "KV cache, MiB", "own dense, MiB"]
+    about = f"""
+        The shipped model in float32 on {load("cpu_prefill")["meta"]["threads"]} CPU threads, random tokens,
+        forced routes, plain PyTorch: by `python benchmarks/cpu_prefill.py`. Seconds are medians, with least
+        and most.
+        """
+    return page("cpu_prefill", "Prefill on a CPU", about, table(columns, lines))
+
+
+def pages():
+    """{name of the result file: text} of all pages."""
+    about = """
+        One sequence forward and backward through the sizes of Qwen3-8B with random bf16 weights, every
+        other layer full, the loss on its last 512 tokens, gradient checkpointing on, layers not compiled:
+        by `flux-attention bench training`. [training.md](../../docs/training.md#speed-and-memory) says what
+        the columns mean.
+        """
+    return {
+        "e2e_prefill": prefill_page(),
+        "e2e_decode": decode_page(),
+        **{name: attention_page(name, *facts) for name, facts in ATTENTION.items()},
+        "profile": profile_page(),
+        "memory": memory_page(),
+        "training": page("training", "Training of routers", about, training_table()),
+        "cpu_prefill": cpu_page(),
+    }
+
+
+def at_a_glance():
+    """performance.md's table: prefill, decode and KV cache at Ω 0.75 over length."""
+    (_, prefills, faster), (_, steps, quicker) = (of_shape(name, "qwen3-8b") for name in ("e2e_prefill", "e2e_decode"))
+    lines = []
+    for n in (2**10 * thousands for thousands in (4, 8, 32, 128, 256)):
+        dense, some = (n, 1, 0.0, "dense"), (n, 1, 0.75, "static")
+        memory = row_of("memory", shape="qwen3-8b", seq_len=n, sparsity=0.75)
+        lines.append(
+            [
+                label(n),
+                f"{prefills[dense]['ms'] / 1e3:.2f}, {prefills[some]['ms'] / 1e3:.2f}",
+                both(faster[some].get(base) for base in ("own-dense", "vllm-dense")),
+                f"{steps[dense]['ms']:.1f}, {steps[some]['ms']:.1f}",
+                both(quicker[some].get(base) for base in ("own-dense", "vllm-dense")),
+                f"{memory['baseline_kv_bytes'] / 1e9:.2f}, {memory['kv_bytes'] / 1e9:.2f}",
+            ]
+        )
+    columns = ["prefill, s", "× dense, vLLM", "decode step, ms", "× dense, vLLM", "KV cache, GB"]
+    return table(["tokens", *columns], lines)
+
+
+def key_figures():
+    """README's speed and memory in a cell each: headline and explanation. Ratios are rounded down."""
+    facts = dict(shape="qwen3-8b", batch=1, baseline="own-dense", seq_len=2**18, sparsity=0.75)
+    prefill, decode = (row_of(name, **facts, method="static") for name in ("e2e_prefill", "e2e_decode"))
+    memory = row_of("memory", **facts)
+    faster, smaller = speedup(prefill), memory["baseline_kv_bytes"] / memory["kv_bytes"]
+    folder = "benchmarks/results"
+    return (
+        (
+            f"{math.floor(10 * faster) / 10} × faster prefill",
+            f"256 K tokens in {prefill['ms'] / 1e3:.1f} s instead of {prefill['baseline_ms'] / 1e3:.1f}"
+            f" ([file]({folder}/e2e_prefill.md)); a decode step in {decode['ms']:.1f} ms instead of"
+            f" {decode['baseline_ms']:.1f} ([file]({folder}/e2e_decode.md))",
+        ),
+        (
+            f"{math.floor(10 * smaller) / 10} × smaller KV cache",
+            f"256 K tokens in {memory['kv_bytes'] / 1e9:.1f} GB instead of {memory['baseline_kv_bytes'] / 1e9:.1f}"
+            f" ([file]({folder}/memory.md))",
+        ),
+    )
+
+
+def plot(name, title, y_label, series, log_y=False, reference=None):
+    """Lines over length: {legend: (colour, style, {tokens: value})}."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for legend, (colour, style, points) in series.items():
+        axes.plot(list(points), list(points.values()), style, color=colour, label=legend, marker="o", markersize=4)
+    axes.set_xscale("log", base=2)
+    lengths = sorted({tokens for _, _, points in series.values() for tokens in points})
+    axes.set_xticks(lengths, map(label, lengths))
+    axes.minorticks_off()
+    if log_y:
+        axes.set_yscale("log")
+    if reference is not None:
+        axes.axhline(reference, color="#bbbbbb", linewidth=1)
+    axes.set(xlabel="tokens", ylabel=y_label)
+    axes.set_title(title, size=11)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9 if len(series) < 8 else 7)
+    save(figure, name)
+
+
+def plot_prefill():
+    meta, rows, speedups = of_shape("e2e_prefill", "qwen3-8b")
+    series = {}
+    for ratio in (0.25, 0.5, 0.75, 0.9):
+        for base, name, style in (("own-dense", "own dense", "-"), ("vllm-dense", "vLLM dense", ":")):
+            forced = {key[0]: speedups[key].get(base) for key in rows if key[1:] == (1, ratio, "static")}
+            points = {n: value for n, value in sorted(forced.items()) if value}
+            series[f"Ω {ratio} against {name}"] = (COLOURS[ratio], style, points)
+    plot("prefill_speedup", f"Prefill, Qwen3-8B's shape, {meta['device']}", "speed-up", series, reference=1.0)
+
+
+def plot_decode():
+    meta, rows, _ = of_shape("e2e_decode", "qwen3-8b")
+    series = {}
+    for ratio in (0.0, 0.5, 0.75):  # more would be hard to read
+        own = {key[0]: row for key, row in sorted(rows.items()) if key[1:3] == (1, ratio)}
+        series[f"Ω {ratio}"] = (COLOURS[ratio], "-", {n: row["ms"] for n, row in own.items()})
+        series[f"Ω {ratio}, floor"] = (COLOURS[ratio], ":", {n: row["floor_ms"] for n, row in own.items()})
+    wanted = {"phase": "decode", "shape": "qwen3-8b", "batch": 1}
+    vllm = {row["seq_len"]: row["ms"] for row in load("vllm_dense")["rows"] if wanted.items() <= row.items()}
+    series["vLLM, dense"] = ("#009e73", "--", vllm)
+    plot("decode_floor", f"One decode step, batch 1, Qwen3-8B's shape, {meta['device']}", "ms", series)
+
+
+def plot_memory():
+    series = {}
+    for row in load("memory")["rows"]:
+        if row["shape"] == "qwen3-8b":
+            colour = COLOURS[row["sparsity"]]
+            series.setdefault(f"Ω {row['sparsity']}", (colour, "-", {}))[2][row["seq_len"]] = row["kv_bytes"] / 1e9
+    plot("kv_bytes", "KV cache of one sequence, Qwen3-8B's shape, bf16", "GB", series, log_y=True)
+
+
+def images():
+    """Draw the plots of performance.md."""
+    plot_prefill()
+    plot_decode()
+    plot_memory()

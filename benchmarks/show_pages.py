@@ -1,0 +1,84 @@
+"""All generated pages and images, from the files under benchmarks/results/.
+
+Run: ``python benchmarks/show_pages.py``. Writes a page beside each result file, the list of them, the tables between
+``<!-- … -->`` marks in README and docs/, and docs/images/. Nothing is measured.
+"""
+
+import show_idea
+import show_quality
+import show_shipped
+import show_speed
+from show_tables import RESULTS, ROOT, STYLE, filled, load, prose, table
+
+#: What each result file holds, and what writes it.
+FILES = {
+    "e2e_prefill": ("prefill of whole models, forced and routed", "flux-attention bench prefill --compile"),
+    "e2e_decode": ("decode steps of whole models", "flux-attention bench decode --compile"),
+    "vllm_dense": ("the same prompts and steps in vLLM's dense engine", "python benchmarks/vllm_dense.py"),
+    "attention_prefill": ("one layer's prefill, by engine", "flux-attention bench attention"),
+    "attention_decode": ("one layer's decode step, by engine", "flux-attention bench attention"),
+    "profile": ("where the time of a prompt and a step goes", "python benchmarks/profile_speed.py --compile"),
+    "memory": ("bytes of KV caches, by arithmetic", "flux-attention bench memory"),
+    "training": ("speed and memory of router training", "flux-attention bench training"),
+    "cpu_prefill": ("the shipped model's prefill on a CPU", "python benchmarks/cpu_prefill.py"),
+    "demo_quality": ("what the shipped model answers", "flux-attention eval shipped"),
+    "two_prompts": ("routes of two prompts: README's picture", "python benchmarks/two_prompts.py"),
+    "quickstart": ("what the quick start's routers answer", "flux-attention eval shipped --routers runs/quickstart"),
+    "quality": ("the study: routed, fixed and random layers", "python recipes/study/run.py evaluate"),
+}
+
+
+def index(pages):
+    """The list of result files."""
+    lines = []
+    for name, (what, command) in FILES.items():
+        meta = load(name)["meta"]
+        shown = f"[{what}]({name}.md)" if name in pages else what
+        source = f"{meta['device']}, {meta['commit'][:7]}, {meta['date']}"
+        lines.append([f"[{name}.json]({name}.json)", shown, f"`{command}`", source])
+    about = """
+    Numbers in the documentation come from these files; notes of trials say where one does not. A file says on what
+    device, with which versions and at which commit it was measured, and each row holds its baseline of the same run.
+    This list and the pages are written by `python benchmarks/show_pages.py`; do not edit. What the words mean is in
+    the [glossary](../../docs/glossary.md), what the numbers mean in [performance.md](../../docs/performance.md),
+    [quality.md](../../docs/quality.md) and [training.md](../../docs/training.md).
+    """
+    columns = ["file", "what it shows", "written by", "device, commit, date"]
+    return f"# Result files\n\n{prose(about)}\n\n{table(columns, lines)}"
+
+
+def key_figures():
+    """README's three numbers."""
+    cells = [*show_speed.key_figures(), show_shipped.key_figure()]
+    return table([f"**{headline}**" for headline, _ in cells], [[explanation for _, explanation in cells]])
+
+
+def pages():
+    """{path in the repository: text} of all that is generated, but for the images."""
+    own = {**show_speed.pages(), **show_quality.pages(), **show_shipped.pages()}
+    found = {f"benchmarks/results/{name}.md": text for name, text in {**own, "README": index(own)}.items()}
+    marked = {
+        "README.md": {"key figures": key_figures()},
+        "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
+        "docs/quality.md": {"in short": show_quality.brief()},
+        "docs/training.md": {"quick start": show_shipped.quickstart_table(), "speed": show_speed.training_table()},
+    }
+    for name, parts in marked.items():
+        found[name] = filled((ROOT / name).read_text(encoding="utf-8"), parts)
+    return found
+
+
+def main():
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(STYLE)
+    for show in (show_idea, show_quality, show_shipped, show_speed):
+        show.images()
+    for name, text in pages().items():
+        (ROOT / name).write_text(text, encoding="utf-8")
+    print(f"wrote the pages of {RESULTS.relative_to(ROOT)}, the tables of README and docs, and docs/images")
+
+
+if __name__ == "__main__":
+    main()

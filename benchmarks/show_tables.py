@@ -1,0 +1,76 @@
+"""What the show scripts share: reading result files, markdown tables and generated pages."""
+
+import json
+import re
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+IMAGES = ROOT / "docs/images"
+SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
+#: Plots have a white ground of their own, so that they are readable on light and dark pages.
+STYLE = {"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux"}
+
+
+def load(name):
+    """The result file of that name; an empty one where nothing was measured."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"meta": {}, "rows": []}
+
+
+def table(columns, lines):
+    """A markdown table; nothing where there are no lines."""
+    if not lines:
+        return ""
+    cells = [columns, ["---"] * len(columns), *lines]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in cells)
+
+
+def prose(part):
+    """A part of a page: wrapped, if it is no table, heading or image."""
+    if part.startswith(("|", "#", "!")):
+        return part.strip("\n")
+    return textwrap.fill(" ".join(part.split()), 110, break_long_words=False, break_on_hyphens=False)
+
+
+def page(name, title, *parts):
+    """A page beside ``results/NAME.json``: title, where it comes from, and its parts."""
+    meta = load(name)["meta"]
+    versions = ", ".join(
+        f"{package} {meta[package]}" for package in ("torch", "triton", "transformers") if meta[package]
+    )
+    source = f"""
+    From [{name}.json]({name}.json): {meta["device"]}, {versions}, commit {meta["commit"][:7]}, {meta["date"]}.
+    Written by `python benchmarks/show_pages.py`; do not edit. Words are in the [glossary](../../docs/glossary.md),
+    all result files in the [list](README.md).
+    """
+    return "\n\n".join([f"# {title}", *(prose(part) for part in (source, *parts) if part)]) + "\n"
+
+
+def save(figure, name):
+    """Write a plot to docs/images."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(IMAGES / f"{name}.svg", facecolor="white", metadata={"Date": None})
+    plt.close(figure)
+
+
+def filled(text, parts):
+    """A page's text with each part between ``<!-- NAME -->`` and ``<!-- end -->`` written anew."""
+    for name, part in parts.items():
+        pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda match, part=part: match[1] + part + match[2], text, flags=re.S)
+        if found != 1:
+            raise ValueError(f"the page has {found} places for {name!r}, expected one: <!-- {name} --> … <!-- end -->")
+    return text
+
+
+def label(tokens):
+    """4 K of 4,096."""
+    return f"{tokens // 1024} K"
+
+
+def row_of(name, **facts):
+    """The first row of a result file that has these facts."""
+    return next(row for row in load(name)["rows"] if facts.items() <= row.items())
