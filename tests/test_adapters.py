@@ -100,7 +100,7 @@ DAMAGE = {
     "config without base model": (lambda p: FluxConfig().to_json(p / adapters.CONFIG_FILE), "names no base_model"),
     "unknown config key": (
         lambda p: (p / adapters.CONFIG_FILE).write_text(json.dumps({"x": 1})),
-        r"unknown FluxConfig keys \['x'\]",
+        r"unknown keys \['x'\] in FluxConfig",
     ),
     "missing weight": (lambda p: rewrite(p, lambda w: w.pop("1.head.0.bias")), r"missing weights \['1.head.0.bias'\]"),
     "unknown weight": (lambda p: rewrite(p, lambda w: w.update(x=torch.ones(1))), r"unknown weights \['x'\]"),

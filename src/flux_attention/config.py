@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict
+from pydantic.dataclasses import dataclass
+
+from flux_attention.validation import (
+    NO_OTHER_KEYS,
+    Positive,
+    Text,
+    checked,
+    expected,
+    from_keys,
+    text_keys,
+    whole_number,
+)
 
 #: Sizes beyond this are mistakes, and kernels count in 32 bits.
 MOST_TOKENS = 2**28
@@ -16,23 +30,24 @@ PATTERNS = ("streaming", "triangle")
 GRANULARITIES = ("layer", "head")
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise FluxConfigError(f"{name} is {value!r}, expected a whole number, at least {least}")
-
-
 class FluxConfigError(ValueError):
     """A configuration value, or a configuration file, that cannot be used; the message says which and why."""
 
 
-def _check_keys(cls: type, values: dict[str, Any]) -> None:
-    known = [field.name for field in fields(cls)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise FluxConfigError(f"unknown {cls.__name__} keys {unknown}; known keys are {known}")
+def _tokens(least: int):
+    return Annotated[whole_number(least), Field(le=MOST_TOKENS), expected(f"at most {MOST_TOKENS} tokens")]
 
 
-@dataclass(frozen=True)
+def _one_of(names: tuple[str, ...]):
+    return Annotated[Literal[names], expected(f"one of {list(names)}")]
+
+
+def _numbers(kind: type):
+    return Annotated[tuple[Annotated[kind, Strict()], ...], expected("a list of numbers")]
+
+
+@checked(FluxConfigError, within="base_model")
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
 class BaseModel:
     """
     The shape of the language model that routers were made for.
@@ -57,30 +72,16 @@ class BaseModel:
         For a value of the wrong kind or out of range.
     """
 
-    name: str
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    routed_layers: tuple[int, ...]
-    sample: tuple[float, ...] | None = None
-
-    def __post_init__(self):
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
-            _check_int("base_model." + name, getattr(self, name), 1)
-        for name in ("name", "model_type"):
-            if not isinstance(getattr(self, name), str):
-                raise FluxConfigError(f"base_model.{name} is {getattr(self, name)!r}, expected text")
-        for name, kinds in (("routed_layers", int), ("sample", (int, float))):
-            values = getattr(self, name)
-            if values is None and name == "sample":
-                continue
-            if not isinstance(values, (list, tuple)) or not all(isinstance(value, kinds) for value in values):
-                raise FluxConfigError(f"base_model.{name} is {values!r}, expected a list of numbers")
-            object.__setattr__(self, name, tuple(values))
+    name: Text
+    model_type: Text
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    vocab_size: Positive
+    routed_layers: _numbers(int)
+    sample: _numbers(float) | None = None
 
     def differences(self, other: BaseModel) -> list[str]:
         """What differs from ``other``, one readable phrase each; empty if routers of one fit the other."""
@@ -96,7 +97,8 @@ class BaseModel:
         return found
 
 
-@dataclass(frozen=True)
+@checked(FluxConfigError)
+@dataclass(frozen=True, config=NO_OTHER_KEYS)
 class FluxConfig:
     """
     Configuration of a routed model.
@@ -124,23 +126,13 @@ class FluxConfig:
         For an unknown pattern or a size out of range.
     """
 
-    pattern: str = "streaming"
-    sink: int = 128
-    window: int = 1024
-    last_n: int = 128
-    pool_size: int = 100
-    granularity: str = "layer"
-    base_model: BaseModel | None = None
-
-    def __post_init__(self):
-        if self.pattern not in PATTERNS:
-            raise FluxConfigError(f"pattern is {self.pattern!r}, expected one of {list(PATTERNS)}")
-        if self.granularity not in GRANULARITIES:
-            raise FluxConfigError(f"granularity is {self.granularity!r}, expected one of {list(GRANULARITIES)}")
-        for name, least in (("sink", 0), ("window", 1), ("last_n", 1), ("pool_size", 1)):
-            _check_int(name, getattr(self, name), least)
-            if getattr(self, name) > MOST_TOKENS:
-                raise FluxConfigError(f"{name} is {getattr(self, name)}, expected at most {MOST_TOKENS} tokens")
+    pattern: _one_of(PATTERNS) = "streaming"
+    sink: _tokens(0) = 128
+    window: _tokens(1) = 1024
+    last_n: _tokens(1) = 128
+    pool_size: _tokens(1) = 100
+    granularity: _one_of(GRANULARITIES) = "layer"
+    base_model: Annotated[BaseModel | None, from_keys(BaseModel), expected("an object or null")] = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; ``from_dict`` of it is equal to this configuration."""
@@ -158,18 +150,7 @@ class FluxConfig:
         """
         if not isinstance(values, dict):
             raise FluxConfigError(f"expected a JSON object, found {type(values).__name__}")
-        values = dict(values)
-        _check_keys(cls, values)
-        base = values.get("base_model")
-        if base is not None and not isinstance(base, BaseModel):
-            if not isinstance(base, dict):
-                raise FluxConfigError(f"base_model is {base!r}, expected an object or null")
-            _check_keys(BaseModel, base)
-            try:
-                values["base_model"] = BaseModel(**base)
-            except TypeError as error:
-                raise FluxConfigError(f"base_model is incomplete: {error}") from None
-        config = cls(**values)
+        config = cls(**text_keys(values))
         missing = sorted({field.name for field in fields(cls)} - set(values))
         if missing:
             raise FluxConfigError(f"missing keys {missing}")

@@ -1,0 +1,99 @@
+"""Pydantic dataclasses whose errors are of this library's classes and in its words."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
+
+#: For ``pydantic.dataclasses.dataclass(config=…)``: unknown keys are errors.
+NO_OTHER_KEYS = ConfigDict(extra="forbid")
+
+
+def expected(words: str) -> WrapValidator:
+    """Metadata of ``Annotated`` that says what a value must be; it speaks for all that stands to its left."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if error.errors()[0]["type"] in ("expected", "value_error"):  # said already, and more exactly
+                raise
+            raise PydanticCustomError("expected", f"expected {words}") from None
+
+    return WrapValidator(check)
+
+
+def from_keys(cls: type) -> BeforeValidator:
+    """Metadata of ``Annotated`` that makes a ``cls``, itself ``checked``, of a dict."""
+    return BeforeValidator(lambda value: cls(**text_keys(value)) if isinstance(value, dict) else value)
+
+
+def text_keys(values: dict[Any, Any]) -> dict[str, Any]:
+    """Keyword arguments of what YAML may give: a key that is a number is an unknown key like any other."""
+    return {str(key): value for key, value in values.items()}
+
+
+def whole_number(least: int) -> Any:
+    """The type of an ``int`` that is no ``bool`` and not below ``least``."""
+    return Annotated[int, Strict(), Field(ge=least), expected(f"a whole number, at least {least}")]
+
+
+Positive = whole_number(1)
+Text = Annotated[str, Strict(), expected("text")]
+
+
+def checked(error: type[ValueError], within: str = "") -> Callable[[type], type]:
+    """
+    Class decorator over pydantic's ``dataclass`` that turns its ``ValidationError`` into an ``error``.
+
+    Parameters
+    ----------
+    error : type
+        What is raised; its message names the key, what was found and what was expected.
+    within : str
+        The key that holds such objects in others.
+    """
+
+    def decorate(cls: type) -> type:
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                init(self, *args, **kwargs)
+            except ValidationError as found:
+                problems = found.errors()
+            else:
+                return
+            if problems[0]["type"] == "value_error":  # of ``__post_init__``, or of an object within
+                raise problems[0]["ctx"]["error"]
+            raise error(_explained(problems, cls, within))
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
+
+
+def _explained(problems: list[dict[str, Any]], cls: type, within: str) -> str:
+    """What is wrong with the values of a ``cls``: unknown keys before missing ones, and those before values."""
+    where, known = within or cls.__name__, [field.name for field in fields(cls)]
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem["type"], []).append(str(problem["loc"][-1]))
+    if unknown := kinds.get("unexpected_keyword_argument"):
+        return f"unknown keys {sorted(unknown)} in {where}; known keys are {known}"
+    if missing := kinds.get("missing"):
+        return f"{where} is incomplete: missing keys {missing}"
+    if surplus := kinds.get("unexpected_positional_argument"):
+        return f"{where} takes {len(known)} values, but found {len(surplus)} more"
+    name, *inner = problems[0]["loc"]
+    if isinstance(name, int):  # a positional argument
+        name = known[name]
+    name = ": ".join([f"{within}.{name}" if within else name, *map(repr, inner)])
+    return f"{name} is {problems[0]['input']!r}, {problems[0]['msg']}"
