@@ -44,6 +44,13 @@ def whole_number(least: int) -> Any:
 
 
 Positive = whole_number(1)
+
+
+def nonempty_text(words: str = "text") -> Any:
+    """The type of a ``str`` that is not empty."""
+    return Annotated[str, Strict(), Field(min_length=1), expected(words)]
+
+
 Text = Annotated[str, Strict(), expected("text")]
 
 
