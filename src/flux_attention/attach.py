@@ -100,7 +100,7 @@ AttentionMaskInterface.register(NAME, _mask)
 # --- The handle -------------------------------------------------------------------------------------------------
 
 
-class Routing:
+class Routing(adapters.AdapterMixin):
     """
     Routers attached to a model; made by ``attach``.
 
@@ -226,14 +226,6 @@ class Routing:
             raise ValueError("this cache has no routed layers: it was not filled by a model with routers attached")
         for layer in layers:
             layer.reroute()
-
-    def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter; see ``adapters.save``."""
-        adapters.save(directory, self.config, self.routers, dtype)
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Upload the adapter; see ``adapters.push_to_hub``."""
-        return adapters.push_to_hub(repo_id, self.config, self.routers, **kwargs)
 
     def detach(self) -> None:
         """Restore the stock model exactly. Caches filled while attached cannot be read afterwards."""

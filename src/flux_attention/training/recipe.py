@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, Strict
 from pydantic.dataclasses import dataclass
 
 from flux_attention.config import FluxConfig, FluxConfigError
+from flux_attention.files import replacing
 from flux_attention.validation import (
     NO_OTHER_KEYS,
     Positive,
@@ -248,10 +249,8 @@ class Recipe:
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe, all defaults written out."""
-        text = yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True)
-        whole = Path(f"{path}.tmp")  # a full disk or a kill leaves the old one whole
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
+        with replacing(path) as file:
+            file.write_text(yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @property
     def resolved(self) -> dict[str, Any]:
