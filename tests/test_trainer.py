@@ -481,7 +481,7 @@ def test_a_run_leaves_an_adapter_and_a_frozen_model(recipe, base, capsys):
     multipliers = trainer.model.objective.multipliers_C2.detach()
     assert (multipliers != 0.5).any(1).all() and (multipliers >= 0).all()
     card = (folder / "README.md").read_text()
-    assert f"base_model: {base}" in card and "| Code | 0.9 |" in card
+    assert f"| base model | {base} (qwen3, 3 layers) |" in card and "| Code | 0.9 |" in card
     assert "<svg" in (folder / "training.svg").read_text()
     trainer.routing.detach()
     fresh = tiny_model("qwen3", vocab_size=before["model.embed_tokens.weight"].shape[0])
