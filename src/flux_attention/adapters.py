@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flux_attention import shipped
 from flux_attention.config import BaseModel, FluxConfig, FluxConfigError
 from flux_attention.files import replacing
+from flux_attention.named import NAME
 from flux_attention.router import LayerRouter
 
 CONFIG_FILE = "flux_config.json"
@@ -85,7 +85,7 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
         library_name="flux-attention",
         tags=["flux-attention", "sparse-attention", "long-context"],
     )
-    own = base.name == shipped.NAME
+    own = base.name == NAME
     arguments = ["BACKBONE" if own else repr(base.name)]
     arguments += [f"{key}={value!r}" for key, value in (model_arguments or {}).items()]
     units = len(base.routed_layers) * (1 if config.granularity == "layer" else base.num_kv_heads)
