@@ -50,7 +50,6 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
         Of the weights on disk; default as they are (float32). bfloat16 halves the file and rounds the weights.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
         for name, tensor in routers.state_dict().items()
