@@ -1,14 +1,19 @@
 """Adapters: what is saved comes back, and damage of every kind is named."""
 
+import inspect
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_attach import CONFIG, ids, randomize
+from transformers.utils import PushToHubMixin
 
 from flux_attention import AdapterError, FluxConfig, adapters, attach
 
@@ -39,7 +44,19 @@ def test_save_and_load_give_the_same_routes(family, tmp_path):
     assert torch.equal(model(prompt).logits, logits)
     assert torch.equal(again.routes.logits_BL2, before.logits_BL2)
     assert again.config == routing.config
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["flux_config.json", "routers.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "flux_config.json", "routers.safetensors"]
+
+
+@torch.no_grad()
+def test_an_adapter_of_version_0_1_0_still_gives_its_routes():
+    """Files, and routes of eight prompts, as that version wrote them."""
+    model = tiny_model("qwen3")
+    routing = attach(model, Path(__file__).parent / "fixtures" / "adapter_0.1.0")
+    assert (routing.config.pattern, routing.config.sink, routing.config.window) == ("streaming", 4, 9)
+    assert (routing.config.last_n, routing.config.pool_size, routing.config.granularity) == (5, 6, "layer")
+    model(ids(8, 40))
+    found = ["".join("sF"[int(bit)] for bit in row) for row in routing.routes.routes_BL]
+    assert found == ["FFs", "sss", "sFs", "ssF", "FFF", "FsF", "FFs", "sFs"]
 
 
 def test_half_precision_on_disk(saved, tmp_path):
@@ -75,7 +92,7 @@ def test_fine_tunes_and_other_dtypes_of_the_model_are_not_others(saved):
 
 
 DAMAGE = {
-    "no directory": (shutil.rmtree, "neither a directory nor a Hub repository"),
+    "no directory": (shutil.rmtree, "no such folder: .*adapter; expected one with flux_config.json and routers"),
     "no weights": (lambda p: (p / adapters.WEIGHTS_FILE).unlink(), "has no routers.safetensors"),
     "no config": (lambda p: (p / adapters.CONFIG_FILE).unlink(), "has no flux_config.json"),
     "empty weights": (lambda p: (p / adapters.WEIGHTS_FILE).write_bytes(b""), "cannot be read.*truncated"),
@@ -100,7 +117,7 @@ DAMAGE = {
     "config without base model": (lambda p: FluxConfig().to_json(p / adapters.CONFIG_FILE), "names no base_model"),
     "unknown config key": (
         lambda p: (p / adapters.CONFIG_FILE).write_text(json.dumps({"x": 1})),
-        r"unknown FluxConfig keys \['x'\]",
+        r"unknown keys \['x'\] in FluxConfig",
     ),
     "missing weight": (lambda p: rewrite(p, lambda w: w.pop("1.head.0.bias")), r"missing weights \['1.head.0.bias'\]"),
     "unknown weight": (lambda p: rewrite(p, lambda w: w.update(x=torch.ones(1))), r"unknown weights \['x'\]"),
@@ -145,25 +162,147 @@ def test_an_interrupted_save_keeps_the_former_adapter(saved, monkeypatch):
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def test_push_and_download_talk_to_the_hub_library(saved, tmp_path):
-    """The Hub itself is out of reach in tests: what is uploaded, and what is asked for, is checked."""
-    routing = attach(tiny_model("qwen3"), saved)
-    uploaded = {}
+@pytest.mark.parametrize(
+    "name", ["./me/routers", "/me", "~/routers", "..", "runs/me/last", "me/routers/", Path("me/r")]
+)
+def test_what_can_only_be_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with mock.patch("flux_attention.adapters.snapshot_download", side_effect=AssertionError("the Hub was asked")):
+        with pytest.raises(AdapterError, match=r"no such folder|has no flux_config.json"):
+            adapters.load_config(name)
+        (tmp_path / "home" / "routers").mkdir(parents=True)
+        assert adapters.resolve("~/routers") == tmp_path / "home" / "routers"
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        shutil.copytree(folder_path, tmp_path / "hub")
-        uploaded[repo_id] = commit_message
-        return "https://hub/commit"
 
-    with (
-        mock.patch("huggingface_hub.HfApi.create_repo"),
-        mock.patch("huggingface_hub.HfApi.upload_folder", upload_folder),
+@pytest.mark.parametrize("name", ["routers", "me/routers", "me/routers-v1.2"])
+def test_what_can_be_an_id_is_asked_of_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    download = mock.Mock(side_effect=OSError("offline"))
+    monkeypatch.setattr(adapters, "snapshot_download", download)
+    with pytest.raises(AdapterError, match=r"neither a directory nor a Hub repository that can be .*\(offline\)"):
+        adapters.resolve(name, "v2")
+    assert download.call_args.args == (name,) and download.call_args.kwargs["revision"] == "v2"
+
+
+def test_the_card_says_what_the_adapter_is_and_how_to_use_it(saved):
+    _, config = adapters.load_config(saved)
+    for changes, name, metadata, words in (
+        (
+            {},
+            "org/model",
+            "org/model",
+            ("of 3 layers", "streaming, sink 4, window 9 |", "from_pretrained('org/model')"),
+        ),
+        ({"granularity": "head"}, "org/model", "org/model", ("# Head routers for org/model", "each of 6 KV heads")),
+        ({"pattern": "triangle"}, "/data/model", None, ("triangle, sink 4, window 9, last_n 5 |", "('/data/model')")),
+        ({}, str(saved), None, ("first and the last 6 tokens",)),
+        ({}, "flux-attention/shipped", "flux-attention/shipped", ("shipped import BACKBONE\n", "(BACKBONE)")),
     ):
-        assert routing.push_to_hub("me/routers") == "https://hub/commit"
-    assert uploaded == {"me/routers": "Upload layer routers"}
+        card = adapters.card(replace(config, **changes, base_model=replace(config.base_model, name=name)))
+        assert card.data.base_model == metadata and card.data.library_name == "flux-attention"
+        assert "sparse-attention" in card.data.tags
+        for each in words:
+            assert each in card.text
+    name = repr(config.base_model.name)
+    assert f"from_pretrained({name}, rope_theta=1)" in adapters.card(config, {"rope_theta": 1}).text
+
+
+def test_the_cards_python_runs(saved, tmp_path, monkeypatch):
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path / "base")
+    _, config = adapters.load_config(saved)
+    text = adapters.card(replace(config, base_model=replace(config.base_model, name=str(tmp_path / "base")))).text
+    code = text.split("```python\n")[1].split("```")[0].replace("path or id of this adapter", str(saved))
+    found = {}
+    exec(code, found)
+    assert found["routing"].config.window == 9
+
+
+def test_a_card_that_is_there_stays(saved):
+    routing = attach(tiny_model("qwen3"), saved)
+    assert "# Layer routers for" in ModelCard.load(saved / "README.md").text
+    (saved / "README.md").write_text("by hand")
+    routing.save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "by hand"
+
+
+class Hub:
+    """The Hub as ``HfApi`` shows it, on disk: repositories with branches."""
+
+    def __init__(self, root):
+        self.root, self.said = root, {}
+
+    def api(self, token=None):
+        self.said["token"] = token
+        return self
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        assert exist_ok
+        self.said["private"] = private
+        (self.root / "me" / repo_id.split("/")[-1] / "main").mkdir(parents=True, exist_ok=True)
+        return mock.Mock(repo_id=f"me/{repo_id.split('/')[-1]}")
+
+    def create_branch(self, repo_id, *, branch, exist_ok):
+        assert exist_ok
+        (self.root / repo_id / branch).mkdir(exist_ok=True)
+
+    def file_exists(self, repo_id, filename, *, revision=None):
+        return (self.root / repo_id / (revision or "main") / filename).exists()
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, revision, ignore_patterns, **kwargs):
+        ignore = shutil.ignore_patterns(*([ignore_patterns] if ignore_patterns else []))
+        shutil.copytree(folder_path, self.root / repo_id / (revision or "main"), dirs_exist_ok=True, ignore=ignore)
+        self.said.update(message=commit_message, **kwargs)
+        return f"https://hub/{repo_id}/commit/{revision or 'main'}"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Stands for the Hub itself, which is out of reach in tests."""
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(adapters, "HfApi", hub.api)
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        assert set(allow_patterns) == {"flux_config.json", "routers.safetensors"}
+        return str(hub.root / repo_id / (revision or "main"))
+
+    monkeypatch.setattr(adapters, "snapshot_download", snapshot_download)
+    return hub
+
+
+def test_what_was_pushed_can_be_attached(saved, hub):
+    routing = attach(tiny_model("qwen3"), saved)
+    assert routing.push_to_hub("routers", token="secret", private=True) == "https://hub/me/routers/commit/main"
+    assert hub.said == {
+        "token": "secret",
+        "private": True,
+        "message": "Upload layer routers",
+        "commit_description": None,
+        "create_pr": False,
+    }
     routing.detach()
-    with mock.patch("flux_attention.adapters.snapshot_download", return_value=str(tmp_path / "hub")) as download:
-        again = attach(routing.model, "me/routers")
-    assert download.call_args.args == ("me/routers",)
+    again = attach(routing.model, "me/routers")
     for name, weight in again.routers.state_dict().items():
         assert torch.equal(weight, routing.routers.state_dict()[name])
+    assert "# Layer routers for" in (hub.root / "me/routers/main/README.md").read_text()
+
+
+def test_a_push_keeps_the_card_on_the_hub_and_makes_its_branch(saved, hub):
+    routing = attach(tiny_model("qwen3"), saved)
+    routing.push_to_hub("me/routers")
+    (hub.root / "me/routers/main/README.md").write_text("by hand")
+    (hub.root / "me/routers/main/routers.safetensors").unlink()
+    routing.push_to_hub("me/routers")
+    assert (hub.root / "me/routers/main/README.md").read_text() == "by hand"
+    assert (hub.root / "me/routers/main/routers.safetensors").exists()
+    assert routing.push_to_hub("me/routers", revision="v2", commit_message="v2", create_pr=True).endswith("/v2")
+    assert {path.name for path in (hub.root / "me/routers/v2").iterdir()} == {path.name for path in saved.iterdir()}
+    assert (hub.said["message"], hub.said["create_pr"]) == ("v2", True)
+
+
+def test_push_takes_what_transformers_takes():
+    theirs = inspect.signature(PushToHubMixin.push_to_hub).parameters
+    ours = inspect.signature(adapters.AdapterMixin.push_to_hub).parameters
+    assert set(ours) == set(theirs) - {"max_shard_size", "tags"}  # of models, and of a card that is made elsewhere
+    assert all(ours[name].kind == theirs[name].kind for name in ours)

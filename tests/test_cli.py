@@ -126,7 +126,7 @@ ERRORS = {
     "no such routers": (
         ["inspect", "shipped", "{prompt}", "--routers", "/nowhere"],
         1,
-        "neither a directory nor a Hub repository",
+        "no such folder: /nowhere",
     ),
     "no such file": (["inspect", "shipped", "/nowhere.txt"], 1, "/nowhere.txt is not a file"),
     "empty prompt": (["inspect", "shipped", "-"], 1, "the prompt in standard input is empty"),

@@ -1,4 +1,4 @@
-"""Routers on disk and on the Hub: a directory with ``flux_config.json`` and ``routers.safetensors``."""
+"""Routers on disk and on the Hub: a directory with ``flux_config.json``, ``routers.safetensors`` and a model card."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import AdapterError, FluxConfigError
+from flux_attention.files import replacing
+from flux_attention.named import NAME
 from flux_attention.router import LayerRouter
 
 CONFIG_FILE = "flux_config.json"
 WEIGHTS_FILE = "routers.safetensors"
+CARD_FILE = "README.md"
+CARD_TEMPLATE = Path(__file__).with_name("adapter_card.md.jinja")
 
 
 def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDict, dtype: torch.dtype | None = None):
     """
     Write an adapter.
 
-    Each file is written beside its place first: a full disk or an interrupt while writing leaves a former adapter as
-    it was.
+    A full disk or an interrupt while writing leaves a former adapter as it was. A model card is written where there is
+    none: one that is there may say more.
 
     Parameters
     ----------
@@ -41,45 +47,124 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
         Of the weights on disk; default as they are (float32). bfloat16 halves the file and rounds the weights.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
         for name, tensor in routers.state_dict().items()
     }
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
-        save_file(weights, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.to_json(Path(scratch) / CONFIG_FILE)
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(Path(scratch) / name, directory / name)
+    with replacing(directory / WEIGHTS_FILE) as weights_file, replacing(directory / CONFIG_FILE) as config_file:
+        save_file(weights, weights_file, metadata={"format": "pt"})
+        config.to_json(config_file)
+    if not (directory / CARD_FILE).exists():
+        card(config).save(directory / CARD_FILE)
 
 
-def push_to_hub(
-    repo_id: str, config: FluxConfig, routers: nn.ModuleDict, *, private: bool | None = None, token: str | None = None
-) -> str:
+def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> ModelCard:
     """
-    Upload an adapter to the Hugging Face Hub, making the repository if needed.
+    The model card of an adapter: what it is for, its pattern and sizes, and how to use it.
 
-    Returns
-    -------
-    str
-        The commit's address.
+    Parameters
+    ----------
+    config : FluxConfig
+        With ``base_model``.
+    model_arguments : dict, optional
+        What the base model's ``from_pretrained`` takes besides its name, for example a longer context.
     """
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as directory:
-        save(directory, config, routers)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload layer routers"))
+    base = config.base_model
+    try:
+        validate_repo_id(base.name)
+    except HFValidationError:  # a path, which the Hub refuses in a card's metadata
+        on_hub = False
+    else:
+        on_hub = not Path(base.name).exists()
+    data = ModelCardData(
+        base_model=base.name if on_hub else None,
+        library_name="flux-attention",
+        tags=["flux-attention", "sparse-attention", "long-context"],
+    )
+    own = base.name == NAME
+    arguments = ["BACKBONE" if own else repr(base.name)]
+    arguments += [f"{key}={value!r}" for key, value in (model_arguments or {}).items()]
+    units = len(base.routed_layers) * (1 if config.granularity == "layer" else base.num_kv_heads)
+    return ModelCard.from_template(
+        data, template_path=str(CARD_TEMPLATE), config=config, base=base, units=units, shipped=own, arguments=arguments
+    )
 
 
-def _resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local directory of an adapter: the path itself, or a download of the Hub repository of that id."""
-    path = Path(path_or_id)
+class AdapterMixin:
+    """Methods that save and upload the adapter of an object with ``config`` and ``routers``."""
+
+    config: FluxConfig
+    routers: nn.ModuleDict
+
+    def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter; see ``adapters.save``."""
+        save(directory, self.config, self.routers, dtype)
+
+    # Not transformers' PushToHubMixin: it uploads a card of a transformers model in place of the adapter's own.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload layer routers",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """
+        Upload the adapter to the Hugging Face Hub, making the repository if needed.
+
+        A model card that is there already stays. The parameters are those of transformers' ``push_to_hub``.
+
+        Returns
+        -------
+        str
+            The commit's address.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        described = api.file_exists(repo_id, CARD_FILE, revision=revision)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=CARD_FILE if described else None,
+            )
+        return str(commit)
+
+
+def is_path(name: str | os.PathLike) -> bool:
+    """Whether a name can only be a path: no id on the Hub looks like it."""
+    text = os.fspath(name)
+    return not isinstance(name, str) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text
+
+
+def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
+    """
+    The local directory of an adapter: the path itself, or a download of the Hub repository of that id.
+
+    Raises
+    ------
+    AdapterError
+        If there is neither; the Hub is not asked about what can only be a path.
+    """
+    path, files = Path(path_or_id).expanduser(), f"{CONFIG_FILE} and {WEIGHTS_FILE}"
     if path.is_dir():
         return path
     if path.exists():
-        raise AdapterError(f"{path} is a file; expected a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise AdapterError(f"{path} is a file; expected a directory with {files}")
+    if is_path(path_or_id):
+        raise AdapterError(f"no such folder: {path}; expected one with {files}, or the id of a Hub repository")
     try:
-        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterError(
@@ -89,7 +174,7 @@ def _resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path
 
 def load_config(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple[Path, FluxConfig]:
     """The directory and the configuration of an adapter."""
-    directory = _resolve(path_or_id, revision)
+    directory = resolve(path_or_id, revision)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise AdapterError(f"{directory} has no {name}; expected an adapter: {CONFIG_FILE} and {WEIGHTS_FILE}")

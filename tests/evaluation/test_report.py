@@ -4,13 +4,22 @@ import json
 import math
 import re
 import xml.dom.minidom
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_attention.evaluation.report import comparisons, difference, heat_map, short_names, summary, write_report
+from flux_attention.evaluation.report import (
+    comparisons,
+    difference,
+    heat_map,
+    short_names,
+    summary,
+    tables,
+    write_report,
+)
 
 
 def row(task, method, value, routers=None, length=4096, sparsity=0.5):
@@ -102,3 +111,62 @@ def test_the_heat_map_of_heads_has_their_layers():
     axes = heat_map(rows, 4096, "x").axes[0]
     assert axes.images[0].get_array().tolist() == [[0.5, 0.25], [0.0, 0.75]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "5"]
+
+
+class Page(HTMLParser):
+    """The cells of each table, by row, and every open tag that was not closed by its own name."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables, self.open, self.text, self.unbalanced = [], [], "", []
+
+    def handle_starttag(self, tag, attributes):
+        if tag in ("meta", "html", "!doctype"):
+            return
+        self.open.append(tag)
+        self.text = ""
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_endtag(self, tag):
+        if tag == "html":
+            return
+        if self.open.pop() != tag:
+            self.unbalanced.append(tag)
+        if tag in ("th", "td"):
+            self.tables[-1][-1].append(self.text)
+
+
+def test_page_and_markdown_hold_the_same_tables(tmp_path):
+    rows = [row("copy", "dense", 0.875, sparsity=0.0), row("plain", "dense", 3.125, sparsity=0.0)]
+    rows += [row("two_hop", "routed", 0.75, "a/<x> & 'y'"), row("plain", "routed", 3.25, "a/<x> & 'y'", length=512)]
+    meta = {"device": "<GPU>", "commit": None, "settings": {"samples": 10, "families": ["é", "<b>"]}}
+    (tmp_path / "quality.json").write_text(json.dumps({"meta": meta, "rows": rows}))
+    html, markdown = write_report(tmp_path / "quality.json", tmp_path)
+    page = Page()
+    page.feed(html.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == [] and page.unbalanced == []
+    expected = [[heading, *lines] for _, heading, lines in tables(rows)]
+    facts = [["device", "<GPU>"], ["commit", "None"], ["samples", "10"], ["families", '["é", "<b>"]']]
+    assert len(expected) > 4 and page.tables == [*expected, facts]
+    text = markdown.read_text(encoding="utf-8")
+    written = ["| " + " | ".join(cells) + " |" for table in [*expected, facts] for cells in table]
+    assert [
+        line for line in text.splitlines() if line.startswith("| ") and "---" not in line and line != "| | |"
+    ] == written
+    assert text.endswith("""
+## Environment
+
+| | |
+| --- | --- |
+| device | <GPU> |
+| commit | None |
+| samples | 10 |
+| families | ["é", "<b>"] |
+""")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
@@ -10,21 +9,24 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+
 #: A colour that the page replaces by the text's own, light or dark.
 INK = "#010203"
 COLOURS = {"dense": "#009e73", "sparse": "#888888", "routed": "#d55e00", "static": "#0072b2", "random": "#cc79a7"}
 COLOURS |= {"head": "#e69f00", "head-static": "#56b4e9", "best-static": "#004a7c", "best-static-fewer": "#8c564b"}
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1a1a1a; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-.wide { overflow-x: auto; }
-svg { max-width: 100%; height: auto; }
-@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #16181c; } }
-"""
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=lambda name: name.startswith("report.html"),
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
+INTRO = (
+    "Right answers to generated questions: every token of the answer is the most likely one, so that greedy "
+    "generation would give it; of lm-eval's tasks the first metric. All methods see the same samples. Static and "
+    "random layers are as many as routed inputs use on average, rounded up. Intervals are about other samples, not "
+    "about other seeds in training."
+)
 
 
 def _svg(figure) -> str:
@@ -249,6 +251,23 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
     return found
 
 
+def figures(rows: list[dict[str, Any]]) -> list[str]:
+    """The trade-off and the routers' heat maps of each length, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    found = []
+    with plt.rc_context({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux", **ink}):
+        for length in dict.fromkeys(row["seq_len"] for row in rows):
+            found.append(_svg(trade_off(rows, length)))
+            some = [row for row in rows if _of_routers(row) and row["seq_len"] == length]
+            found += [_svg(heat_map(rows, length, routers)) for routers in dict.fromkeys(r["routers"] for r in some)]
+    return found
+
+
 def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
     """
     Write ``report.html`` and ``report.md`` of a quality.json.
@@ -269,54 +288,25 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
     ValueError
         If the file has no quality rows.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     data = json.loads(Path(results).read_text(encoding="utf-8"))
     rows = [row for row in data["rows"] if "task" in row and "method" in row]
     if not rows:
         raise ValueError(f"{results} has no quality rows")
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    figures = []
-    with plt.rc_context({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux", **ink}):
-        for length in dict.fromkeys(row["seq_len"] for row in rows):
-            figures.append(_svg(trade_off(rows, length)))
-            some = [row for row in rows if _of_routers(row) and row["seq_len"] == length]
-            figures += [_svg(heat_map(rows, length, routers)) for routers in dict.fromkeys(r["routers"] for r in some)]
-    intro = (
-        "Right answers to generated questions: every token of the answer is the most likely one, so that greedy "
-        "generation would give it; of lm-eval's tasks the first metric. All methods see the same samples. Static and "
-        "random layers are as many as routed inputs use on average, rounded up. Intervals are about other samples, not "
-        "about other seeds in training."
-    )
     facts = {key: value for key, value in data["meta"].items() if key != "settings"}
     facts |= data["meta"].get("settings", {})
-    page = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width'><title>Quality of routed attention</title>",
-        f"<style>{STYLE}</style><h1>Quality of routed attention</h1><p>{html.escape(intro)}</p>",
-        *(f"<div class='wide'>{figure}</div>" for figure in figures),
-    ]
-    text = ["# Quality of routed attention", "", intro, ""]
-    for title, heading, lines in tables(rows):
-        page.append(f"<h2>{html.escape(title)}</h2><div class='wide'><table><tr>")
-        page += [f"<th>{html.escape(cell)}</th>" for cell in heading]
-        for line in lines:
-            page.append("</tr><tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line))
-        page.append("</tr></table></div>")
-        text += [f"## {title}", "", f"| {' | '.join(heading)} |", "|" + " --- |" * len(heading)]
-        text += [f"| {' | '.join(line)} |" for line in lines] + [""]
-    page.append("<h2>Environment</h2><table>")
-    text += ["## Environment", "", "| | |", "| --- | --- |"]
-    for key, value in facts.items():
-        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
-        page.append(f"<tr><td>{html.escape(key)}</td><td>{html.escape(shown)}</td></tr>")
-        text.append(f"| {key} | {shown} |")
-    page.append("</table></html>")
+    shown = {
+        "title": "Quality of routed attention",
+        "intro": INTRO,
+        "figures": figures(rows),
+        "tables": tables(rows),
+        "facts": [
+            (key, json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value)
+            for key, value in facts.items()
+        ],
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text("\n".join(page), encoding="utf-8")
-    (folder / "report.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    return folder / "report.html", folder / "report.md"
+    paths = folder / "report.html", folder / "report.md"
+    for path in paths:
+        path.write_text(TEMPLATES.get_template(f"{path.name}.jinja").render(shown), encoding="utf-8")
+    return paths

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from flux_attention.files import replacing
+
 #: The facts of a row that say what was measured.
 MEASURED = ("shape", "seq_len", "batch", "phase", "engine", "method", "sparsity", "queries")
 
@@ -67,10 +69,7 @@ def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dic
 
 def write_results(path: str | Path, rows: list[dict[str, Any]], **meta: Any) -> None:
     """Write ``{"meta": …, "rows": […]}`` to ``path``, a line each row; ``meta`` adds to ``environment()``."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = f'{{"meta": {json.dumps({**environment(), **meta}, indent=1)},\n"rows": [\n{lines}\n]}}\n'
-    whole = path.with_name(path.name + ".tmp")  # a full disk or a kill leaves the old file whole
-    whole.write_text(text, encoding="utf-8")
-    os.replace(whole, path)
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")

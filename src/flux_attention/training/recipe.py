@@ -5,16 +5,28 @@ The defaults are the paper's ("Training: soft to hard"; 300 steps of 48 sequence
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator, Field, Strict
+from pydantic.dataclasses import dataclass
 
 from flux_attention.config import FluxConfig, FluxConfigError
+from flux_attention.files import replacing
+from flux_attention.validation import (
+    NO_OTHER_KEYS,
+    Positive,
+    Text,
+    checked,
+    expected,
+    from_keys,
+    nonempty_text,
+    text_keys,
+)
 
 #: The paper's task classes and their target Ω_MSR, and the class of plain text.
 TARGETS = {
@@ -76,7 +88,16 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message names the key, what was found and what is expected."""
 
 
-@dataclass
+#: As YAML would give it back.
+_PLAIN = BeforeValidator(lambda value: json.loads(json.dumps(value, default=str)))
+_Keys = Annotated[dict[str, Any], _PLAIN, expected("keys and values")]
+_Number = Annotated[float, Strict(), Field(ge=0), expected("a number, at least 0")]
+_Ratio = Annotated[float, Strict(), Field(ge=0, le=1), expected("a ratio between 0 and 1")]
+_Sources = Annotated[list[dict[str, Any]], _PLAIN, expected("a list of sources, each with `path` or `generated`")]
+
+
+@checked(RecipeError, within="objective")
+@dataclass(config=NO_OTHER_KEYS)
 class Objective:
     """
     Knobs of ``SparsityObjective`` and of the relaxation.
@@ -91,15 +112,21 @@ class Objective:
         τ falls by a cosine from start to end over this first share of the steps.
     """
 
-    multiplier_lr: float = 1e-3
-    multiplier_start: float = 0.0
-    target_warmup: float = 0.2
-    temperature_start: float = 1.5
-    temperature_end: float = 1.0
-    temperature_until: float = 0.6
+    multiplier_lr: _Number = 1e-3
+    multiplier_start: _Number = 0.0
+    target_warmup: _Number = 0.2
+    temperature_start: _Number = 1.5
+    temperature_end: _Number = 1.0
+    temperature_until: _Number = 0.6
+
+    def __post_init__(self):
+        for name in ("temperature_start", "temperature_end", "temperature_until"):
+            if getattr(self, name) == 0:
+                raise RecipeError(f"objective.{name} must be above 0")
 
 
-@dataclass
+@checked(RecipeError)
+@dataclass(config=NO_OTHER_KEYS)
 class Recipe:
     """
     All that a training run depends on.
@@ -139,76 +166,48 @@ class Recipe:
         Any argument of transformers' ``TrainingArguments`` that has no key above.
     """
 
-    model: str
-    output: str
-    data: list[dict[str, Any]]
-    routers: dict[str, Any] = field(default_factory=dict)
-    start: str | None = None
-    targets: dict[str, float] = field(default_factory=lambda: dict(TARGETS))
-    max_length: int = 65_536
-    pack_length: int | None = None
-    batch_size: int = 48
-    dtype: str = "bfloat16"
-    config: dict[str, Any] = field(default_factory=dict)
-    gradient_checkpointing: bool = True
-    shape: str | None = None
-    objective: Objective = field(default_factory=Objective)
-    training: dict[str, Any] = field(default_factory=dict)
+    model: nonempty_text()
+    output: nonempty_text()
+    data: _Sources
+    routers: _Keys = field(default_factory=dict)
+    start: nonempty_text("an adapter's directory or Hub id") | None = None
+    targets: Annotated[dict[str, _Ratio], _PLAIN, expected("keys and values")] = field(
+        default_factory=lambda: dict(TARGETS)
+    )
+    max_length: Positive = 65_536
+    pack_length: Positive | None = None
+    batch_size: Positive = 48
+    # In float16 the routers' gradients vanish.
+    dtype: Annotated[Literal["bfloat16", "float32", "auto"], expected("bfloat16, float32 or auto")] = "bfloat16"
+    config: _Keys = field(default_factory=dict)
+    gradient_checkpointing: Annotated[bool, Strict(), expected("true or false")] = True
+    shape: Text | None = None
+    objective: Annotated[Objective, from_keys(Objective), expected("keys and values")] = field(
+        default_factory=Objective
+    )
+    training: _Keys = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("model", "output"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise RecipeError(f"{name} is {getattr(self, name)!r}, expected text")
-        if not isinstance(self.data, list) or not all(isinstance(source, dict) for source in self.data):
-            raise RecipeError(f"data is {self.data!r}, expected a list of sources, each with `path` or `generated`")
-        for name in ("routers", "targets", "training", "config"):
-            if not isinstance(getattr(self, name), dict):
-                raise RecipeError(f"{name} is {getattr(self, name)!r}, expected keys and values")
-        if self.start is not None and (not isinstance(self.start, str) or not self.start):
-            raise RecipeError(f"start is {self.start!r}, expected an adapter's directory or Hub id")
         if self.start is not None and self.routers:
             raise RecipeError(f"routers and start are both there: the adapter {self.start} says what `routers` would")
-        for name in ("max_length", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RecipeError(f"{name} is {value!r}, expected a whole number, at least 1")
         if self.pack_length is None:
             self.pack_length = self.max_length
-        if not isinstance(self.pack_length, int) or self.pack_length < self.max_length:
+        if self.pack_length < self.max_length:
             raise RecipeError(f"pack_length is {self.pack_length!r}, expected at least max_length ({self.max_length})")
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise RecipeError(f"gradient_checkpointing is {self.gradient_checkpointing!r}, expected true or false")
-        if self.dtype not in ("bfloat16", "float32", "auto"):  # in float16 the routers' gradients vanish
-            raise RecipeError(f"dtype is {self.dtype!r}, expected bfloat16, float32 or auto")
-        if not isinstance(self.objective, Objective):
-            self.objective = _build(Objective, self.objective, "objective")
-        for knob in fields(Objective):
-            value = getattr(self.objective, knob.name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
-                raise RecipeError(f"objective.{knob.name} is {value!r}, expected a number, at least 0")
-        for name in ("temperature_start", "temperature_end", "temperature_until"):
-            if getattr(self.objective, name) <= 0:
-                raise RecipeError(f"objective.{name} must be above 0")
-        for name, target in self.targets.items():
-            if not isinstance(target, (int, float)) or not 0 <= target <= 1:
-                raise RecipeError(f"targets: {name!r} is {target!r}, expected a ratio between 0 and 1")
-        # As YAML would give it back.
-        for name in ("data", "routers", "targets", "training", "config"):
-            setattr(self, name, json.loads(json.dumps(getattr(self, name), default=str)))
         args = self.training_arguments
-        saves, logs = args["save_steps"], args["logging_steps"]
-        for name, value in (("save_steps", saves), ("logging_steps", logs)):
-            if not isinstance(value, int) or value < 1:
-                raise RecipeError(f"training.{name} is {value!r}, expected a whole number, at least 1")
-        if saves % logs:
-            raise RecipeError(f"training.save_steps is {saves}, expected a multiple of logging_steps ({logs})")
-        if not isinstance(args["max_steps"], int) or args["max_steps"] < 1:
-            raise RecipeError(f"training.max_steps is {args['max_steps']!r}, expected a whole number, at least 1")
+        for name in ("save_steps", "logging_steps", "max_steps"):
+            if not isinstance(args[name], int) or args[name] < 1:
+                raise RecipeError(f"training.{name} is {args[name]!r}, expected a whole number, at least 1")
+        if args["save_steps"] % args["logging_steps"]:
+            raise RecipeError(
+                f"training.save_steps is {args['save_steps']}, expected a multiple of logging_steps "
+                f"({args['logging_steps']})"
+            )
         for name in sorted(set(self.training) & set(TAKEN)):
             raise RecipeError(f"training.{name} cannot be set; the recipe's key for it is {TAKEN[name]}")
         try:
             self.flux_config = FluxConfig(**self.routers)
-        except (FluxConfigError, TypeError) as error:
+        except FluxConfigError as error:
             raise RecipeError(f"routers: {error}") from None
 
     @classmethod
@@ -221,7 +220,9 @@ class Recipe:
         RecipeError
             For unknown keys (by name), missing ones, and values that cannot be.
         """
-        return _build(cls, copy.deepcopy(values), "the recipe")
+        if not isinstance(values, dict):
+            raise RecipeError(f"the recipe is {type(values).__name__}, expected keys and values")
+        return cls(**text_keys(values))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -248,10 +249,8 @@ class Recipe:
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe, all defaults written out."""
-        text = yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True)
-        whole = Path(f"{path}.tmp")  # a full disk or a kill leaves the old one whole
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
+        with replacing(path) as file:
+            file.write_text(yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -264,15 +263,3 @@ class Recipe:
     def training_arguments(self) -> dict[str, Any]:
         """The defaults of ``training`` under what the recipe sets."""
         return {**TRAINING, **self.training}
-
-
-def _build(cls: type, values: Any, where: str):
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where} is {type(values).__name__}, expected keys and values")
-    known = [known.name for known in fields(cls)]
-    if unknown := sorted(set(map(str, values)) - set(known)):
-        raise RecipeError(f"unknown keys {unknown} in {where}; known keys are {known}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise RecipeError(f"{where} is incomplete: {error}") from None

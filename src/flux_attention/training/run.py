@@ -1,4 +1,4 @@
-"""A whole training run: from a recipe to an adapter with its card and its plot; and a dry run that only counts."""
+"""A whole training run: from a recipe to an adapter; and a dry run that only counts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from flux_attention import named
-from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
-from flux_attention.attach import Routing, attach, max_positions
+from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_config
+from flux_attention.hf.attach import attach
+from flux_attention.hf.handle import Routing
+from flux_attention.hf.support import max_positions
 from flux_attention.routes import unit_name
+from flux_attention.training.card import card, plot
 from flux_attention.training.checkpoints import last_checkpoint
 from flux_attention.training.data import check_sources, load_data
 from flux_attention.training.module import CHUNK
@@ -26,7 +29,7 @@ from flux_attention.training.sizes import SHAPES
 from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.
-RESULTS = ("README.md", "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
+RESULTS = (CARD_FILE, "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
 
 
 def load_model(recipe: Recipe) -> Routing:
@@ -163,121 +166,13 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     return trainer
 
 
-# --- What lies beside the adapter -------------------------------------------------------------------------------------
-
-
-def history(trainer: RouterTrainer) -> list[dict[str, float]]:
-    """What was logged at each step."""
-    return [row for row in trainer.state.log_history if "loss" in row]
-
-
 def finish(trainer: RouterTrainer, folder: Path, data: PackedExamples) -> None:
     """Write the adapter, its card, its log and its plot."""
-    rows = history(trainer)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
     trainer.routing.save_pretrained(folder)
     (folder / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     plot(rows, trainer.recipe, list(map(unit_name, trainer.routing.units)), folder / "training.svg")
-    (folder / "README.md").write_text(card(trainer, rows, data), encoding="utf-8")
-
-
-def _last(rows: list[dict[str, float]], name: str) -> list[dict[str, float]]:
-    """The rows of a task class that stand for what training reached: as many as a tenth of all."""
-    return [row for row in rows if f"{name}/msr" in row][-max(1, len(rows) // 10) :]
-
-
-def plot(rows: list[dict[str, float]], recipe: Recipe, units: list[str], path: Path) -> None:
-    """Ω_MSR, loss and multipliers of each class over the steps; how often each layer or head ran full at the end."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    names = [name for name in recipe.targets if any(f"{name}/msr" in row for row in rows)]
-    if not names:  # nothing was logged
-        return
-    with plt.rc_context({"svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-        for key, axis, title in (
-            ("msr", axes[0, 0], "Ω_MSR (dotted: target)"),
-            ("lm_loss", axes[0, 1], "language-modelling loss, nats"),
-            ("lambda1", axes[1, 0], "λ1 (dotted: λ2)"),
-        ):
-            for place, name in enumerate(names):
-                points = [(row["step"], row[f"{name}/{key}"]) for row in rows if f"{name}/{key}" in row]
-                axis.plot(*zip(*points, strict=True), color=f"C{place}", label=name, linewidth=1)
-                if key == "msr":
-                    axis.axhline(recipe.targets[name], color=f"C{place}", linestyle=":", linewidth=1)
-                elif key == "lambda1":
-                    axis.plot([r["step"] for r in rows], [r[f"{name}/lambda2"] for r in rows], ":", color=f"C{place}")
-            axis.set_title(title, size=9)
-            axis.set_xlabel("step")
-            axis.grid(alpha=0.25)
-        axes[0, 0].legend(fontsize=8)
-        rates = []
-        for name in names:
-            last = _last(rows, name)
-            rates.append([sum(row[f"{name}/fa_rate_{unit}"] for row in last) / len(last) for unit in units])
-        image = axes[1, 1].imshow(rates, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-        axes[1, 1].set_yticks(range(len(names)), names)
-        axes[1, 1].set_xticks(range(len(units)), units, fontsize=7 if len(units) < 40 else 3, rotation=90)
-        axes[1, 1].set_title("share of full attention at the end, by layer or head", size=9)
-        figure.colorbar(image, ax=axes[1, 1])
-        figure.savefig(path, facecolor="white", metadata={"Date": None})
-        plt.close(figure)
-
-
-def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamples) -> str:
-    """The adapter's README: base model, how to use it, what it reached, and how it was trained."""
-    recipe, routing = trainer.recipe, trainer.routing
-    base = routing.config.base_model
-    of, kind = ("Layer", "layers") if routing.config.granularity == "layer" else ("Head", "KV heads")
-    arguments = ["BACKBONE" if base.name == named.NAME else repr(base.name)]
-    arguments += [f"{key}={value!r}" for key, value in recipe.config.items()]  # what the routers were trained with
-    lines = [
-        "---",
-        f"base_model: {base.name}",
-        "library_name: flux-attention",
-        "tags: [flux-attention, sparse-attention, long-context]",
-        "---",
-        "",
-        f"# {of} routers for {base.name}",
-        "",
-        f"A flux-attention adapter: for each prompt and each of {len(routing.units)} {kind} it picks full or sparse "
-        f"attention ({routing.config.pattern}, sink {routing.config.sink}, window {routing.config.window}).",
-        "",
-        "```python",
-        "from flux_attention import attach",
-        "from transformers import AutoModelForCausalLM",
-        *(["from flux_attention.shipped import BACKBONE"] if base.name == named.NAME else []),
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
-        'routing = attach(model, "path or id of this adapter")',
-        "```",
-        "",
-        "## What training reached",
-        "",
-        "Means over the last tenth of the steps, with the sampled routes of training.",
-        "",
-        "| task class | target Ω_MSR | Ω_MSR | loss, nats | λ1 | λ2 |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, target in recipe.targets.items():
-        if last := _last(rows, name):
-            mean = {key: sum(row[f"{name}/{key}"] for row in last) / len(last) for key in ("msr", "lm_loss")}
-            numbers = [f"{mean['msr']:.3f}", f"{mean['lm_loss']:.4f}"]
-            numbers += [f"{rows[-1][f'{name}/{key}']:.3f}" for key in ("lambda1", "lambda2")]
-            lines.append(f"| {name} | {target} | {' | '.join(numbers)} |")
-    trained = sum(parameter.numel() for parameter in routing.routers.parameters())
-    lines += [
-        "",
-        "![Training](training.svg)",
-        "",
-        f"{trainer.state.global_step} steps of {recipe.batch_size} packs; {trained:,} parameters trained; "
-        f"{data.tokens:,} tokens of data in {len(data):,} packs. The whole recipe is in [recipe.yaml](recipe.yaml), "
-        "what was logged in [training_log.json](training_log.json).",
-        "",
-    ]
-    return "\n".join(lines)
+    card(trainer, rows, data).save(folder / CARD_FILE)
 
 
 # --- Dry run ----------------------------------------------------------------------------------------------------------

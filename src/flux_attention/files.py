@@ -1,0 +1,23 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    A place to write to within a ``with`` block, which takes the place of ``path`` at its end.
+
+    A full disk, an error or an interrupt within the block leaves what was at ``path`` as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as scratch:
+        yield Path(scratch) / path.name
+        os.replace(Path(scratch) / path.name, path)
