@@ -14,7 +14,7 @@ from speed.timing import measure
 from torch.profiler import ProfilerActivity, profile
 
 from flux_attention.evaluation.results import write_results
-from flux_attention.generation import decode_step
+from flux_attention.hf.generation.step import decode_step
 from flux_attention.training.sizes import SHAPES
 
 #: Kinds of kernels, by the first pattern that their name contains.

@@ -2,19 +2,19 @@
 
 import sys
 
+import flux_attention.call
 import pytest
 import torch
 from conftest import FAMILIES, SMALL, VOCAB, tiny_model
+from flux_attention.cache import Tokens
+from flux_attention.call import Call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import flux_attention.call
 from flux_attention import FluxConfig, UnsupportedModelError, attach, kv_bytes
-from flux_attention.cache import Tokens
-from flux_attention.call import Call
 from flux_attention.patterns import Full
 from flux_attention.training.module import noise_of
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from conftest import tiny_model
+from flux_attention.cache import Tokens, dense_kv_bytes, kv_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attach import CONFIG, ids
 from transformers import DynamicCache, StaticCache
 
 from flux_attention import UnsupportedModelError, attach
-from flux_attention.cache import Tokens, dense_kv_bytes, kv_bytes
 
 MIXED = torch.tensor([[1, 0, 1], [0, 0, 1], [0, 1, 0]])
 

@@ -1,12 +1,12 @@
 """Routing by KV head: exact per head, no KV cache, the same training and adapters."""
 
+import flux_attention.call
 import pytest
 import torch
 from conftest import VOCAB, tiny_model
 from test_attach import ids, packed, randomize
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import flux_attention.call
 from flux_attention import FluxConfig, UnsupportedModelError, attach
 from flux_attention.evaluation.quality import liked_routes
 from flux_attention.patterns import Full

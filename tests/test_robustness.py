@@ -7,14 +7,14 @@ import threading
 import pytest
 import torch
 from conftest import tiny_model
+from flux_attention.cache import RoutedLayer
+from flux_attention.call import Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attach import CONFIG, TRIANGLE, ids, oracle_logits, randomize
 from transformers import DynamicCache
 
 from flux_attention import attach
-from flux_attention.cache import RoutedLayer
-from flux_attention.call import Call
 from flux_attention.patterns import Full
 
 

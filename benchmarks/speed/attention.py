@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flux_attention import kernels
-from flux_attention.kernels import cudnn
+from flux_attention.kernels import dense as dense_kernel
+from flux_attention.kernels.split_table import FULL, RING, split_table
 from flux_attention.patterns import Full
 from flux_attention.training.sizes import SHAPES
 from speed.timing import DTYPE, PATTERN, floor_ms, measure, measure_graph, measure_graphs, require_gpu, row
@@ -96,7 +97,7 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
     for name, times in sdpa.items():
         yield row(times, "", None, **facts, sparsity=0.0, engine=name, method="dense", **rate(times, pairs))
     full, dense = sdpa["sdpa-cudnn"], dict(facts, sparsity=0.0, engine="flux", method="dense")
-    if length >= cudnn.LONG:
+    if length >= dense_kernel.MIN_PROMPT:
         both = (partial(_sdpa, "sdpa-cudnn", query, key, value, True), partial(kernels.full, query, key, value, scale))
         base, full = measure_graphs(both, 1)  # in turn, as they differ in the power that they draw
         yield row(full, "sdpa-cudnn", base, **dense, **rate(full, pairs))
@@ -136,16 +137,14 @@ class _Rows:
     """Random caches of some rows for the decode kernel, several of them so that none stays in the GPU's own cache."""
 
     def __init__(self, lengths: Sequence[int], kinds: Sequence[int], heads: int, kv_heads: int, dim: int):
-        from flux_attention.kernels.triton_decode import DecodeSpace, work_table
+        from flux_attention.kernels.triton_decode import DecodeWorkspace
 
         kept = PATTERN.sink + PATTERN.window
-        held = [
-            min(length, kept) if kind == kernels.RING else length for length, kind in zip(lengths, kinds, strict=True)
-        ]
+        held = [min(length, kept) if kind == RING else length for length, kind in zip(lengths, kinds, strict=True)]
         self.bytes = 4 * sum(held) * kv_heads * dim
         self.floor_ms = round(floor_ms(self.bytes, "copy_tbps"), 5)
         batch, device = len(lengths), torch.device("cuda")
-        self.space = DecodeSpace(batch, heads, kv_heads, dim, device)
+        self.workspace = DecodeWorkspace(batch, heads, kv_heads, dim, device)
         self.buffers, tables = [], []
         for _ in range(max(1, int(3e8 / self.bytes)) + 1):
             rows = [
@@ -157,7 +156,7 @@ class _Rows:
                 [row[0].data_ptr(), row[1].data_ptr(), row.stride(1), kind]
                 for row, kind in zip(rows, kinds, strict=True)
             ]
-            tables.append(work_table(table, list(lengths), PATTERN.sink, PATTERN.window, self.space.programs))
+            tables.append(split_table(table, list(lengths), PATTERN.sink, PATTERN.window, self.workspace.programs))
         self.tables = itertools.cycle([torch.tensor(table, device="cuda") for table in tables])
         self.lengths = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device="cuda")
         self.states = [
@@ -169,7 +168,7 @@ class _Rows:
         from flux_attention.kernels.triton_decode import attend
 
         return attend(
-            *self.states, next(self.tables), self.lengths, self.space, PATTERN.sink, PATTERN.window, self.scale
+            *self.states, next(self.tables), self.lengths, self.workspace, PATTERN.sink, PATTERN.window, self.scale
         )
 
 
@@ -198,7 +197,7 @@ def _decode_at(shape: str, length: int, batch: int, sparsities: Sequence[float])
     facts = dict(shape=shape, seq_len=length, batch=batch, phase="decode", engine="flux")
     query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPE)
     measured = {}
-    for kind, method in ((kernels.FULL, "dense"), (kernels.RING, "sparse")):
+    for kind, method in ((FULL, "dense"), (RING, "sparse")):
         rows = _Rows([length] * batch, [kind] * batch, heads, kv_heads, dim)
         measured[kind] = times = measure_graph(rows.run)
         rate = {"tbps": round(rows.bytes / times["ms"] / 1e9, 3), "floor_ms": rows.floor_ms}
@@ -212,9 +211,9 @@ def _decode_at(shape: str, length: int, batch: int, sparsities: Sequence[float])
         del stacked
     for few in _heads_of(sparsities, kv_heads):
         share, together = few / kv_heads, math.gcd(few, kv_heads)
-        mean = _mean(share, measured[kernels.RING], measured[kernels.FULL])
+        mean = _mean(share, measured[RING], measured[FULL])
         # The full and the sparse heads of a row as rows of their own, all of as many heads.
-        kinds = [kernels.FULL] * ((kv_heads - few) // together) + [kernels.RING] * (few // together)
+        kinds = [FULL] * ((kv_heads - few) // together) + [RING] * (few // together)
         parts = _Rows([length] * len(kinds) * batch, kinds * batch, heads * together // kv_heads, together, dim)
         yield row(measure_graph(parts.run), "routed", mean, **facts, sparsity=share, method="head",
                   floor_ms=parts.floor_ms)  # fmt: skip
@@ -223,8 +222,8 @@ def _decode_at(shape: str, length: int, batch: int, sparsities: Sequence[float])
 def _beside_flex(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
     """A sparse sequence, or several full and sparse in turn, against FlexAttention with a mask made for the step."""
     batch, kv_heads, length, dim = key.shape
-    kinds = [kernels.RING if row % 2 or batch == 1 else kernels.FULL for row in range(batch)]
-    route = torch.tensor([kind == kernels.FULL for kind in kinds], device="cuda")
+    kinds = [RING if row % 2 or batch == 1 else FULL for row in range(batch)]
+    route = torch.tensor([kind == FULL for kind in kinds], device="cuda")
 
     def seen(b, h, q, k):
         return route[b] | (k < PATTERN.sink) | (length - k <= PATTERN.window)
@@ -237,6 +236,6 @@ def _beside_flex(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
 
     rows = _Rows([length] * batch, kinds, query.shape[1], kv_heads, dim)
     # Both launched one by one: building the mask cannot be captured.
-    share, method = kinds.count(kernels.RING) / batch, "sparse" if batch == 1 else "routed"
+    share, method = kinds.count(RING) / batch, "sparse" if batch == 1 else "routed"
     return row(measure(rows.run), "flex", measure(rebuilt), **facts, sparsity=share, method=method,
                floor_ms=rows.floor_ms)  # fmt: skip

@@ -19,19 +19,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from flux_attention.attach import Routing, attach
-from flux_attention.cache import RoutedLayer, Tokens, kv_bytes
 from flux_attention.config import FluxConfig
-from flux_attention.generation import decode_step, without_collection
+from flux_attention.decision import parse_routes
+from flux_attention.hf.attach import attach
+from flux_attention.hf.cache.layer import RoutedLayer
+from flux_attention.hf.cache.size import kv_bytes
+from flux_attention.hf.generation.step import decode_step, without_collection
+from flux_attention.hf.handle import Routing
+from flux_attention.hf.layout import BatchLayout
 from flux_attention.patterns import Full
-from flux_attention.routes import parse_routes
 from flux_attention.training.sizes import SHAPES
 from speed.timing import DTYPE, PATTERN, floor_ms, measure, measure_in_turn, require_gpu, row
 
 #: By whether layers are compiled.
 ENGINES = {False: "flux", True: "flux-compile"}
 #: Tokens of all prompts together, up to which prefill is timed with routers, too; and at most, where they are several.
-MOST_ROUTED, MOST_TOGETHER = 2**17, 2**18
+MAX_ROUTED, MAX_TOGETHER = 2**17, 2**18
 
 
 def random_model(shape: str, compile: bool) -> Routing:
@@ -51,13 +54,10 @@ def random_cache(routing: Routing, batch: int, length: int, sparsity: float) -> 
     routes = parse_routes(float(sparsity), 1, routing.layers)[0].tolist()
     cache = DynamicCache(config=routing.model.config)
     for layer, route in zip(routing.layers, routes, strict=True):
-        cached = cache.layers[layer] = RoutedLayer(routing.pattern)
-        cached.decide([route] * batch)
-        cached.expect(Tokens.all_real(batch, length))
+        cached = cache.layers[layer] = RoutedLayer(routing.sparse.later)
+        cached.route([route] * batch)
         states = torch.randn(batch, base.num_kv_heads, length, base.head_dim, device=routing.model.device, dtype=DTYPE)
-        cached.update(states, states)
-        cached.take_views()
-        cached.store()
+        cached.append(states, states, BatchLayout.all_real(batch, length))
     return cache
 
 
@@ -78,9 +78,9 @@ def body_and_head(routing: Routing) -> tuple[int, int]:
 
 
 def fitting(batches: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(batch, length) of prompts alone, and of several that have no more than ``MOST_TOGETHER`` tokens together."""
+    """(batch, length) of prompts alone, and of several that have no more than ``MAX_TOGETHER`` tokens together."""
     pairs = itertools.product(batches, lengths)
-    return [(batch, length) for batch, length in pairs if batch == 1 or batch * length <= MOST_TOGETHER]
+    return [(batch, length) for batch, length in pairs if batch == 1 or batch * length <= MAX_TOGETHER]
 
 
 def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
@@ -113,7 +113,7 @@ def prefill(
     shape : str
         A key of ``SHAPES``.
     lengths, batches, sparsities : sequence
-        Tokens of a prompt; prompts, of ``MOST_TOGETHER`` tokens at most where they are several; forced Ω_MSR.
+        Tokens of a prompt; prompts, of ``MAX_TOGETHER`` tokens at most where they are several; forced Ω_MSR.
     compile : bool
         See ``attach``.
     repeats : int
@@ -123,7 +123,7 @@ def prefill(
     ------
     dict
         ``own-dense`` is the baseline. Routes of ``static`` rows are forced; rows with ``method`` = ``routed`` (up to
-        ``MOST_ROUTED`` tokens together) run routers that decide the same, so that they show what routers cost. All of
+        ``MAX_ROUTED`` tokens together) run routers that decide the same, so that they show what routers cost. All of
         one length are timed in turn, after one of the sparsest. ``peak_bytes`` is the most memory that was allocated,
         ``floor_ms`` the FLOPs over the measured rate of matrix products.
     """
@@ -151,7 +151,7 @@ def prefill(
     for batch, length in fitting(batches, lengths):
         ids = torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)
         facts = dict(shape=shape, seq_len=length, batch=batch, phase="prefill", engine=ENGINES[compile])
-        kinds = (False, True) if batch * length <= MOST_ROUTED else (False,)
+        kinds = (False, True) if batch * length <= MAX_ROUTED else (False,)
         keys = [(sparsity, routed) for routed in kinds for sparsity in ratios]
         held: dict[tuple[float, bool], dict] = {}
         failed: set[tuple[float, bool]] = set()

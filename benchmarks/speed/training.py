@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
-from flux_attention.attach import Routing
-from flux_attention.call import Call
+from flux_attention.hf.forward import ForwardPass
+from flux_attention.hf.handle import Routing
 from flux_attention.patterns import Full
 from flux_attention.training.module import RoutedTraining, keep_attention
 from flux_attention.training.objective import SparsityObjective
@@ -22,25 +23,17 @@ LABELS = 512
 PAPER_TOKENS = 300 * 48 * 65_536
 
 
-@contextlib.contextmanager
 def plain_formula():
-    """Mixed attention as it is written down, O = z · FA + (1 − z) · SA, with both branches' backward."""
+    """Compute mixed attention as it is written down, O = z · FA + (1 − z) · SA, with both branches' backward."""
 
-    def mixed(self, layer, chosen, query, key, value, scale):
-        (route,) = self.routes_of(layer)  # of a single sequence
-        gate = self.gates[layer].to(query.dtype).view(1, 1, 1, 1)
-        # As in what it is compared with: a kept gate would hold all that its router's input is made of.
-        if self.finished:
-            del self.gates[layer]
+    def mixed(self, gate_B, routes, chosen, query, key, value, scale):
+        (route,) = routes  # of a single sequence
+        gate = gate_B.to(query.dtype).view(1, 1, 1, 1)
         other = self._by_route([not route], query, key, value, scale)
         full, sparse = (chosen, other) if route else (other, chosen)
         return gate * full + (1 - gate) * sparse
 
-    before, Call._mixed = Call._mixed, mixed
-    try:
-        yield
-    finally:
-        Call._mixed = before
+    return mock.patch.object(ForwardPass, "_mixed", mixed)
 
 
 def necessary_flops(routing: Routing, length: int) -> float:

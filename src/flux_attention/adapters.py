@@ -20,6 +20,7 @@ from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import AdapterError, FluxConfigError
 from flux_attention.files import replacing
 from flux_attention.named import NAME
+from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter
 
 CONFIG_FILE = "flux_config.json"
@@ -180,6 +181,7 @@ def load_config(path_or_id: str | os.PathLike, revision: str | None = None) -> t
             raise AdapterError(f"{directory} has no {name}; expected an adapter: {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         config = FluxConfig.from_json(directory / CONFIG_FILE)
+        sparse_pattern(config), full_pattern(config)
     except FluxConfigError as error:
         raise AdapterError(str(error)) from None
     if config.base_model is None:

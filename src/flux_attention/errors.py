@@ -11,3 +11,11 @@ class AdapterError(ValueError):
 
 class UnsupportedModelError(ValueError):
     """A model or a call that routing cannot serve."""
+
+
+class RecipeError(ValueError):
+    """A training recipe that cannot be run."""
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on."""

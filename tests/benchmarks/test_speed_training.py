@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import tiny_model
+from flux_attention.call import Call
 from speed import training
 
 from flux_attention import FluxConfig, attach
-from flux_attention.call import Call
 from flux_attention.training.module import RoutedTraining
 from flux_attention.training.objective import SparsityObjective
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import INTERPRETED, SMALL, tiny_model
+from flux_attention.call import Call
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flux_attention import FluxConfig, UnsupportedModelError, attach
-from flux_attention.call import Call
 from flux_attention.kernels import triton_prefill
 from flux_attention.training import SparsityObjective, load_data
 from flux_attention.training.module import ATTENTION, RoutedTraining, keep_attention, noise_of

@@ -22,10 +22,11 @@ import torch
 from tqdm import tqdm
 
 from flux_attention import __version__
-from flux_attention.attach import attach
 from flux_attention.config import FluxConfig
+from flux_attention.decision import RouteSpec, parse_routes, read_spec
 from flux_attention.evaluation.quality import DEFAULT_METHODS, AdapterEvaluation
-from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
+from flux_attention.hf.attach import attach
+from flux_attention.routes import unit_name
 from flux_attention.tasks.scoring import Scores
 
 try:
@@ -79,6 +80,8 @@ class FluxLM(HFLM):
         The attached routers' handle.
     routed : list of list of bool
         For each sequence that the model ran, in order: which layers (or heads) were full.
+    forced : what ``Routing.force`` takes, or None
+        Routes of all that is run from now on; None lets the routers decide.
     drawn : int or None
         Instead of ``force``: so many full layers are drawn for each context, the same ones whenever it comes.
 
@@ -102,7 +105,7 @@ class FluxLM(HFLM):
         routes = _parse_force(force)
         if routes is not None:
             parse_routes(routes, 1, self.routing.layers)  # a wrong request fails here, not after the first batch
-        self.routing.forced = routes
+        self.forced = routes
         self.routed: list[list[bool]] = []
         self.drawn: int | None = None
         self._split: tuple[int, int] | None = None
@@ -165,11 +168,15 @@ class FluxLM(HFLM):
 
     def _model_call(self, inps, attn_mask=None, labels=None) -> torch.Tensor:
         if self._split is None:  # the base class looks for the largest batch
-            return super()._model_call(inps, attn_mask, labels)
+            with self.routing.force(self.forced):
+                return super()._model_call(inps, attn_mask, labels)
         read, first = self._split
-        self._draw(inps[:, :read].tolist())
         mixed = self.mixed_precision_dtype
-        with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None),
+            self.routing.force(self._routes(inps[:, :read].tolist())),
+        ):
             # The base class counts positions from the end, so the logits of the context, which may be large, can go.
             logits = self.model(
                 inps, use_cache=False, prompt_lengths=[read] * len(inps), logits_to_keep=inps.shape[1] - first
@@ -179,17 +186,20 @@ class FluxLM(HFLM):
 
     def _model_generate(self, context, *args, **kwargs) -> torch.Tensor:
         real = kwargs.get("attention_mask", torch.ones_like(context)).bool()
-        self._draw([row[mask].tolist() for row, mask in zip(context, real, strict=True)])
-        output = super()._model_generate(context, *args, **kwargs)
+        routes = self._routes([row[mask].tolist() for row, mask in zip(context, real, strict=True)])
+        with self.routing.force(routes):
+            output = super()._model_generate(context, *args, **kwargs)
         self.routed += self.routing.routes.routes_BL.tolist()
         return output
 
-    def _draw(self, contexts: Sequence[list[int]]) -> None:
-        if self.drawn is not None:
-            layers, routes = self.routing.layers, torch.zeros(len(contexts), len(self.routing.layers))
-            for row, context in zip(routes, contexts, strict=True):
-                row[random.Random(str(context)).sample(range(len(layers)), self.drawn)] = 1
-            self.routing.forced = routes
+    def _routes(self, contexts: Sequence[list[int]]) -> RouteSpec | None:
+        """Return the routes to force for these contexts."""
+        if self.drawn is None:
+            return self.forced
+        layers, routes = self.routing.layers, torch.zeros(len(contexts), len(self.routing.layers))
+        for row, context in zip(routes, contexts, strict=True):
+            row[random.Random(str(context)).sample(range(len(layers)), self.drawn)] = 1
+        return routes
 
 
 def _parse_force(force: Any) -> RouteSpec | None:
@@ -264,7 +274,7 @@ class TaskEvaluation(AdapterEvaluation):
                 return known
             tell(f"{task}: {method}")
             lm.routed.clear()
-            lm.routing.forced, lm.drawn = (None, force) if method == "random" else (force, None)
+            lm.forced, lm.drawn = (None, force) if method == "random" else (force, None)
             found = lm_eval.simple_evaluate(
                 model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
             )
@@ -293,7 +303,6 @@ class TaskEvaluation(AdapterEvaluation):
             known = (row[kept] for row in done if (row["method"], row["routers"]) == (method, adapter))
             chosen = next(known, None)
             if chosen is None:
-                lm.routing.forced = None  # which may be that of rows measured now, behind routed ones of before
                 chosen = self.choose(lm.routing, count, tell)
             names = [unit_name(unit) for unit in lm.routing.units]
             if isinstance(chosen, torch.Tensor):

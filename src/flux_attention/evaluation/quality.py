@@ -34,8 +34,9 @@ from typing import Any
 
 import torch
 
-from flux_attention.attach import attach, max_positions
 from flux_attention.evaluation.results import environment, write_results
+from flux_attention.hf.attach import attach
+from flux_attention.hf.support import max_positions
 from flux_attention.routes import unit_name
 from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.samples import Haystack, Sample, make_sample

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from flux_attention import adapters
+from flux_attention.adapters import AdapterMixin
 from flux_attention.config import FluxConfig
 from flux_attention.decision import Decision, Forced, Routed, RouteSpec, Soft, Static, Unit, parse_routes
 from flux_attention.errors import UnsupportedModelError
@@ -58,7 +58,7 @@ class Settings:
 _settings: ContextVar[Mapping[int, Settings]] = ContextVar("flux_settings", default=MappingProxyType({}))
 
 
-class Routing:
+class Routing(AdapterMixin):
     """
     Routers attached to a model; made by ``attach``.
 
@@ -291,16 +291,6 @@ class Routing:
     def publish(self, finished: Finished) -> None:
         """Make what a forward pass decided this thread's, and the latest."""
         self._published.finished = self._latest = finished
-
-    # The adapter.
-
-    def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter; see ``adapters.save``."""
-        adapters.save(directory, self.config, self.routers, dtype)
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Upload the adapter; see ``adapters.push_to_hub``."""
-        return adapters.push_to_hub(repo_id, self.config, self.routers, **kwargs)
 
     # Attaching and detaching.
 

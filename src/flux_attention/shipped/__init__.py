@@ -8,7 +8,7 @@ from __future__ import annotations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from flux_attention.attach import attach
+from flux_attention.hf.attach import attach
 from flux_attention.named import BACKBONE, NAME, ROUTERS
 
 __all__ = ["BACKBONE", "ROUTERS", "load_shipped"]

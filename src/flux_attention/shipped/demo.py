@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from flux_attention.cache import kv_bytes
+from flux_attention.hf.cache.size import kv_bytes
 from flux_attention.shipped import load_shipped
 from flux_attention.tasks.families import FAMILIES
 from flux_attention.tasks.samples import Haystack, Sample, make_sample
@@ -105,11 +105,10 @@ def run_demo(count: int, length: int, seed: int | None, console: Console) -> lis
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     model, tokenizer, routing = load_shipped()
     haystack = Haystack(local_texts(held_out=True, max_chars=400_000), tokenizer)
-    config = routing.config
     console.print(
         f"A {model.num_parameters() / 1e6:.0f} M-parameter model with {len(routing.layers)} routed layers reads source "
         f"code that it was not trained on.\nFull attention sees all {length} tokens, sparse attention "
-        f"{config.sink + config.window}. Layers: [bold red]█[/] full, [cyan]░[/] sparse. Seed {seed}.",
+        f"{routing.sparse.kept(length)}. Layers: [bold red]█[/] full, [cyan]░[/] sparse. Seed {seed}.",
         highlight=False,
     )
     table: dict[str, dict[str, list[dict[str, Any]]]] = {family: {m: [] for m in METHODS} for family in FAMILIES}

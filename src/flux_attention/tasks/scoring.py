@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flux_attention.call import UnsupportedModelError
-from flux_attention.routes import RouteSpec
+from flux_attention.decision import RouteSpec
+from flux_attention.errors import UnsupportedModelError
 from flux_attention.tasks.samples import Sample
 
 

@@ -4,7 +4,7 @@ from flux_attention.training.objective import SparsityObjective, temperature
 
 __all__ = ["Recipe", "RecipeError", "RouterTrainer", "SparsityObjective", "load_data", "temperature", "train"]
 
-_HOMES = {"Recipe": "recipe", "RecipeError": "recipe", "RouterTrainer": "trainer", "load_data": "data", "train": "run"}
+_HOMES = {"Recipe": "recipe", "RouterTrainer": "trainer", "load_data": "data", "train": "run"}
 
 
 def __getattr__(name: str):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flux_attention.errors import DataError, RecipeError
 from flux_attention.training.generated import generate
 from flux_attention.training.packing import PackedExamples
-from flux_attention.training.recipe import Recipe, RecipeError
-from flux_attention.training.records import DataError, Example, Report, load_records
+from flux_attention.training.recipe import Recipe
+from flux_attention.training.records import Example, Report, load_records
 
 #: Keys of a source in a recipe, by its kind.
 SOURCES = {

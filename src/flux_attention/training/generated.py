@@ -6,10 +6,11 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from flux_attention.errors import RecipeError
 from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.samples import Haystack, make_sample
 from flux_attention.tasks.text import local_texts
-from flux_attention.training.recipe import Recipe, RecipeError
+from flux_attention.training.recipe import Recipe
 from flux_attention.training.records import PLAIN, Example
 
 #: The families of ``tasks`` as task classes, where a recipe does not say otherwise.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from flux_attention.attach import Routing
+from flux_attention.hf.handle import Routing
 from flux_attention.tasks.scoring import check_head
 from flux_attention.training.objective import SparsityObjective
 

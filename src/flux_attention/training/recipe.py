@@ -15,8 +15,10 @@ import yaml
 from pydantic import BeforeValidator, Field, Strict
 from pydantic.dataclasses import dataclass
 
-from flux_attention.config import FluxConfig, FluxConfigError
+from flux_attention.config import FluxConfig
+from flux_attention.errors import FluxConfigError, RecipeError
 from flux_attention.files import replacing
+from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.validation import (
     NO_OTHER_KEYS,
     Positive,
@@ -82,10 +84,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the key, what was found and what is expected."""
 
 
 #: As YAML would give it back.
@@ -207,6 +205,7 @@ class Recipe:
             raise RecipeError(f"training.{name} cannot be set; the recipe's key for it is {TAKEN[name]}")
         try:
             self.flux_config = FluxConfig(**self.routers)
+            sparse_pattern(self.flux_config), full_pattern(self.flux_config)
         except FluxConfigError as error:
             raise RecipeError(f"routers: {error}") from None
 

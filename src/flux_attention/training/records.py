@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from flux_attention.errors import DataError
+
 #: The task class of plain text.
 PLAIN = "language modeling"
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message says where it is and what was expected."""
 
 
 @dataclass(frozen=True)

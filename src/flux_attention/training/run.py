@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from flux_attention import named
 from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_config
+from flux_attention.errors import RecipeError
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import max_positions
@@ -24,7 +25,7 @@ from flux_attention.training.checkpoints import last_checkpoint
 from flux_attention.training.data import check_sources, load_data
 from flux_attention.training.module import CHUNK
 from flux_attention.training.packing import PackedExamples
-from flux_attention.training.recipe import Recipe, RecipeError
+from flux_attention.training.recipe import Recipe
 from flux_attention.training.sizes import SHAPES
 from flux_attention.training.trainer import RouterTrainer, training_arguments
 

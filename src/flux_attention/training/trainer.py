@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from flux_attention.attach import Routing
+from flux_attention.hf.handle import Routing
 from flux_attention.routes import unit_name
 from flux_attention.training.checkpoints import SHARDED, WEIGHTS, whole
 from flux_attention.training.module import RoutedTraining, keep_attention, noise_of
