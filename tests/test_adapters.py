@@ -9,10 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers.models import CONFIG, ids, randomize, tiny_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from test_attach import CONFIG, ids, randomize
 from transformers.utils import PushToHubMixin
 
 from flux_attention import AdapterError, FluxConfig, adapters, attach
@@ -52,7 +51,7 @@ def test_an_adapter_of_version_0_1_0_still_gives_its_routes():
     """Files, and routes of eight prompts, as that version wrote them."""
     model = tiny_model("qwen3")
     routing = attach(model, Path(__file__).parent / "fixtures" / "adapter_0.1.0")
-    assert (routing.config.pattern, routing.config.sink, routing.config.window) == ("streaming", 4, 9)
+    assert routing.config.sparse == {"pattern": "streaming", "sink": 4, "window": 9}
     assert (routing.config.last_n, routing.config.pool_size, routing.config.granularity) == (5, 6, "layer")
     model(ids(8, 40))
     found = ["".join("sF"[int(bit)] for bit in row) for row in routing.routes.routes_BL]

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny_model
-from test_attach import CONFIG, TRIANGLE, ids
-from test_patterns import error, oracle
+from helpers.models import CONFIG, PATTERNS, VOCAB, ids, tiny_model
+from helpers.oracles import error, oracle
 
-from flux_attention import attach, generation, kernels
+from flux_attention import attach, kernels
+from flux_attention.hf.generation.step import DecodeStep
 from flux_attention.patterns import Full, Streaming
 from flux_attention.shipped import load_shipped
 from flux_attention.tasks.samples import Haystack, make_sample
@@ -33,7 +33,7 @@ def test_kernels_against_float64(dtype, tolerance, heads, kv_heads, dim, keys, l
     assert error(kernels.decode(last, key, value, lengths, scale), oracle(last, key, value, mask, scale)) < tolerance
 
 
-@pytest.mark.parametrize("config", [CONFIG, TRIANGLE], ids=lambda c: c.pattern)
+@pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERNS)
 @torch.no_grad()
 def test_generation_equals_the_cpus(config):
     routes = torch.tensor([[1, 0, 0], [0, 1, 0]])
@@ -74,7 +74,7 @@ def test_routers_follow_the_model_to_its_device():
     assert all(parameter.is_cuda for parameter in routing.routers.parameters())
 
 
-@pytest.mark.parametrize("config", [CONFIG, TRIANGLE], ids=lambda c: c.pattern)
+@pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERNS)
 def test_prefill_in_chunks_does_not_wait_for_the_device(config):
     """With forced routes: routers' decisions are waited for."""
     model = tiny_model("qwen3").to("cuda", torch.bfloat16)
@@ -102,14 +102,14 @@ def test_the_decode_loop_does_not_wait_for_the_device(how, monkeypatch):
     attach(model, CONFIG)
     how = dict(do_sample=False, inputs=ids(3, 20).to("cuda"), max_new_tokens=24) | how
     model.generate(**how)  # captures the step
-    run, steps = generation.DecodeStep.run, []
+    run, steps = DecodeStep.run, []
 
     def watched(step):
         steps.append(step)
         torch.cuda.set_sync_debug_mode("error" if 3 <= len(steps) < 20 else "default")
         return run(step)
 
-    monkeypatch.setattr(generation.DecodeStep, "run", watched)
+    monkeypatch.setattr(DecodeStep, "run", watched)
     try:
         model.generate(**how)
     finally:

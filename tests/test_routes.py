@@ -4,8 +4,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from flux_attention.decision import parse_routes
 from flux_attention.patterns import Full, Streaming
-from flux_attention.routes import Routes, parse_routes
+from flux_attention.routes import Routes
 
 LAYERS = (0, 2, 4, 6)
 

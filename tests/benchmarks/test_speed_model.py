@@ -31,7 +31,7 @@ def measured(monkeypatch):
     full = []
 
     def count(cache):
-        full.append(sum(True in layer.stores for layer in cache.layers))
+        full.append(sum(True in layer.buffers for layer in cache.layers))
         return kv_bytes(cache)
 
     def in_turn(runs, **options):
@@ -63,7 +63,7 @@ def test_routers_decide_what_is_forced_beside_them(measured, monkeypatch):
 
 
 def test_prompts_of_a_batch_and_no_more_than_fit(measured, monkeypatch):
-    monkeypatch.setattr(model, "MOST_TOGETHER", 128)
+    monkeypatch.setattr(model, "MAX_TOGETHER", 128)
     rows = measured(64, 256, batches=(1, 2, 3))
     assert [(row["batch"], row["seq_len"]) for row in rows[::6]] == [(1, 64), (1, 256), (2, 64)]
     one, two = rows[0], rows[12]

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from conftest import tiny_model
-from flux_attention.call import Call
+from helpers.models import tiny_model
 from speed import training
 
 from flux_attention import FluxConfig, attach
+from flux_attention.hf.forward import ForwardPass
 from flux_attention.training.module import RoutedTraining
 from flux_attention.training.objective import SparsityObjective
 
-one = Call._one
+one = ForwardPass._one
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def test_both_formulas_give_the_same_loss_and_gradients(routing):
 
 
 def test_neither_formula_keeps_gates_that_were_computed_again(routing, monkeypatch):
-    calls, finish = [], Call.finish
-    monkeypatch.setattr(Call, "finish", lambda self: calls.append(self) or finish(self))
+    calls, finish = [], ForwardPass.finish
+    monkeypatch.setattr(ForwardPass, "finish", lambda self: calls.append(self) or finish(self))
     routing.model.gradient_checkpointing_enable({"use_reentrant": False})
     routing.model.train()
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}))
@@ -49,7 +49,7 @@ def test_neither_formula_keeps_gates_that_were_computed_again(routing, monkeypat
 def test_the_plain_formula_runs_each_branch_once(routing, monkeypatch):
     """Two attentions a layer for either: the comparison is about the backward pass."""
     runs = []
-    monkeypatch.setattr(Call, "_one", lambda self, *a: runs.append(1) or one(self, *a))
+    monkeypatch.setattr(ForwardPass, "_one", lambda self, *a: runs.append(1) or one(self, *a))
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}))
     for formula in (training.plain_formula(), torch.enable_grad()):
         runs.clear()
@@ -59,14 +59,14 @@ def test_the_plain_formula_runs_each_branch_once(routing, monkeypatch):
 
 
 def test_flops_are_those_of_the_sizes(routing, monkeypatch):
-    monkeypatch.setattr(training, "PATTERN", routing.pattern)
+    monkeypatch.setattr(training, "PATTERN", routing.sparse)
     model, length = routing.model, 40
     linear = sum(
         module.weight.numel() for layer in model.model.layers for module in layer.modules()
         if isinstance(module, torch.nn.Linear)
     )  # fmt: skip
     norms = sum(parameter.numel() for name, parameter in model.model.named_parameters() if "norm" in name)
-    dense, sparse = length * (length + 1) // 2, int(routing.pattern.mask(length).sum())
+    dense, sparse = length * (length + 1) // 2, int(routing.sparse.mask(length).sum())
     attention = 4 * 4 * 16 * (3 * (dense + sparse) + 2 * (2 * dense + sparse))
     expected = 4 * length * (linear + norms) + 4 * 8 * model.lm_head.weight.numel() + attention
     assert training.necessary_flops(routing, length) == pytest.approx(expected)

@@ -14,20 +14,19 @@ import pytest
 import torch
 from helpers.command import flux
 from helpers.shipped import SPARSE
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from flux_attention import FluxConfig, attach
+from flux_attention.evaluation import lm_harness, quality
+from flux_attention.evaluation.lm_harness import FluxLM, TaskEvaluation, _parse_force, _task_rows
+from flux_attention.evaluation.report import write_report
 from flux_attention.routes import unit_name
 from flux_attention.shipped import BACKBONE, load_shipped
 
 lm_eval = pytest.importorskip("lm_eval")
 
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from flux_attention.evaluation import lm_harness, quality  # noqa: E402
-from flux_attention.evaluation.lm_harness import FluxLM, TaskEvaluation, _parse_force, _task_rows  # noqa: E402
-from flux_attention.evaluation.report import write_report  # noqa: E402
 
 ARGUMENTS = dict(device="cpu", dtype="float32")
 #: Of different lengths, some of one token, and two that differ in their last token only.

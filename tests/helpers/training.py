@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from helpers.models import tiny_model
 
 from flux_attention.training import Recipe, train
 from flux_attention.training.records import PLAIN

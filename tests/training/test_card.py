@@ -5,9 +5,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import tiny_model
+from helpers.models import CONFIG, tiny_model
 from huggingface_hub import ModelCard
-from test_attach import CONFIG
 
 from flux_attention import attach
 from flux_attention.training import Recipe

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRETED, SMALL, tiny_model
-from flux_attention.call import Call
+from helpers.devices import INTERPRETED
+from helpers.models import SMALL, tiny_model
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flux_attention import FluxConfig, UnsupportedModelError, attach
+from flux_attention.hf.forward import ForwardPass
 from flux_attention.kernels import triton_prefill
 from flux_attention.training import SparsityObjective, load_data
 from flux_attention.training.module import ATTENTION, RoutedTraining, keep_attention, noise_of
@@ -70,7 +71,7 @@ def test_checkpointing_keeps_what_our_own_kernel_gave(monkeypatch):
 def calls_of(routing):
     """The forward calls that are still in memory."""
     gc.collect()
-    return [item for item in gc.get_objects() if issubclass(type(item), Call) and item.routing is routing]
+    return [item for item in gc.get_objects() if issubclass(type(item), ForwardPass) and item.shapes is routing._shapes]
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_model
+from helpers.models import VOCAB, tiny_model
 
 from flux_attention import FluxConfig, attach
 from flux_attention.training import SparsityObjective, temperature

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers.models import tiny_model
 from helpers.training import losses, same_losses
 from safetensors.torch import load_file
 

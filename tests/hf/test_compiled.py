@@ -3,16 +3,15 @@
 import functools
 import re
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
-from test_attach import CONFIG, ids, randomize
+from helpers.models import CONFIG, FAMILIES, ids, randomize, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from flux_attention import UnsupportedModelError, attach, compiled
+from flux_attention import UnsupportedModelError, attach
+from flux_attention.hf import compiled, mlp
 
 
 class Counter(CompileCounterWithBackend):
@@ -80,9 +79,8 @@ def test_compiled_layers_compute_the_same(family, backend):
 @torch.no_grad()
 def test_long_prompts_are_cut_into_as_many_pieces_whatever_their_length(backend, monkeypatch):
     """A graph for short and one for long ones, of one sequence and of more."""
-    module = sys.modules["flux_attention.attach"]  # the name in the package is the function
-    monkeypatch.setattr(module, "PIECE", 8)
-    monkeypatch.setattr(module, "ALIGNED", 4)
+    monkeypatch.setattr(mlp, "PIECE_TOKENS", 8)
+    monkeypatch.setattr(mlp, "ALIGNMENT", 4)
     model = tiny_model("qwen3")
     sizes = [(1, 20), (1, 33), (1, 75), (1, 160), (2, 10), (2, 17), (3, 50)]
     routing = attach(model, CONFIG)
@@ -133,7 +131,7 @@ def test_many_models_are_compiled_in_one_process(backend):
 
 
 def test_too_many_graphs_are_named(backend, monkeypatch):
-    monkeypatch.setattr(compiled, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(compiled, "MAX_GRAPHS", 1)
     attach(tiny_model("qwen3"), CONFIG, compile=True)
     attach(other := tiny_model("llama"), CONFIG, compile=True)
     with torch.no_grad():
@@ -177,7 +175,7 @@ def test_the_device_has_work_while_the_host_waits_for_the_router():
     with torch.no_grad():
         _, (code,) = run_and_get_code(model, ids(1, 40))
     calls = re.findall(r"extern_kernels\.(mm)\(|ops\.flux_attention\.(\w+)\.default\(", code.partition("def call(")[2])
-    assert ["".join(names) for names in calls][:5] == ["mm", "decide", "mm", "mm", "attend"]
+    assert ["".join(names) for names in calls][:5] == ["mm", "observe", "mm", "mm", "attend"]
     torch._dynamo.reset()
 
 

@@ -1,11 +1,11 @@
 """Patterns and kernels against a float64 oracle over random shapes, and their counts against their masks."""
 
-import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from helpers.oracles import error, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,23 +13,6 @@ from flux_attention import kernels
 from flux_attention.patterns import Full, Streaming, Triangle
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-12}
-
-
-def oracle(query, key, value, mask, scale):
-    """Softmax attention by its formula, in float64."""
-    groups = query.shape[1] // key.shape[1]
-    query, key, value = (
-        query.double(),
-        key.double().repeat_interleave(groups, 1),
-        value.double().repeat_interleave(groups, 1),
-    )
-    scores = (query @ key.transpose(-1, -2)) * scale
-    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ value
-
-
-def error(actual, expected):
-    assert actual.shape == expected.shape and actual.isfinite().all()
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 @st.composite

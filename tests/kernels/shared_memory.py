@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 from flux_attention.kernels import triton_decode, triton_prefill
 
 TYPES = {
-    "lse_ptr": "*fp32", "delta_ptr": "*fp32", "table_ptr": "*i64", "lengths_ptr": "*i32", "part_ptr": "*fp32",
+    "lse_ptr": "*fp32", "delta_ptr": "*fp32", "table_ptr": "*i64", "lengths_ptr": "*i32", "state_ptr": "*fp32",
     "top_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32", "scale": "fp32", "scale_log2": "fp32",
 }  # fmt: skip
 
@@ -22,7 +22,7 @@ def shared(kernel, capability, constants, **options):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if constants.get("COPY") and name in ("key_ptr", "value_ptr"):
+        if constants.get("TMA") and name in ("key_ptr", "value_ptr"):
             signature[name] = f"tensordesc<bf16[1, 1, {constants['N']}, {constants['D']}]>"
             continue
         signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
@@ -47,8 +47,8 @@ def main(capability, limit):
         shape = dict(G=4, D=dim)
         for queries in (1, 2**20):
             tile = triton_prefill.forward_tile(dim, queries, limit, divmod(capability, 10))
-            pack = tile.pop("most_packed")
-            sizes, options = {name: tile.pop(name) for name in ("M", "N", "COPY")}, tile
+            pack = tile.pop("max_pack")
+            sizes, options = {name: tile.pop(name) for name in ("M", "N", "TMA")}, tile
             used[f"forward {dim}, {queries}"] = shared(
                 triton_prefill._forward, capability, dict(shape, PACK=pack, lse_ptr=None, **sizes), **options
             )
@@ -61,7 +61,7 @@ def main(capability, limit):
             triton_prefill._key_gradient, capability, dict(shape, FAR=False, **sizes), **options
         )
         tile = triton_decode.decode_tile(dim, limit)
-        constants = dict(shape, GROUP=16, MOST=64, N=tile.pop("N"))
+        constants = dict(shape, GROUP=16, SPLITS=64, N=tile.pop("N"))
         used[f"decode {dim}"] = shared(triton_decode._decode, capability, constants, **tile)
     print(json.dumps(used))
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, tiny_model
-from test_attach import CONFIG, ids, randomize
+from helpers.models import CONFIG, FAMILIES, VOCAB, ids, randomize, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer, pipeline
 

@@ -1,13 +1,11 @@
 """Routing by KV head: exact per head, no KV cache, the same training and adapters."""
 
-import flux_attention.call
 import pytest
 import torch
-from conftest import VOCAB, tiny_model
-from test_attach import ids, packed, randomize
+from helpers.models import VOCAB, ids, packed, randomize, tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flux_attention import FluxConfig, UnsupportedModelError, attach
+from flux_attention import FluxConfig, UnsupportedModelError, attach, decision
 from flux_attention.evaluation.quality import liked_routes
 from flux_attention.patterns import Full
 
@@ -33,7 +31,7 @@ def plain_attention(gates, layers, pattern):
 
 def plain_logits(model, routing, gates, **inputs):
     routing.detach()
-    ALL_ATTENTION_FUNCTIONS.register("plain-heads", plain_attention(gates, routing.layers, routing.pattern))
+    ALL_ATTENTION_FUNCTIONS.register("plain-heads", plain_attention(gates, routing.layers, routing.sparse))
     model.get_decoder().config._attn_implementation = "plain-heads"
     return model(use_cache=False, **inputs).logits
 
@@ -78,7 +76,7 @@ def test_gradients_are_those_of_the_plain_formula(monkeypatch):
     embeds = model.get_input_embeddings()(prompt).detach().requires_grad_()
     weight = torch.randn(2, 40, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     routing = attach(model, CONFIG)
-    monkeypatch.setattr(flux_attention.call, "soft_route", lambda logits, temperature, noise: remaining.pop(0))
+    monkeypatch.setattr(decision, "soft_route", lambda logits, temperature, noise: remaining.pop(0))
     with routing.soft(1.0):
         logits = model(inputs_embeds=embeds).logits
     actual = torch.autograd.grad((logits * weight).sum(), [embeds, *gates])

@@ -4,14 +4,26 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model
-from flux_attention.cache import Tokens, dense_kv_bytes, kv_bytes
+from helpers.models import CONFIG, ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attach import CONFIG, ids
 from transformers import DynamicCache, StaticCache
 
 from flux_attention import UnsupportedModelError, attach
+
+
+def test_cropping_everything_starts_anew():
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG, keep_full_kv=True)
+    with torch.no_grad():
+        with routing.force("sparse"):
+            cache = model(ids(2, 12)).past_key_values
+        cache.crop(-12)
+        assert cache.get_seq_length() == 0
+        with routing.force("full"):
+            model(ids(3, 9), past_key_values=cache)
+    assert cache.layers[0].routes == [True] * 3
+
 
 MIXED = torch.tensor([[1, 0, 1], [0, 0, 1], [0, 1, 0]])
 
@@ -123,7 +135,7 @@ def test_rerouted_layers_see_the_whole_past():
 
 def test_buffers_grow_rarely_and_keep_what_they_hold():
     routing, cache = prefilled(100, routes=torch.ones(1, 3))
-    store, buffers, tokens = cache.layers[0].stores[True], set(), [ids(1, 100)]
+    store, buffers, tokens = cache.layers[0].buffers[True], set(), [ids(1, 100)]
     for index in range(200):
         tokens.append(ids(1, 1, index))
         with torch.no_grad():
@@ -154,26 +166,3 @@ def test_wrong_batch_is_refused():
     routing, cache = prefilled()
     with pytest.raises(ValueError, match="holds 3 sequences, the input 2"):
         routing.model(ids(2, 1), past_key_values=cache)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 12), st.data())
-def test_packing_is_undone(batch, width, data):
-    real = torch.tensor([[data.draw(st.booleans()) for _ in range(width)] for _ in range(batch)])
-    tokens = Tokens.from_mask(real)
-    states = torch.randn(batch, 2, width, 3)
-    packed = tokens.pack(states)
-    for row in range(batch):
-        torch.testing.assert_close(packed[row, :, : tokens.lengths[row]], states[row, :, real[row]])
-    assert torch.equal(tokens.unpack(packed), states)
-    assert tokens.tail == next((n for n in range(width) if not real[:, width - 1 - n].all()), width)
-
-
-@torch.no_grad()
-def test_dense_bytes_are_the_stock_models(family):
-    model = tiny_model(family)
-    stock = kv_bytes(model(ids(2, 30)).past_key_values)
-    routing = attach(model, CONFIG)
-    for spec in ("full", "sparse"):
-        with routing.force(spec):
-            assert dense_kv_bytes(model(ids(2, 30)).past_key_values) == stock

@@ -6,11 +6,13 @@ import time
 
 import pytest
 import torch
-from conftest import DEVICES, FAMILIES, VOCAB, tiny_model
-from test_attach import CONFIG, ids
+from helpers.devices import DEVICES
+from helpers.models import CONFIG, FAMILIES, VOCAB, ids, tiny_model
 from transformers import AutoTokenizer, DynamicCache, LogitsProcessor, StoppingCriteria, TextStreamer
 
-from flux_attention import attach, generation, kernels
+from flux_attention import attach, kernels
+from flux_attention.hf.generation import loop
+from flux_attention.hf.generation.step import DecodeStep, decode_step, unsupported
 from flux_attention.shipped import BACKBONE
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
@@ -39,7 +41,7 @@ def routed(family, device, vocabulary=VOCAB, **options):
 def both(model, routing, routes=ROUTES, seed=0, **arguments):
     """What the stock loop and the captured one generate, and how many steps the latter ran."""
     outputs, steps = [], []
-    run = generation.DecodeStep.run
+    run = DecodeStep.run
 
     def counted(step):
         steps.append(step)
@@ -49,7 +51,7 @@ def both(model, routing, routes=ROUTES, seed=0, **arguments):
         torch.manual_seed(seed)
         routing.cuda_graphs = graphs
         with routing.force(routes), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generation.DecodeStep, "run", counted)
+            patch.setattr(DecodeStep, "run", counted)
             outputs.append(model.generate(**arguments))
         assert bool(steps) == graphs
     return *outputs, len(steps)
@@ -98,7 +100,7 @@ def test_padded_batch_of_every_family(family, device):
 
 @pytest.mark.parametrize("keep_full", [False, True])
 def test_long_generation_wraps_the_ring(device, keep_full, monkeypatch):
-    monkeypatch.setattr(generation, "ROOM", 8)  # and buffers grow on the way
+    monkeypatch.setattr(loop, "ROOM", 8)  # and buffers grow on the way
     model, routing = routed("qwen3", device, keep_full_kv=keep_full)
     for length in (3, 30):  # below and above sink + window
         stock, ours, _ = both(model, routing, input_ids=ids(3, length).to(device), max_new_tokens=14, **FULL_OUTPUT)
@@ -199,18 +201,16 @@ def test_tokens_come_in_one_piece(device):
 def test_threads_share_a_capture(device, monkeypatch):
     model, routing = routed("qwen3", device)
     made = []
-    prepare = generation.DecodeStep._prepare
+    prepare = DecodeStep._prepare
 
     def slow(step):
         made.append(step)
         time.sleep(0.3)
         return prepare(step)
 
-    monkeypatch.setattr(generation.DecodeStep, "_prepare", slow)
+    monkeypatch.setattr(DecodeStep, "_prepare", slow)
     found = []
-    make = functools.partial(
-        threading.Thread, target=lambda: found.append(generation.decode_step(routing, 1)), daemon=True
-    )
+    make = functools.partial(threading.Thread, target=lambda: found.append(decode_step(routing, 1)), daemon=True)
     threads = [make() for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -243,12 +243,12 @@ def test_weights_that_move_are_captured_again(device):
     model, routing = routed("qwen3", device)
     prompt = ids(3, 20).to(device)
     both(model, routing, input_ids=prompt, max_new_tokens=5, do_sample=False)
-    (before,) = routing.steps.values()
+    (before,) = routing.steps.made.values()
     for parameter in model.parameters():
         parameter.data = parameter.data * 1.5
     stock, ours, _ = both(model, routing, input_ids=prompt, max_new_tokens=5, **FULL_OUTPUT)
     assert_agree(stock, ours)
-    (after,) = routing.steps.values()
+    (after,) = routing.steps.made.values()
     assert after is not before
 
 
@@ -264,13 +264,13 @@ def test_detach_restores_the_class(device):
 
 def test_what_cannot_be_captured_is_named(device, monkeypatch):
     model, routing = routed("gemma3", device)
-    assert "no router" in generation.unsupported(routing)
+    assert "no router" in unsupported(routing)
     with pytest.raises(ValueError, match="no router"):
-        generation.decode_step(routing, 1)
+        decode_step(routing, 1)
     assert model.generate(ids(1, 5).to(device), max_new_tokens=3, do_sample=False).shape == (1, 8)
     model, routing = routed("qwen3", device)
     model.float()
-    assert "float32" in generation.unsupported(routing)
+    assert "float32" in unsupported(routing)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3"])
@@ -402,12 +402,12 @@ def test_what_a_step_would_leave_out_decodes_as_stock(device):
         outputs.append(model.generate(prompt, position_ids=positions, max_new_tokens=5, do_sample=False))
     assert torch.equal(*outputs)
     handle = model.lm_head.register_forward_hook(lambda module, args, output: -output)
-    assert "hooks" in generation.unsupported(routing)
+    assert "hooks" in unsupported(routing)
     handle.remove()
-    assert generation.unsupported(routing) is None
-    assert "training" in generation.unsupported(attach(tiny_model("llama").train()))
+    assert unsupported(routing) is None
+    assert "training" in unsupported(attach(tiny_model("llama").train()))
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 23)
-    assert [type(step) for _, step in routing.steps.values()] == [generation.DecodeStep]
+    assert [type(step) for _, step in routing.steps.made.values()] == [DecodeStep]
 
 
 def test_a_step_that_cannot_be_captured_is_tried_once(device, monkeypatch):
@@ -418,18 +418,18 @@ def test_a_step_that_cannot_be_captured_is_tried_once(device, monkeypatch):
         tries.append(step)
         raise RuntimeError("no room for it")
 
-    monkeypatch.setattr(generation.DecodeStep, "_prepare", fail)
+    monkeypatch.setattr(DecodeStep, "_prepare", fail)
     for _ in range(2):
         assert model.generate(ids(1, 5).to(device), max_new_tokens=3, do_sample=False).shape == (1, 8)
     assert len(tries) == 1
     with pytest.raises(ValueError, match="no room for it"):
-        generation.decode_step(routing, 1)
+        decode_step(routing, 1)
 
 
 @pytest.mark.gpu
 def test_random_numbers_are_drawn_after_a_capture_that_failed(monkeypatch):
     model, routing = routed("qwen3", "cuda")
-    step = generation.DecodeStep._step
+    step = DecodeStep._step
 
     def waits(self):
         logits = step(self)
@@ -437,10 +437,10 @@ def test_random_numbers_are_drawn_after_a_capture_that_failed(monkeypatch):
             logits.sum().item()  # ends the capture
         return logits
 
-    monkeypatch.setattr(generation.DecodeStep, "_step", waits)
+    monkeypatch.setattr(DecodeStep, "_step", waits)
     prompt = ids(1, 5).to("cuda")
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 8)
-    assert [type(step) for _, step in routing.steps.values()] == [str]  # it did fail
+    assert [type(step) for _, step in routing.steps.made.values()] == [str]  # it did fail
     torch.manual_seed(3)
     drawn = torch.rand(5, device="cuda")
     torch.manual_seed(3)
@@ -459,7 +459,7 @@ def test_threads_route_while_a_step_is_captured(device, monkeypatch):
         with torch.no_grad():
             found.append(model(prompt).logits)
 
-    run = generation.DecodeStep._step
+    run = DecodeStep._step
 
     def slow(step):
         if not found and device == "cpu":
@@ -468,9 +468,9 @@ def test_threads_route_while_a_step_is_captured(device, monkeypatch):
             thread.join()
         return run(step)
 
-    monkeypatch.setattr(generation.DecodeStep, "_step", slow)
+    monkeypatch.setattr(DecodeStep, "_step", slow)
     with routing.force("sparse"):
-        generation.decode_step(routing, 1)
+        decode_step(routing, 1)
         if not found:
             forward()
     assert torch.equal(found[0], expected)

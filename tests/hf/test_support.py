@@ -5,11 +5,31 @@ import contextlib
 import pytest
 import torch
 import transformers
-from conftest import SMALL, tiny_model
-from test_attach import CONFIG, ids
+from helpers.models import CONFIG, SMALL, ids, randomize, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flux_attention import UnsupportedModelError, attach
+
+
+def test_query_layouts_where_length_equals_heads():
+    """(B, S, H, D) and (B, H, S, D) look alike then: routes must still be those of a longer batch's row."""
+    for family in ("gemma3", "qwen3"):
+        model = tiny_model(family)
+        routing = randomize(attach(model, CONFIG))
+        prompt = ids(1, 4)
+        with torch.no_grad():
+            model(prompt)
+            alone = routing.routes.logits_BL2
+            padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], 1)
+            mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+            model(padded, attention_mask=mask, position_ids=torch.tensor([[0, 0, 0, 0, 1, 2, 3]]))
+        torch.testing.assert_close(routing.routes.logits_BL2, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_sliding_layers_are_left_alone():
+    routing = attach(tiny_model("gemma3"), CONFIG)
+    assert routing.layers == (1, 3)
+
 
 #: Sizes by whatever names a configuration has for them.
 SIZES = dict(
@@ -19,7 +39,11 @@ SIZES = dict(
     vocab_size_per_layer_input=96, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
     linear_value_head_dim=8, shared_expert_intermediate_size=16,
 )  # fmt: skip
+
+
 HYBRID = dict(num_hidden_layers=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+
+
 CHANGES = {
     "cohere2": HYBRID,
     "exaone4": HYBRID,
@@ -27,10 +51,14 @@ CHANGES = {
     "qwen3_next": dict(num_hidden_layers=4),
     "mimo_v2_flash": dict(HYBRID, v_head_dim=8, mlp_layer_types=["dense"] * 4),
 }
+
+
 EXACT = [
     "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "glm", "granite", "granitemoe", "helium",
     "mixtral", "olmo", "olmo3", "olmoe", "opt", "phi", "phimoe", "qwen2_moe", "qwen3_next", "smollm3", "starcoder2",
 ]  # fmt: skip
+
+
 REFUSED = {
     "bart": "attends to an encoder",
     "bert": "no decoder with `layers`",
