@@ -223,25 +223,17 @@ FSDP = {
 
 @pytest.mark.parametrize("sharding", [{}, FSDP], ids=["ddp", "fsdp"])
 def test_two_processes_give_the_same_run_as_one(recipe, finished, tmp_path, sharding):
-    shared = Path(recipe.output)
+    shared, earlier = Path(recipe.output), tmp_path / "first"
     recipe.training = {**recipe.training, **sharding}
-    program = ("-m", "flux_attention.cli") if not sharding else (str(Path(__file__).parent / "fsdp_on_cpu.py"),)
-
-    def run():
-        both = command(recipe, tmp_path, 2, program)
-        done = subprocess.run(both, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run()
+    program = (str(Path(__file__).parent / "fsdp_on_cpu.py"),) if sharding else ("-m", "flux_attention.cli")
+    both = command(recipe, tmp_path, 2, program)
+    done = subprocess.run(both, env={**environment(), "FIRST": str(earlier)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     if sharding:  # which names what it saves; a run that was stopped goes on to the same end
         saved = torch.load(shared / "checkpoint-4/optimizer.pt", weights_only=True)
         assert {name.split(".")[0] for name in saved["state"]} == {"routers", "objective"}
-        before = load_file(shared / "routers.safetensors")
-        shutil.rmtree(shared / "checkpoint-6")
-        (shared / "routers.safetensors").unlink()
-        assert f"going on from {shared / 'checkpoint-4'}" in run()
-        after = load_file(shared / "routers.safetensors")
+        assert f"going on from {shared / 'checkpoint-4'}" in done.stdout
+        before, after = (load_file(folder / "routers.safetensors") for folder in (earlier, shared))
         assert all(torch.equal(before[name], after[name]) for name in before)
     same_losses(finished, shared, 1e-4)
     first, second = (load_file(folder / "routers.safetensors") for folder in (finished, shared))
