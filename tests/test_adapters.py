@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.models import CONFIG, ids, randomize, tiny_model
+from helpers.models import CONFIG, TRIANGLE, ids, randomize, tiny_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers.utils import PushToHubMixin
@@ -52,7 +52,7 @@ def test_an_adapter_of_version_0_1_0_still_gives_its_routes():
     model = tiny_model("qwen3")
     routing = attach(model, Path(__file__).parent / "fixtures" / "adapter_0.1.0")
     assert routing.config.sparse == {"pattern": "streaming", "sink": 4, "window": 9}
-    assert (routing.config.last_n, routing.config.pool_size, routing.config.granularity) == (5, 6, "layer")
+    assert (routing.config.pool_size, routing.config.granularity) == (6, "layer")
     model(ids(8, 40))
     found = ["".join("sF"[int(bit)] for bit in row) for row in routing.routes.routes_BL]
     assert found == ["FFs", "sss", "sFs", "ssF", "FFF", "FsF", "FFs", "sFs"]
@@ -194,7 +194,12 @@ def test_the_card_says_what_the_adapter_is_and_how_to_use_it(saved):
             ("of 3 layers", "streaming, sink 4, window 9 |", "from_pretrained('org/model')"),
         ),
         ({"granularity": "head"}, "org/model", "org/model", ("# Head routers for org/model", "each of 6 KV heads")),
-        ({"pattern": "triangle"}, "/data/model", None, ("triangle, sink 4, window 9, last_n 5 |", "('/data/model')")),
+        (
+            dict(sparse=TRIANGLE.sparse),
+            "/data/model",
+            None,
+            ("triangle, sink 4, window 9, last_n 5 |", "('/data/model')"),
+        ),
         ({}, str(saved), None, ("first and the last 6 tokens",)),
         ({}, "flux-attention/shipped", "flux-attention/shipped", ("shipped import BACKBONE\n", "(BACKBONE)")),
     ):
@@ -215,7 +220,7 @@ def test_the_cards_python_runs(saved, tmp_path, monkeypatch):
     code = text.split("```python\n")[1].split("```")[0].replace("path or id of this adapter", str(saved))
     found = {}
     exec(code, found)
-    assert found["routing"].config.window == 9
+    assert found["routing"].config.sparse["window"] == 9
 
 
 def test_a_card_that_is_there_stays(saved):

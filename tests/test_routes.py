@@ -14,7 +14,7 @@ LAYERS = (0, 2, 4, 6)
 def test_ratios_and_rendering():
     pattern = Streaming(4, 16)
     bits = torch.tensor([[True, False, False, False], [True, True, True, True]])
-    routes = Routes(bits, None, LAYERS, (100, 10), pattern)
+    routes = Routes(bits, None, LAYERS, (100, 10), pattern, Full())
     assert routes.msr == [0.75, 0.0]
     assert routes.esr == pytest.approx([0.75 * (1 - pattern.pairs(100) / Full().pairs(100)), 0.0])
     console = Console(width=100, record=True, file=io.StringIO())
@@ -26,7 +26,7 @@ def test_ratios_and_rendering():
 
 
 def test_short_prompts_save_nothing():
-    assert Routes(torch.zeros(1, 4, dtype=torch.bool), None, LAYERS, (20,), Streaming(4, 16)).esr == [0.0]
+    assert Routes(torch.zeros(1, 4, dtype=torch.bool), None, LAYERS, (20,), Streaming(4, 16), Full()).esr == [0.0]
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,10 @@ class FluxConfig:
             flat = {name: values[name] for name in ("pattern", "sink", "window", "last_n") if name in values}
             if missing := {"pattern", "sink", "window", "last_n"} - set(flat):
                 raise FluxConfigError(f"missing keys {sorted(missing)}")
+            if both := {"sparse", "full"} & set(values):
+                raise FluxConfigError(
+                    f"pattern and {sorted(both)} are both there, keys of an earlier and of this version"
+                )
             values = {name: value for name, value in values.items() if name not in flat}
             values |= {"sparse": _sparse_by_keywords(**flat), "full": {"pattern": "full"}}
         config = cls(**text_keys(values))

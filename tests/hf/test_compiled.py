@@ -183,10 +183,10 @@ def test_the_device_has_work_while_the_host_waits_for_the_router():
 def test_products_of_a_decode_step_read_what_is_in_memory():
     """Those of query, gate and down; the others of a layer read the same, or what attention gave."""
     torch._dynamo.reset()
-    settled = []
+    materialized = []
 
     def backend(graph, inputs):
-        settled.append([node.args[0] for node in graph.graph.nodes if "settle" in str(node.target)])
+        materialized.append([node.args[0] for node in graph.graph.nodes if "materialize" in str(node.target)])
         return graph
 
     model = tiny_model("qwen3", num_hidden_layers=2)
@@ -194,5 +194,5 @@ def test_products_of_a_decode_step_read_what_is_in_memory():
         again = torch.compile(model.model.layers[0].mlp, backend=backend)
         again(torch.randn(1, 1, model.config.hidden_size))
         again(torch.randn(1, 7, model.config.hidden_size))
-    assert [len(nodes) for nodes in settled] == [2, 0]
+    assert [len(nodes) for nodes in materialized] == [2, 0]
     torch._dynamo.reset()

@@ -61,10 +61,22 @@ BAD_CALLS = {
         ValueError,
         "every token of sequence 1",
     ),
-    "packed": (
-        dict(input_ids=ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=False),
+    "packed in a batch": (
+        dict(input_ids=ids(2, 8), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2)),
         UnsupportedModelError,
-        "packed",
+        "packed into a single row",
+    ),
+    "positions that jump": (
+        dict(input_ids=ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 5, 6, 7, 8, 9]])),
+        UnsupportedModelError,
+        "neither consecutive",
+    ),
+    "packed behind a cache": (
+        dict(
+            input_ids=ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), past_key_values=DynamicCache()
+        ),
+        UnsupportedModelError,
+        "no past_key_values",
     ),
 }
 
@@ -112,7 +124,7 @@ def test_wrong_packing_is_refused():
         (dict(sequence_lengths=[12, 0]), "expected one row"),
         (dict(sequence_lengths=[]), "expected one row"),
         (dict(position_ids=None), "position_ids"),
-        (dict(attention_mask=torch.ones(1, 12)), "no attention_mask"),
+        (dict(attention_mask=torch.tensor([[0] + [1] * 11])), "no attention_mask"),
         (dict(past_key_values=DynamicCache()), "no past_key_values"),
         (dict(prompt_lengths=[5]), "prompt_lengths"),
     ):

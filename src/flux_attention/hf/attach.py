@@ -109,7 +109,7 @@ def attach(
             "this model shares its config object with a model that has routers attached; detach those first, or give "
             "the model a config of its own (copy.deepcopy)"
         )
-    attentions = full_attention_layers(decoder)
+    attentions = full_attention_layers(model, decoder)
     base = base_model(model, decoder, attentions)
     if routers is None or isinstance(routers, FluxConfig):
         config = replace(routers or FluxConfig(), base_model=base)
@@ -201,8 +201,8 @@ def _enter_attention(module, args, kwargs):
         return
     if CONTEXT not in kwargs:
         raise UnsupportedModelError(
-            f"{type(module).__name__} got no keyword arguments from its decoder, so it cannot be routed; call "
-            "detach() to use the model as it was"
+            f"the decoder does not pass keyword arguments on to its attention layers ({type(module).__name__}), so "
+            "they cannot be routed; call detach() to use the model as it was"
         )
     current.set(kwargs[CONTEXT])
 

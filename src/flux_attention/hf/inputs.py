@@ -128,7 +128,7 @@ class InputReader:
             if not torch.equal(known, first.real_columns()):  # an answer's padding, told by the next turn
                 layers, counts = [cache.layers[index] for index in self.routed], first.hidden_tokens(known)
                 for layer in layers:
-                    layer.check_take_back(counts)
+                    layer.check_take_back(counts, "mask")
                 for layer in layers:
                     layer.hide(known)
         layout = BatchLayout.from_mask(mask[:, seen:])

@@ -41,8 +41,6 @@ def find_decoder(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; expected a causal LM")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; routers need a decoder-only model")
-    if not getattr(model, "_supports_sdpa", True):  # attention of a kind that SDPA, and so our kernels, cannot compute
-        raise UnsupportedModelError(f"{type(model).__name__} does not support SDPA attention, so it cannot be routed")
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers"):
         decoder = getattr(decoder, "model", decoder)
@@ -53,9 +51,9 @@ def find_decoder(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def full_attention_layers(decoder: nn.Module) -> dict[int, nn.Module]:
+def full_attention_layers(model: nn.Module, decoder: nn.Module) -> dict[int, nn.Module]:
     """
-    Find the attention modules that see the whole context, by layer index.
+    Find the attention modules of a model's decoder that see the whole context, by layer index.
 
     Raises
     ------
@@ -86,6 +84,8 @@ def full_attention_layers(decoder: nn.Module) -> dict[int, nn.Module]:
         )
     for index, attention in found.items():
         _check_attention(config, index, attention)
+    if not getattr(model, "_supports_sdpa", True):  # attention of a kind that SDPA, and so our kernels, cannot compute
+        raise UnsupportedModelError(f"{type(model).__name__} does not support SDPA attention, so it cannot be routed")
     return found
 
 

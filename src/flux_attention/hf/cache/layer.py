@@ -218,9 +218,9 @@ class RoutedLayer(CacheLayerMixin):
         real = torch.ones(len(self.lengths), self.seen - known, dtype=torch.bool)
         return real if self.padding_BC is None else torch.cat([self.padding_BC, real], dim=1)
 
-    def check_take_back(self, counts: list[int]) -> None:
+    def check_take_back(self, counts: list[int], verb: str = "crop") -> None:
         """
-        Check that so many of each row's last tokens can be taken back.
+        Check that so many of each row's last tokens can be taken back, by whatever ``verb`` errors shall say.
 
         Raises
         ------
@@ -231,8 +231,8 @@ class RoutedLayer(CacheLayerMixin):
         for row in ring.rows if ring else ():
             if counts[row] and self.lengths[row] + self.overran > ring.limit:
                 raise ValueError(
-                    f"cannot take {counts[row]} tokens back: sparse layers keep sink + window = {ring.limit} tokens "
-                    "and have dropped what would be needed; attach with keep_full_kv=True to be able to"
+                    f"cannot {verb} {counts[row]} tokens: sparse layers keep sink + window = {ring.limit} tokens and "
+                    f"have dropped what would be needed; attach with keep_full_kv=True to be able to {verb}"
                 )
 
     def hidden_tokens(self, real_BC: torch.Tensor) -> list[int]:

@@ -232,6 +232,9 @@ class CapturedSteps:
         #: Of each batch size what the step was made for, and the step, or why there is none.
         self.made: dict[int, tuple[tuple, DecodeStep | str]] = {}
 
+    def __len__(self) -> int:
+        return len(self.made)
+
     def clear(self) -> None:
         """Forget all steps."""
         self.made.clear()
