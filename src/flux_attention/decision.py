@@ -196,6 +196,11 @@ class Routed(_ByRouters):
     def routes(self, unit: Unit) -> list[bool]:
         """See ``Decision.routes``; waits for the router if need be."""
         if unit not in self._routes:
+            if unit not in self._copies:
+                raise UnsupportedModelError(
+                    f"layer {unit_name(unit)} did not show its query states to its router, as if its attention module "
+                    "had been replaced; detach, and attach again"
+                )
             self._logits[unit] = logits = self._copies.pop(unit).read(unit)
             routes = hard_route(logits).tolist()
             self._routes[unit] = [short or route for short, route in zip(self.short, routes, strict=True)]

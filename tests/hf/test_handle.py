@@ -1,5 +1,6 @@
 """The handle: forcing, soft decisions, least lengths, re-routing."""
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -47,13 +48,6 @@ def test_short_prompts_run_full_whatever_the_routers_say():
     with routing.soft(1.0):
         model(prompt[:, :29])
     assert routing.gates.requires_grad
-
-
-def test_of_a_prompt_in_chunks_the_first_counts():
-    routing = randomize(attach(tiny_model("qwen3"), CONFIG, min_tokens=30))
-    for chunk, ran in ((16, False), (32, True)):
-        routing.model.generate(ids(1, 40), max_new_tokens=2, prefill_chunk_size=chunk, do_sample=False)
-        assert (routing.routes.logits_BL2 is not None) == ran
 
 
 @pytest.mark.parametrize("wrong", [-1, "8K", None])
@@ -151,3 +145,60 @@ def test_rerouting_a_stock_cache_is_refused():
     stock = model(ids(1, 8)).past_key_values
     with pytest.raises(ValueError, match="no routed layers"):
         attach(model, CONFIG).reroute(stock)
+
+
+def test_what_a_thread_forces_and_decides_is_its_own():
+    model = tiny_model("qwen3")
+    routing = randomize(attach(model, CONFIG))
+    assert routing.routes is None and routing.gates is None
+    seen, wrong = {}, []
+
+    def request():
+        with torch.no_grad():
+            model(ids(1, 40))
+        seen["settings"], seen["routes"] = routing.settings.forced, routing.routes
+
+    with routing.force("sparse"):
+        thread = threading.Thread(target=request)
+        thread.start()
+        thread.join()
+        assert routing.routes is seen["routes"]  # of any thread, as this one ran nothing
+        with torch.no_grad():
+            model(ids(1, 40))
+        assert routing.routes.msr == [1.0]
+    assert seen["settings"] is None and seen["routes"].logits_BL2 is not None
+
+    def reader(length):
+        for _ in range(8):
+            with routing.force(0.5 if length % 20 else None):
+                model.generate(ids(1, length), max_new_tokens=2, do_sample=False)
+            if routing.routes.lengths != (length,) or (routing.routes.logits_BL2 is None) != bool(length % 20):
+                wrong.append(length)
+
+    threads = [threading.Thread(target=reader, args=(length,)) for length in (20, 30, 40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_tasks_force_is_its_own():
+    """Two requests of one thread that take turns, as under asyncio."""
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+
+    async def request(spec, ratios):
+        with routing.force(spec):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                with torch.no_grad():
+                    model(ids(1, 40))
+                ratios.extend(routing.routes.msr)
+
+    async def both():
+        found = [], []
+        await asyncio.gather(request("sparse", found[0]), request("full", found[1]))
+        return found
+
+    assert asyncio.run(both()) == ([1.0] * 3, [0.0] * 3)

@@ -169,3 +169,89 @@ def test_padding_anywhere_in_any_call(config, data):
         }
         expected = oracle_logits(model, tokens[row : row + 1, real], masks)
         torch.testing.assert_close(logits[row, real], expected[0], atol=3e-4, rtol=1e-3)
+
+
+def test_padding_that_no_mask_announces_is_refused():
+    model = tiny_model("qwen3")  # whose pad token is 0
+    routing = randomize(attach(model, CONFIG))
+    right, left, mask = ids(3, 20), ids(3, 20), torch.ones(3, 20, dtype=torch.long)
+    right[1, 14:], left[1, :6], mask[1, 14:] = 0, 0, 0
+    with torch.no_grad():
+        for padded, side in ((right, "end"), (left, "begin")):
+            with pytest.raises(ValueError, match=f"{side} in token 0, 6 of them in sequence 1.*attention_mask"):
+                model(padded)
+        model(right[1:2, :14])
+        alone = routing.routes.logits_BL2
+        model(right, attention_mask=mask)
+        torch.testing.assert_close(routing.routes.logits_BL2[1:2], alone)
+        model(right, prompt_lengths=[20, 14, 20])  # which says it, too
+        torch.testing.assert_close(routing.routes.logits_BL2[1:2], alone)
+        with routing.force("sparse"):  # where it does not matter
+            model(right)
+        model(right[1:2])  # one sequence may end in any token
+        model.config.pad_token_id = 7
+        right[1, 14:] = 7
+        with pytest.raises(ValueError, match="end in token 7"):
+            model(right)
+
+
+@pytest.mark.parametrize("how", ["sequence_lengths", "cu_seq_lens", "position_ids"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_packed_calls_are_kept_apart(family, how):
+    """As TRL's padding_free and DataCollatorWithFlattening tell of them, with the default use_cache=True."""
+    model = tiny_model(family)
+    routing = randomize(attach(model, CONFIG))
+    rows = [ids(1, length, length)[0] for length in (30, 1, 17)]
+    call, ends = packed(rows), torch.tensor([0, 30, 31, 48], dtype=torch.int32)
+    if how != "sequence_lengths":
+        del call["sequence_lengths"]
+    if how == "cu_seq_lens":
+        call |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=30, max_length_k=30)
+    with torch.no_grad():
+        together, routes = model(**call), routing.routes
+        assert together.past_key_values is None and routes.lengths == (30, 1, 17)
+        for index, (row, logits) in enumerate(zip(rows, together.logits[0].split([30, 1, 17]), strict=True)):
+            alone = model(row[None], use_cache=False).logits[0]
+            torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-4)
+            assert torch.equal(routing.routes.routes_BL[0], routes.routes_BL[index])
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_the_last_tokens_of_any_row_can_be_masked_later(data):
+    """A later turn's mask hides some of each row's last tokens: what follows is as if they had not been there."""
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG, keep_full_kv=True)
+    length, more = data.draw(st.integers(3, 30)), data.draw(st.integers(1, 6))
+    steps = data.draw(st.integers(0, 3), "steps")
+    routes = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=2, max_size=2)))
+    hidden = [data.draw(st.integers(0, length - 1)) for _ in range(2)]
+    tokens, cache = ids(2, length + more, 3), DynamicCache()
+    mask = torch.ones(2, length + more, dtype=torch.long)
+    for row, count in enumerate(hidden):
+        mask[row, length - count : length] = 0
+    positions = mask.cumsum(1)[:, length:] - 1
+    with torch.no_grad(), routing.force(routes):
+        model(tokens[:, : length - min(steps, length - 1)], past_key_values=cache)
+        for column in range(length - min(steps, length - 1), length):
+            model(tokens[:, column : column + 1], past_key_values=cache)
+        later = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
+        actual = model(tokens[:, length:], **later).logits
+        for row, count in enumerate(hidden):
+            kept = torch.cat([tokens[row : row + 1, : length - count], tokens[row : row + 1, length:]], 1)
+            with routing.force(routes[row : row + 1]):
+                expected = model(kept).logits[:, length - count :]
+            torch.testing.assert_close(actual[row : row + 1], expected, atol=3e-4, rtol=1e-3)
+
+
+def test_a_mask_hides_no_tokens_in_the_middle_later():
+    model = tiny_model("qwen3")
+    attach(model, CONFIG)
+    with torch.no_grad():
+        cache = model(ids(2, 10), attention_mask=torch.tensor([[1] * 10, [0] * 2 + [1] * 8])).past_key_values
+        for changed in ([[1] * 4 + [0] + [1] * 5, [0] * 2 + [1] * 8], [[1] * 10, [0] + [1] * 9]):
+            mask = torch.cat([torch.tensor(changed), torch.ones(2, 3, dtype=torch.long)], 1)
+            with pytest.raises(ValueError, match=r"each sequence's last ones alone"):
+                model(ids(2, 3), attention_mask=mask, past_key_values=cache)
+        mask = torch.tensor([[1] * 13, [0] * 2 + [1] * 11])
+        assert model(ids(2, 3), attention_mask=mask, past_key_values=cache).logits.isfinite().all()

@@ -189,3 +189,88 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients():
     routing = attach(model, CONFIG)
     with routing.soft(1.0), pytest.raises(ValueError, match="use_reentrant"):
         model(ids(1, 8), labels=ids(1, 8))
+
+
+def published(name):
+    """Models as they are published, with a window as long as the context or with encoders beside the text decoder."""
+    text = {**SMALL, "head_dim": 16, "num_hidden_layers": 4, "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=4)
+    torch.manual_seed(0)
+    if name == "phi3.5":
+        config = transformers.Phi3Config(**{**SMALL, "max_position_embeddings": 64}, sliding_window=128)
+    elif name == "gemma3":
+        config = transformers.Gemma3Config(
+            text_config=text, vision_config={**vision, "image_size": 8}, image_token_index=5
+        )
+    else:
+        if not hasattr(transformers, "Gemma4Config"):
+            pytest.skip("this version of transformers has no Gemma 4")
+        text |= dict(num_kv_shared_layers=0, hidden_size_per_layer_input=0, global_head_dim=16)
+        config = transformers.Gemma4Config(
+            text_config=text, vision_config={**vision, "head_dim": 16, "num_key_value_heads": 2}, audio_config=None,
+            image_token_id=5, video_token_id=6, audio_token_id=7,
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(6.0 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 2.0)
+    return model
+
+
+@pytest.mark.parametrize("name", ["phi3.5", "gemma3", "gemma4"])
+@torch.no_grad()
+def test_models_as_published(name):
+    model = published(name)
+    prompt, mask = ids(2, 40).clamp(min=9), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    greedy = dict(max_new_tokens=5, do_sample=False)
+
+    def outputs():
+        return (
+            model(prompt).logits,
+            model(prompt, attention_mask=mask).logits[:, -1],
+            model.generate(prompt, attention_mask=mask, **greedy)[:, -5:],
+        )
+
+    expected = outputs()
+    routing = attach(model, CONFIG)
+    assert routing.layers == ((0, 1, 2) if name == "phi3.5" else (1, 3))
+    for stock, ours in zip(expected, outputs(), strict=True):
+        torch.testing.assert_close(ours, stock, atol=2e-4, rtol=1e-3)
+    randomize(routing)
+    model(prompt, attention_mask=mask)
+    together = routing.routes.logits_BL2
+    model(prompt[:1, 7:])
+    torch.testing.assert_close(routing.routes.logits_BL2, together[:1], atol=1e-3, rtol=1e-3)
+    with routing.force("sparse"):
+        sparse = model(prompt).logits
+        cache = model(prompt[:, :10]).past_key_values
+        steps = torch.cat([model(prompt[:, i : i + 1], past_key_values=cache).logits for i in range(10, 40)], 1)
+    torch.testing.assert_close(steps, sparse[:, 10:], atol=1e-3, rtol=1e-2)
+    assert not torch.allclose(sparse, expected[0], atol=1e-2)
+
+
+@torch.no_grad()
+def test_image_tokens_that_attend_both_ways_are_refused():
+    model = published("gemma3")
+    attach(model, CONFIG)
+    prompt = ids(1, 20).clamp(min=9)
+    types = torch.zeros_like(prompt)
+    expected = model(prompt).logits
+    torch.testing.assert_close(model(prompt, token_type_ids=types).logits, expected)  # text alone
+    types[0, 3:7] = 1
+    with pytest.raises(UnsupportedModelError, match="not plainly causal"):
+        model(prompt, token_type_ids=types)
+    torch.testing.assert_close(model(prompt).logits, expected)
+
+
+def test_a_prompt_beyond_a_window_that_was_none_is_refused():
+    model = published("phi3.5")
+    attach(model, CONFIG)
+    with (
+        torch.no_grad(),
+        pytest.raises(UnsupportedModelError, match="129 tokens, more than the model's slid"),
+    ):
+        model(ids(1, 129))

@@ -1,12 +1,14 @@
 """Stock transformers entry points, with routes mixed over layers and sequences."""
 
+import threading
+
 import pytest
 import torch
-from helpers.models import CONFIG, FAMILIES, VOCAB, ids, randomize, tiny_model
+from helpers.models import CONFIG, FAMILIES, PATTERNS, TRIANGLE, VOCAB, ids, randomize, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer, pipeline
 
-from flux_attention import attach, kv_bytes
+from flux_attention import UnsupportedModelError, attach, kv_bytes
 from flux_attention.shipped import load_shipped
 
 
@@ -124,17 +126,122 @@ def test_pipeline(qwen):
         assert output[0]["generated_text"] == alone[0]["generated_text"]
 
 
-def test_chunked_prefill_decides_on_the_first_chunk(qwen):
+def test_prompts_that_routers_read_do_not_come_in_chunks(qwen):
     model, routing = qwen
     prompt = ids(1, 60)
-    with torch.no_grad():
-        model(prompt[:, :16])
-    first = routing.routes.routes_BL
-    model.generate(prompt, max_new_tokens=4, do_sample=False, prefill_chunk_size=16)
-    assert torch.equal(routing.routes.routes_BL, first)
+    chunked = dict(max_new_tokens=8, do_sample=False, prefill_chunk_size=16)
+    with pytest.raises(UnsupportedModelError, match="60 tokens have to come in one call"):
+        model.generate(prompt, **chunked)
+    whole = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(prompt, **{**chunked, "prefill_chunk_size": 60}), whole)
     with routing.force([1]):
-        chunked = model.generate(prompt, max_new_tokens=8, do_sample=False, prefill_chunk_size=16)
-        assert torch.equal(chunked, model.generate(prompt, max_new_tokens=8, do_sample=False))
+        expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
+        assert torch.equal(model.generate(prompt, **chunked), expected)
+    routing.min_tokens = 61  # no router would read it
+    assert model.generate(prompt, **chunked).shape == (1, 68) and routing.routes.msr == [0.0]
+
+
+def test_triangles_last_rows_do_not_come_in_chunks():
+    model = tiny_model("qwen3")
+    routing = attach(model, TRIANGLE)
+    chunked = dict(max_new_tokens=4, do_sample=False, prefill_chunk_size=16)
+    for spec in ("sparse", 0.5):
+        with routing.force(spec), pytest.raises(UnsupportedModelError, match="prefill_chunk_size is 16"):
+            model.generate(ids(1, 40), **chunked)
+    full = model.generate(ids(1, 40), routes="full", max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(ids(1, 40), routes="full", **chunked), full)
+
+
+def test_routes_of_one_call(qwen):
+    """As a server streams: generate runs in a thread of its own, into which no ``with`` block reaches."""
+    model, routing = qwen
+    prompt, greedy = ids(1, 40), dict(max_new_tokens=6, do_sample=False)
+    found = {}
+    for spec in ("full", "sparse", [1]):
+        with routing.force(spec):
+            expected = model.generate(prompt, **greedy)
+        thread = threading.Thread(
+            target=lambda spec=spec: found.update({str(spec): model.generate(prompt, routes=spec, **greedy)})
+        )
+        with routing.force("full"):
+            thread.start()
+            thread.join()
+        assert torch.equal(found[str(spec)], expected)
+    assert routing.settings.forced is None
+    with pytest.raises(ValueError, match="cannot force"):
+        model.generate(prompt, routes="dense", **greedy)
+    pipe = pipeline("text-generation", model=model, tokenizer=word_tokenizer())
+    pipe("w5 w9 w20 w31 w7", routes="sparse", max_new_tokens=2, do_sample=False)
+    assert routing.routes.msr == [1.0]
+
+
+@pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERNS)
+def test_drafted_tokens_are_no_prompt(config):
+    """Prompt lookup leaves routes, least lengths and greedy texts as they are."""
+    model = tiny_model("qwen3")
+    model.generation_config.eos_token_id = VOCAB - 1  # transformers 5.5 needs one here
+    routing = randomize(attach(model, config, keep_full_kv=True))
+    drafted = 0
+    for seed in range(6):
+        prompt = ids(1, 10, seed).repeat(1, 4)
+        found = []
+        for more in ({}, {"prompt_lookup_num_tokens": 3}):
+            routing.min_tokens = 42 if seed == 0 else 0
+            widths = []
+
+            def note(module, args, kwargs, widths=widths):
+                widths.append(kwargs["input_ids"].shape[1])
+
+            hook = model.model.register_forward_pre_hook(note, with_kwargs=True)
+            tokens = model.generate(prompt, max_new_tokens=12, do_sample=False, **more)
+            hook.remove()
+            drafted += widths[0] > 40
+            found.append((tokens.tolist(), routing.routes.lengths, routing.routes.routes_BL.tolist()))
+        assert found[0] == found[1] and found[0][1] == (40,)
+    assert drafted  # so that the first call held more than the prompt
+
+
+def test_early_exit_is_refused_before_it_changes_the_model():
+    model = tiny_model("qwen3")
+    model.generation_config.eos_token_id = VOCAB - 1
+    attach(model, CONFIG, keep_full_kv=True)
+    greedy = dict(max_new_tokens=4, do_sample=False)
+    expected = model.generate(ids(1, 20), **greedy)
+    with pytest.raises(UnsupportedModelError, match="assistant_early_exit=2"):
+        model.generate(ids(1, 20), assistant_early_exit=2, **greedy)
+    assert torch.equal(model.generate(ids(1, 20), **greedy), expected)
+
+
+@pytest.mark.parametrize("keep_full", [False, True])
+def test_a_second_turn_of_answers_of_unlike_lengths(keep_full):
+    """Behind its end a sequence is filled with pad tokens, which the next turn's mask hides: as in the stock model."""
+    model = tiny_model("qwen3")
+    prompts, question = ids(2, 20), ids(2, 5, 7)
+    answers = model.generate(prompts, max_new_tokens=10, do_sample=False)[:, 20:].tolist()
+    model.generation_config.eos_token_id = next(token for token in answers[0][1:5] if token not in answers[1])
+
+    def turns(routes=None):
+        first = model.generate(
+            prompts, max_new_tokens=10, do_sample=False, return_dict_in_generate=True, **(routes or {})
+        )
+        longer = torch.cat([first.sequences, question], 1)
+        assert (first.sequences[0] == 0).sum() > 4 and not (first.sequences[1] == 0).any()
+        second = dict(past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+        by_mask = model.generate(longer, attention_mask=(longer != 0).long(), return_dict_in_generate=True, **second)
+        third = torch.cat([by_mask.sequences, ids(2, 3, 9)], 1)
+        return by_mask.sequences, model.generate(
+            third, past_key_values=by_mask.past_key_values, max_new_tokens=3, do_sample=False
+        )
+
+    expected = turns()
+    attach(model, CONFIG, keep_full_kv=keep_full)
+    for stock, ours in zip(expected, turns(), strict=True):
+        assert torch.equal(stock, ours)
+    if keep_full:  # as one call with the same mask would give
+        turns(dict(routes=0.5))
+    else:
+        with pytest.raises(ValueError, match=r"cannot mask .* have dropped what would be needed"):
+            turns(dict(routes="sparse"))
 
 
 def test_multi_turn_keeps_the_first_turns_routes(qwen):
