@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux_attention.config import BaseModel, FluxConfig, FluxConfigError
+from flux_attention.names import check_folder, unreachable
 from flux_attention.router import LayerRouter
 
 CONFIG_FILE = "flux_config.json"
@@ -81,6 +82,12 @@ def _resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path
         return path
     if path.exists():
         raise AdapterError(f"{path} is a file; expected a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        check_folder(path_or_id)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+    if reason := unreachable(str(path_or_id), CONFIG_FILE, revision):
+        raise AdapterError(f"{path_or_id!r} is neither a directory nor a Hub repository that can be reached ({reason})")
     try:
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -25,7 +25,8 @@ from flux_attention import __version__
 from flux_attention.attach import attach
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.harness import Scores
-from flux_attention.evaluation.quality import DEFAULT_METHODS, AdapterEvaluation
+from flux_attention.evaluation.methods import DEFAULT_METHODS
+from flux_attention.evaluation.quality import AdapterEvaluation
 from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
 
 try:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from flux_attention import shipped
 from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.attach import Routing, attach, max_positions
+from flux_attention.kernels.precision import load_dtype
+from flux_attention.names import check_folder, check_writable, unreachable
 from flux_attention.routes import unit_name
 from flux_attention.training.data import PackedExamples, check_sources, load_data
+from flux_attention.training.interrupt import Interrupted, SaveOnInterrupt
 from flux_attention.training.recipe import Recipe, RecipeError
 from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoint, training_arguments
 
@@ -25,9 +29,35 @@ from flux_attention.training.trainer import CHUNK, RouterTrainer, last_checkpoin
 RESULTS = ("README.md", "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
 
 
-def load_model(recipe: Recipe) -> Routing:
+def check_model(recipe: Recipe) -> None:
     """
-    The recipe's model with routers, fresh ones or those that it starts from.
+    Refuse, before anything is loaded, a model or a starting adapter that is not there, and too long sequences.
+
+    Raises
+    ------
+    RecipeError
+        With what is missing, or the model's positions.
+    """
+    path = shipped.model_path(recipe.model)
+    try:
+        check_folder(path)
+        if recipe.start is not None:
+            load_config(shipped.adapter_path(recipe.start))
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    if not Path(path).is_dir() and (reason := unreachable(path, "config.json")):
+        raise RecipeError(f"cannot load {recipe.model}: {reason}")
+    most = max_positions(SimpleNamespace(config=_model_config(recipe)))
+    if most and recipe.max_length > most:
+        raise RecipeError(
+            f"max_length is {recipe.max_length}, but {recipe.model} has {most} positions: shorten it, or extend them "
+            "by `config`, with rope_parameters that fit and max_position_embeddings"
+        )
+
+
+def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
+    """
+    The recipe's model with routers, fresh ones or those that it starts from; loaded in what ``device`` is fast in.
 
     Raises
     ------
@@ -35,13 +65,8 @@ def load_model(recipe: Recipe) -> Routing:
         If there is no such model, or no such adapter for it.
     """
     path = shipped.model_path(recipe.model)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype, **recipe.config)
-    most = max_positions(model)
-    if most and recipe.max_length > most:
-        raise RecipeError(
-            f"max_length is {recipe.max_length}, but {recipe.model} has {most} positions: shorten it, or extend them "
-            "by `config`, with rope_parameters that fit and max_position_embeddings"
-        )
+    dtype = load_dtype(recipe.dtype, device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **recipe.config)
     model.config.name_or_path = shipped.model_name(recipe.model)
     routers = recipe.flux_config if recipe.start is None else shipped.adapter_path(recipe.start)
     return attach(model, routers)
@@ -103,6 +128,8 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     ------
     RecipeError, DataError
         For a recipe or data that cannot be used.
+    Interrupted
+        By Ctrl-C, when the step at work is finished and saved.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     args = training_arguments(recipe)
@@ -111,6 +138,9 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise ImportError("matplotlib is missing, which draws the run: pip install 'flux-attention[train]'")
     check_output(recipe, folder, restart)
+    check_model(recipe)
+    if main:
+        check_writable(folder)
     # Before the model: what is wrong with data is known before a large one is loaded.
     data, report = load_data(recipe, AutoTokenizer.from_pretrained(shipped.model_path(recipe.model)))
     if main:
@@ -118,8 +148,9 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     if len(data) < recipe.batch_size:
         raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
     torch.manual_seed(args.seed)  # of the routers' initial weights
-    routing = load_model(recipe)
-    trainer = RouterTrainer(routing, recipe, data, args)
+    routing = load_model(recipe, args.device)
+    interrupt = SaveOnInterrupt()
+    trainer = RouterTrainer(routing, recipe, data, args, callbacks=[interrupt])
     trainer.accelerator.wait_for_everyone()
     checkpoint, digest = None if restart else last_checkpoint(folder), data.hash()
     if checkpoint is not None:
@@ -150,7 +181,11 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
+        interrupt.release()
         trainer.model.release()
+    if interrupt.stopped:
+        step = trainer.state.global_step
+        raise Interrupted(step, args.max_steps, folder / f"checkpoint-{step}")
     trainer.gather()
     if main:
         finish(trainer, folder, data)
