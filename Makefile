@@ -28,9 +28,11 @@ PYTEST ?= $(BIN)/python -m pytest
 gpu-test:
 	PYTHONPATH=src $(PYTEST) -q -m gpu
 
-# What is large is named as pip comes to it; what pip says of an error goes to standard error, unfiltered.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off
-STEPS := awk '/^Collecting torch|^ *Downloading .*[0-9] MB|^Building|^Installing collected/ {print "  " substr($$0, 1, 100); fflush()}'
+# A line for what is large and for each step; all else that pip says is in the log, and shown if it fails.
+LOG := $(VENV)/setup.log
+STEPS := tee -a $(LOG) | awk '/^ *(Collecting torch|Downloading .* MB|Building wheels|Installing collected)/ \
+	{sub(/^ */, "    "); print substr($$0, 1, 90); fflush()}' || { tail -n 30 $(LOG) >&2; exit 1; }
 
 # Done again only when the dependencies change.
 $(READY): pyproject.toml constraints.txt
@@ -38,9 +40,9 @@ $(READY): pyproject.toml constraints.txt
 	@echo "1/3 an environment of its own in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2/3 a new pip"
-	@$(PIP) --quiet --upgrade pip
+	@$(PIP) --upgrade pip 2>&1 | $(STEPS)
 	@echo "3/3 the packages of constraints.txt"
-	@$(PIP) --constraint constraints.txt --editable '.[dev]' | $(STEPS)
+	@$(PIP) --constraint constraints.txt --editable '.[dev]' 2>&1 | $(STEPS)
 	@touch $@
 
 clean:

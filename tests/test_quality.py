@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import flux
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import flux
 
 from flux_attention import shipped
 from flux_attention.evaluation import quality

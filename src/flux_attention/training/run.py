@@ -35,16 +35,16 @@ def check_model(recipe: Recipe) -> None:
 
     Raises
     ------
-    RecipeError
+    RecipeError, AdapterError
         With what is missing, or the model's positions.
     """
     path = shipped.model_path(recipe.model)
     try:
         check_folder(path)
-        if recipe.start is not None:
-            load_config(shipped.adapter_path(recipe.start))
     except ValueError as error:
-        raise RecipeError(str(error)) from None
+        raise RecipeError(f"model: {error}") from None
+    if recipe.start is not None:
+        load_config(shipped.adapter_path(recipe.start))
     if not Path(path).is_dir() and (reason := unreachable(path, "config.json")):
         raise RecipeError(f"cannot load {recipe.model}: {reason}")
     most = max_positions(SimpleNamespace(config=_model_config(recipe)))
