@@ -42,7 +42,7 @@ def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ):
-    context.obj.debug = debug
+    context.ensure_object(Settings).debug = debug
 
 
 def tell_error(error: Exception) -> None:

@@ -25,7 +25,6 @@ Dtype = Annotated[
         help="float32, bfloat16, float16, or auto: the checkpoint's own, but float32 on a CPU without fast bfloat16."
     ),
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; else go on where a run stopped.")]
 
 
 def read_text(source: str | None) -> str:

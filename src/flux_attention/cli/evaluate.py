@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flux_attention.cli.arguments import Device, Dtype, Model, Restart, read_numbers, read_text
+from flux_attention.cli.arguments import Device, Dtype, Model, read_numbers, read_text
 from flux_attention.cli.console import UserError, err, out
 from flux_attention.cli.subject import Subject, check_precision
 from flux_attention.names import check_known, check_writable
@@ -43,7 +43,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 1,
     text: Annotated[Path | None, typer.Option(help="File to hide questions in; default: local source text.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for quality.json and the report.")] = Path("runs/eval"),
-    restart: Restart = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; else go on where a run stopped.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ):
