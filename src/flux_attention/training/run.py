@@ -173,9 +173,21 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
             (folder / "malformed.txt").write_text(lines, encoding="utf-8")
             say(f"all malformed records are listed in {folder / 'malformed.txt'}")
         (folder / "data.sha256").write_text(digest + "\n")
+    _fit(trainer, interrupt, checkpoint)
+    trainer.gather()
+    if main:
+        finish(trainer, folder, data)
+        say(f"the adapter is in {folder}: attach(model, {str(folder)!r})")
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def _fit(trainer: RouterTrainer, interrupt: SaveOnInterrupt, checkpoint: Path | None) -> None:
+    """Train to the last step, from the checkpoint if there is one; or raise ``Interrupted``."""
+    steps = trainer.args.max_steps
     state = None if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
     try:
-        if state is not None and state.global_step >= args.max_steps:  # it was stopped when all was trained
+        if state is not None and state.global_step >= steps:  # it was stopped when all was trained
             trainer.state = state
             trainer._load_from_checkpoint(str(checkpoint))
         else:
@@ -185,13 +197,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
         trainer.model.release()
     if interrupt.stopped:
         step = trainer.state.global_step
-        raise Interrupted(step, args.max_steps, folder / f"checkpoint-{step}")
-    trainer.gather()
-    if main:
-        finish(trainer, folder, data)
-        say(f"the adapter is in {folder}: attach(model, {str(folder)!r})")
-    trainer.accelerator.wait_for_everyone()
-    return trainer
+        raise Interrupted(step, steps, Path(trainer.args.output_dir) / f"checkpoint-{step}")
 
 
 # --- What lies beside the adapter -------------------------------------------------------------------------------------
