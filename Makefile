@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A pipe fails where any part of it fails.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .PHONY: demo test lint format gpu-test clean
 
@@ -25,13 +28,22 @@ PYTEST ?= $(BIN)/python -m pytest
 gpu-test:
 	PYTHONPATH=src $(PYTEST) -q -m gpu
 
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off
+# A line for what is large and for each step; all else that pip says is in the log, and shown if it fails.
+LOG := $(VENV)/setup.log
+STEPS := tee -a $(LOG) | awk '/^ *(Collecting torch|Downloading .* MB|Building wheels|Installing collected)/ \
+	{sub(/^ */, "    "); print substr($$0, 1, 90); fflush()}' || { tail -n 30 $(LOG) >&2; exit 1; }
+
 # Done again only when the dependencies change.
 $(READY): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV) with the packages of constraints.txt: a minute or two, without output."
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "Setting up $(VENV), once; a few minutes, most of them for PyTorch."
+	@echo "1/3 an environment of its own in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2/3 a new pip"
+	@$(PIP) --upgrade pip 2>&1 | $(STEPS)
+	@echo "3/3 the packages of constraints.txt"
+	@$(PIP) --constraint constraints.txt --editable '.[dev]' 2>&1 | $(STEPS)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

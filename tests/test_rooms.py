@@ -15,7 +15,7 @@ LEVELS = [
     "errors files validation config router",
     "kernels",
     "patterns",
-    "decision routes adapters named names",
+    "decision routes adapters names",
     "hf | serving",
     "tasks calibration",
     "training | evaluation",

@@ -19,7 +19,7 @@ from torch import nn
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import AdapterError, FluxConfigError
 from flux_attention.files import replacing
-from flux_attention.named import NAME
+from flux_attention.names import NAME, check_folder, unreachable
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter
 
@@ -142,12 +142,6 @@ class AdapterMixin:
         return str(commit)
 
 
-def is_path(name: str | os.PathLike) -> bool:
-    """Whether a name can only be a path: no id on the Hub looks like it."""
-    text = os.fspath(name)
-    return not isinstance(name, str) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text
-
-
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """
     The local directory of an adapter: the path itself, or a download of the Hub repository of that id.
@@ -157,13 +151,15 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     AdapterError
         If there is neither; the Hub is not asked about what can only be a path.
     """
-    path, files = Path(path_or_id).expanduser(), f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+    path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
-    if path.exists():
-        raise AdapterError(f"{path} is a file; expected a directory with {files}")
-    if is_path(path_or_id):
-        raise AdapterError(f"no such folder: {path}; expected one with {files}, or the id of a Hub repository")
+    try:
+        check_folder(path_or_id)
+    except ValueError as error:
+        raise AdapterError(f"{error}; expected {CONFIG_FILE} and {WEIGHTS_FILE} there") from None
+    if reason := unreachable(path_or_id, CONFIG_FILE, revision):
+        raise AdapterError(f"{path_or_id!r} is neither a directory nor a Hub repository that can be reached ({reason})")
     try:
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

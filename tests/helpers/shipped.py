@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from flux_attention import FluxConfig, attach
-from flux_attention.named import BACKBONE
+from flux_attention.names import BACKBONE
 from flux_attention.shipped import load_shipped
 from flux_attention.tasks.samples import Haystack
 from flux_attention.tasks.text import local_texts

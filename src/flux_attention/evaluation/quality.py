@@ -34,18 +34,16 @@ from typing import Any
 
 import torch
 
+from flux_attention.evaluation.methods import DEFAULT_METHODS, EXHAUSTIVE, METHODS, check_adapters, check_lengths
 from flux_attention.evaluation.results import environment, write_results
 from flux_attention.hf.attach import attach
 from flux_attention.hf.support import max_positions
+from flux_attention.names import check_known
 from flux_attention.routes import unit_name
 from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.samples import Haystack, Sample, make_sample
 from flux_attention.tasks.scoring import Scores, check_head, evaluate
 
-METHODS = ("dense", "sparse", "routed", "static", "best-static", "best-static-fewer", "random", "head", "head-static")
-#: Those that try every set: 120 of three layers of 10, 94 million of nine of 36.
-EXHAUSTIVE = ("best-static", "best-static-fewer")
-DEFAULT_METHODS = tuple(method for method in METHODS if method not in EXHAUSTIVE)
 #: Calibration samples start from this seed, the report's from 0.
 CALIBRATION_SEED = 10_000_000
 
@@ -140,8 +138,7 @@ class AdapterEvaluation:
     def __init__(
         self, model, tokenizer, adapters: Sequence[str], methods: Sequence[str], samples: int, batch_size: int
     ):
-        if not adapters:
-            raise ValueError("name at least one adapter: its pattern says what sparse attention is")
+        check_adapters(adapters)
         self.model, self.tokenizer, self.adapters, self.methods = model, tokenizer, list(adapters), list(methods)
         self.samples, self.batch_size = samples, batch_size
 
@@ -195,15 +192,9 @@ class Evaluation(AdapterEvaluation):
         calibration: int = 8,
         batch_size: int = 1,
     ):
-        for what, found, known in (("families", families, EVERY_FAMILY), ("methods", methods, METHODS)):
-            if unknown := sorted(set(found) - set(known)):
-                raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}")
-        most = max_positions(model)
-        if most and max(lengths) > most:
-            raise ValueError(
-                f"samples of {max(lengths)} tokens do not fit into the model's {most} positions: shorten them, or "
-                "extend the positions by rope_parameters in its configuration"
-            )
+        check_known("families", families, EVERY_FAMILY)
+        check_known("methods", methods, METHODS)
+        check_lengths(lengths, max_positions(model.config))
         super().__init__(model, tokenizer, adapters, methods, samples, batch_size)
         self.haystack, self.families, self.lengths = haystack, list(families), list(lengths)
         self.calibration = calibration

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from flux_attention.config import BaseModel
 from flux_attention.errors import UnsupportedModelError
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Return the tokens that the model's positions reach to; None if its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return the tokens that a model's positions reach to; None if its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def hides_nothing(config, window: int | None) -> bool:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from flux_attention.hf.attach import attach
-from flux_attention.named import BACKBONE, NAME, ROUTERS
+from flux_attention.names import BACKBONE, NAME, ROUTERS
 
 __all__ = ["BACKBONE", "ROUTERS", "load_shipped"]
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import queue
 import random
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,7 +23,6 @@ from flux_attention.hf.cache.size import kv_bytes
 from flux_attention.shipped import load_shipped
 from flux_attention.tasks.families import FAMILIES
 from flux_attention.tasks.samples import Haystack, Sample, make_sample
-from flux_attention.tasks.scoring import answer_losses
 from flux_attention.tasks.text import local_texts
 
 METHODS = {"dense": "full", "routed": None, "sparse": "sparse"}
@@ -34,28 +38,72 @@ TITLES = {
 
 
 @torch.no_grad()
-def _answer(model, tokenizer, sample: Sample, method: str) -> dict[str, Any]:
+def _answer(model, tokenizer, sample: Sample) -> dict[str, Any]:
     """Generate a sample's answer greedily; for plain text, its perplexity."""
-    ids = torch.from_numpy(sample.prompt_ids.astype(np.int64))[None]
+    ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
+    ids, wanted = ids[:, : len(sample.prompt_ids)], ids[:, len(sample.prompt_ids) :]
     began = time.perf_counter()
     if sample.family == "plain":
-        losses, _ = answer_losses(model, [sample], prompt_lengths=[ids.shape[1]])
-        cache = model.get_decoder()(ids, use_cache=True).past_key_values
-        result = {"nats": losses[0].mean().item()}
+        prompt = model.get_decoder()(ids, use_cache=True)
+        held = kv_bytes(prompt.past_key_values)
+        text = model.get_decoder()(wanted[:, :-1], past_key_values=prompt.past_key_values, use_cache=True)
+        hidden = torch.cat([prompt.last_hidden_state[0, -1:], text.last_hidden_state[0]])
+        result = {"nats": F.cross_entropy(model.get_output_embeddings()(hidden).float(), wanted[0]).item()}
     else:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=len(sample.answer_ids),
+            max_new_tokens=wanted.shape[1],
             do_sample=False,
             return_dict_in_generate=True,
         )
-        new, cache = out.sequences[0, ids.shape[1] :], out.past_key_values
-        result = {
-            "answer": tokenizer.decode(new).split("\n")[0].strip(),
-            "right": new.tolist() == sample.answer_ids.tolist(),
-        }
-    return {"method": method, **result, "kv_bytes": kv_bytes(cache), "seconds": time.perf_counter() - began}
+        new, held = out.sequences[0, ids.shape[1] :], kv_bytes(out.past_key_values)
+        result = {"answer": tokenizer.decode(new).split("\n")[0].strip(), "right": new.tolist() == wanted[0].tolist()}
+    return {**result, "kv_bytes": held, "seconds": time.perf_counter() - began}
+
+
+class Workers:
+    """
+    Threads with a model each, which answer samples at the same time.
+
+    A model as small as this one gains little from several cores in one call, and in decode nothing: a sample a core is
+    about twice as fast on two cores, and much faster where others are at work on them.
+
+    Parameters
+    ----------
+    count : int, optional
+        Default: one a core, four at most.
+    """
+
+    def __init__(self, count: int | None = None):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(4, cores) if count is None else count
+        self.loaded = [load_shipped() for _ in range(count)]
+        self._free: queue.SimpleQueue = queue.SimpleQueue()
+        for one in self.loaded:
+            self._free.put(one)
+        self._threads, self._pool = torch.get_num_threads(), ThreadPoolExecutor(count)
+        torch.set_num_threads(max(1, cores // count))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for the rest
+        torch.set_num_threads(self._threads)
+
+    def submit(self, sample: Sample, method: str) -> Future:
+        """Have a sample answered by one of ``METHODS``; gives ``_answer``'s result, and the routes."""
+        return self._pool.submit(self._run, sample, method)
+
+    def _run(self, sample: Sample, method: str):
+        model, tokenizer, routing = one = self._free.get()
+        try:
+            with routing.force(METHODS[method]):
+                result = {"method": method, **_answer(model, tokenizer, sample)}
+            return result, routing.routes
+        finally:
+            self._free.put(one)
 
 
 def _short(text: str, width: int = 64) -> str:
@@ -103,45 +151,62 @@ def run_demo(count: int, length: int, seed: int | None, console: Console) -> lis
     """
     began = time.perf_counter()
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    model, tokenizer, routing = load_shipped()
-    haystack = Haystack(local_texts(held_out=True, max_chars=400_000), tokenizer)
-    console.print(
-        f"A {model.num_parameters() / 1e6:.0f} M-parameter model with {len(routing.layers)} routed layers reads source "
-        f"code that it was not trained on.\nFull attention sees all {length} tokens, sparse attention "
-        f"{routing.sparse.kept(length)}. Layers: [bold red]█[/] full, [cyan]░[/] sparse. Seed {seed}.",
-        highlight=False,
-    )
-    table: dict[str, dict[str, list[dict[str, Any]]]] = {family: {m: [] for m in METHODS} for family in FAMILIES}
-    sparsity: dict[str, list[float]] = {family: [] for family in FAMILIES}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("answering", total=len(FAMILIES) * count * len(METHODS))
-        for family in FAMILIES:
-            for index in range(count):
-                sample = make_sample(family, haystack, tokenizer, length, seed + index)
-                for method, spec in METHODS.items():
-                    with routing.force(spec):
-                        table[family][method].append(_answer(model, tokenizer, sample, method))
-                    if spec is None:
-                        routes = routing.routes
-                    progress.advance(bar)
-                sparsity[family] += routes.msr
-                if index == 0:
-                    _panel(console, tokenizer, sample, [results[0] for results in table[family].values()], routes)
-
-    rows = []
-    for family, methods in table.items():
-        for method, results in methods.items():
-            row = {"task": family, "method": method, "n": count}
-            row["sparsity"] = {"dense": 0.0, "sparse": 1.0}.get(method, fmean(sparsity[family]))
-            if family == "plain":
-                row["perplexity"] = float(np.exp(fmean(r["nats"] for r in results)))
-            else:
-                row["accuracy"] = fmean(r["right"] for r in results)
-            row["kv_bytes"] = round(fmean(r["kv_bytes"] for r in results))
-            row["seconds"] = fmean(r["seconds"] for r in results)
-            rows.append(row)
+    with Workers() as workers:
+        model, tokenizer, routing = workers.loaded[0]
+        haystack = Haystack(local_texts(held_out=True, max_chars=400_000), tokenizer)
+        console.print(
+            f"A {model.num_parameters() / 1e6:.0f} M-parameter model with {len(routing.layers)} routed layers reads "
+            f"source code that it was not trained on.\nFull attention sees all {length} tokens, sparse attention "
+            f"{routing.sparse.kept(length)}. Layers: [bold red]█[/] full, [cyan]░[/] sparse. Seed {seed}.",
+            highlight=False,
+        )
+        samples = [
+            make_sample(family, haystack, tokenizer, length, seed + index)
+            for family in FAMILIES
+            for index in range(count)
+        ]
+        answers = _answer_all(workers, samples, console)
+    rows = _rows(samples, answers)
     _print_table(console, rows, count, time.perf_counter() - began)
+    return rows
+
+
+def _answer_all(workers: Workers, samples: list[Sample], console: Console) -> list[tuple[dict[str, Any], Any]]:
+    """Each sample's results and routes, by method; the first sample of each family is shown when it is answered."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    answers: list[tuple[dict[str, Any], Any]] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("answering", total=len(samples) * len(METHODS))
+        futures = [[workers.submit(sample, method) for method in METHODS] for sample in samples]
+        for each in itertools.chain.from_iterable(futures):
+            each.add_done_callback(lambda _: progress.advance(bar))
+        shown = set()
+        for sample, of_sample in zip(samples, futures, strict=True):
+            found = dict(zip(METHODS, [future.result() for future in of_sample], strict=True))
+            results, routes = {method: result for method, (result, _) in found.items()}, found["routed"][1]
+            answers.append((results, routes))
+            if sample.family not in shown:
+                shown.add(sample.family)
+                _panel(console, workers.loaded[0][1], sample, list(results.values()), routes)
+    return answers
+
+
+def _rows(samples: list[Sample], answers: list[tuple[dict[str, Any], Any]]) -> list[dict[str, Any]]:
+    """One row a family and method: means over its samples."""
+    rows = []
+    for family, method in itertools.product(FAMILIES, METHODS):
+        of_family = [answer for sample, answer in zip(samples, answers, strict=True) if sample.family == family]
+        results = [results[method] for results, _ in of_family]
+        routed = fmean(routes.msr[0] for _, routes in of_family)
+        row = {"task": family, "method": method, "n": len(results)}
+        row["sparsity"] = {"dense": 0.0, "sparse": 1.0}.get(method, routed)
+        if family == "plain":
+            row["perplexity"] = float(np.exp(fmean(result["nats"] for result in results)))
+        else:
+            row["accuracy"] = fmean(result["right"] for result in results)
+        row["kv_bytes"] = round(fmean(result["kv_bytes"] for result in results))
+        row["seconds"] = fmean(result["seconds"] for result in results)
+        rows.append(row)
     return rows
 
 

@@ -151,7 +151,8 @@ class Recipe:
     batch_size : int
         Packs in a step, over all processes.
     dtype : {"bfloat16", "float32", "auto"}
-        Of the frozen model; routers are float32 always.
+        Of the frozen model; ``auto`` is the checkpoint's own, but float32 on a CPU without fast bfloat16. Routers are
+        float32 always.
     config : dict
         Changes to the model's configuration, such as ``rope_parameters`` for sequences beyond its own length.
     gradient_checkpointing : bool

@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from flux_attention import named
+from flux_attention import names
 from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.errors import RecipeError
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import max_positions
+from flux_attention.kernels.precision import load_dtype
+from flux_attention.names import check_folder, check_writable, unreachable
 from flux_attention.routes import unit_name
 from flux_attention.training.card import card, plot
 from flux_attention.training.checkpoints import last_checkpoint
 from flux_attention.training.data import check_sources, load_data
+from flux_attention.training.interrupt import Interrupted, SaveOnInterrupt
 from flux_attention.training.module import CHUNK
 from flux_attention.training.packing import PackedExamples
 from flux_attention.training.recipe import Recipe
@@ -33,25 +36,46 @@ from flux_attention.training.trainer import RouterTrainer, training_arguments
 RESULTS = (CARD_FILE, "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
 
 
-def load_model(recipe: Recipe) -> Routing:
+def check_model(recipe: Recipe) -> None:
     """
-    The recipe's model with routers, fresh ones or those that it starts from.
+    Refuse, before anything is loaded, a model or a starting adapter that is not there, and too long sequences.
+
+    Raises
+    ------
+    RecipeError, AdapterError
+        With what is missing, or the model's positions.
+    """
+    path = names.model_path(recipe.model)
+    try:
+        check_folder(path)
+    except ValueError as error:
+        raise RecipeError(f"model: {error}") from None
+    if recipe.start is not None:
+        load_config(names.adapter_path(recipe.start))
+    if not Path(path).is_dir() and (reason := unreachable(path, "config.json")):
+        raise RecipeError(f"cannot load {recipe.model}: {reason}")
+    most = max_positions(_model_config(recipe))
+    if most and recipe.max_length > most:
+        raise RecipeError(
+            f"max_length is {recipe.max_length}, but {recipe.model} has {most} positions: shorten it, or extend them "
+            "by `config`, with rope_parameters that fit and max_position_embeddings"
+        )
+
+
+def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
+    """
+    The recipe's model with routers, fresh ones or those that it starts from; loaded in what ``device`` is fast in.
 
     Raises
     ------
     OSError, ValueError
         If there is no such model, or no such adapter for it.
     """
-    path = named.model_path(recipe.model)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype, **recipe.config)
-    most = max_positions(model)
-    if most and recipe.max_length > most:
-        raise RecipeError(
-            f"max_length is {recipe.max_length}, but {recipe.model} has {most} positions: shorten it, or extend them "
-            "by `config`, with rope_parameters that fit and max_position_embeddings"
-        )
-    model.config.name_or_path = named.model_name(recipe.model)
-    routers = recipe.flux_config if recipe.start is None else named.adapter_path(recipe.start)
+    path = names.model_path(recipe.model)
+    dtype = load_dtype(recipe.dtype, device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **recipe.config)
+    model.config.name_or_path = names.model_name(recipe.model)
+    routers = recipe.flux_config if recipe.start is None else names.adapter_path(recipe.start)
     return attach(model, routers)
 
 
@@ -64,7 +88,7 @@ def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
     RecipeError
         With the files that would be lost, or the recipe's keys that differ.
     """
-    if recipe.start is not None and Path(named.adapter_path(recipe.start)).resolve() == folder.resolve():
+    if recipe.start is not None and Path(names.adapter_path(recipe.start)).resolve() == folder.resolve():
         raise RecipeError(f"the output is {folder}, the adapter that is started from: use another output")
     kept, checkpoint = folder / "recipe.yaml", last_checkpoint(folder)
     found = [name for name in RESULTS if name != "malformed.txt" and (folder / name).exists()]
@@ -111,6 +135,8 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     ------
     RecipeError, DataError
         For a recipe or data that cannot be used.
+    Interrupted
+        By Ctrl-C, when the step at work is finished and saved.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     args = training_arguments(recipe)
@@ -119,15 +145,19 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise ImportError("matplotlib is missing, which draws the run: pip install 'flux-attention[train]'")
     check_output(recipe, folder, restart)
+    check_model(recipe)
+    if main:
+        check_writable(folder)
     # Before the model: what is wrong with data is known before a large one is loaded.
-    data, report = load_data(recipe, AutoTokenizer.from_pretrained(named.model_path(recipe.model)))
+    data, report = load_data(recipe, AutoTokenizer.from_pretrained(names.model_path(recipe.model)))
     if main:
         say(f"{report}\n{len(data):,} packs of up to {recipe.pack_length:,} tokens, {recipe.batch_size} in a step")
     if len(data) < recipe.batch_size:
         raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
     torch.manual_seed(args.seed)  # of the routers' initial weights
-    routing = load_model(recipe)
-    trainer = RouterTrainer(routing, recipe, data, args)
+    routing = load_model(recipe, args.device)
+    interrupt = SaveOnInterrupt()
+    trainer = RouterTrainer(routing, recipe, data, args, callbacks=[interrupt])
     trainer.accelerator.wait_for_everyone()
     checkpoint, digest = None if restart else last_checkpoint(folder), data.hash()
     if checkpoint is not None:
@@ -150,21 +180,31 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
             (folder / "malformed.txt").write_text(lines, encoding="utf-8")
             say(f"all malformed records are listed in {folder / 'malformed.txt'}")
         (folder / "data.sha256").write_text(digest + "\n")
-    state = None if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
-    try:
-        if state is not None and state.global_step >= args.max_steps:  # it was stopped when all was trained
-            trainer.state = state
-            trainer._load_from_checkpoint(str(checkpoint))
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        trainer.model.release()
+    _fit(trainer, interrupt, checkpoint)
     trainer.gather()
     if main:
         finish(trainer, folder, data)
         say(f"the adapter is in {folder}: attach(model, {str(folder)!r})")
     trainer.accelerator.wait_for_everyone()
     return trainer
+
+
+def _fit(trainer: RouterTrainer, interrupt: SaveOnInterrupt, checkpoint: Path | None) -> None:
+    """Train to the last step, from the checkpoint if there is one; or raise ``Interrupted``."""
+    steps = trainer.args.max_steps
+    state = None if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
+    try:
+        if state is not None and state.global_step >= steps:  # it was stopped when all was trained
+            trainer.state = state
+            trainer._load_from_checkpoint(str(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        interrupt.release()
+        trainer.model.release()
+    if interrupt.stopped:
+        step = trainer.state.global_step
+        raise Interrupted(step, steps, Path(trainer.args.output_dir) / f"checkpoint-{step}")
 
 
 def finish(trainer: RouterTrainer, folder: Path, data: PackedExamples) -> None:
@@ -183,7 +223,7 @@ def _model_config(recipe: Recipe):
     """The model's configuration: its own, or where that does not lie on this machine, the recipe's ``shape``."""
     if recipe.shape not in {None, *SHAPES}:
         raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
-    path = named.model_path(recipe.model)
+    path = names.model_path(recipe.model)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=recipe.shape is not None, **recipe.config)
     except OSError as error:
@@ -214,7 +254,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     config = _model_config(recipe)
     sizes, made_for = recipe.flux_config, None
     if recipe.start is not None:
-        start = load_config(named.adapter_path(recipe.start))[1]
+        start = load_config(names.adapter_path(recipe.start))[1]
         sizes, made_for = replace(start, base_model=None), start.base_model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

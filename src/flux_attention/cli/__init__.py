@@ -1,0 +1,5 @@
+"""The command line: thin, every command calls public functions. Heavy imports happen inside commands."""
+
+from flux_attention.cli.app import app, run
+
+__all__ = ["app", "run"]

@@ -1,0 +1,83 @@
+"""The application: its commands are listed here, and its errors end here."""
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flux_attention.cli.bench import bench
+from flux_attention.cli.console import UserError, err
+from flux_attention.cli.demo import demo
+from flux_attention.cli.evaluate import evaluate
+from flux_attention.cli.info import info
+from flux_attention.cli.show import generate, inspect
+from flux_attention.cli.train import train
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Full or sparse attention, decided per input and layer, for frozen Hugging Face language models.",
+)
+for command in (inspect, generate, info, bench, train):
+    app.command()(command)
+app.command(name="eval")(evaluate)
+app.command()(demo)
+
+
+@dataclass
+class Settings:
+    """Options that stand before a command."""
+
+    debug: bool = False
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+):
+    context.ensure_object(Settings).debug = debug
+
+
+def tell_error(error: Exception) -> None:
+    """Print an error as one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    kind = "" if isinstance(error, (UserError, ValueError)) else f"{type(error).__name__}: "
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        kind, text = "", f"not enough memory ({text[:120]}); use a shorter prompt, a smaller dtype, or routers"
+    err.print(f"[bold red]error:[/] {escape(kind + text)}", highlight=False, soft_wrap=True)
+
+
+def run() -> None:
+    """Entry point: errors are one line on standard error; exit codes are 0, 1 (failed), 2 (usage), 130 (Ctrl-C)."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Read when PyTorch is imported: threads that wait actively take three times as long on cores that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settings = Settings()
+    try:
+        code = app(standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+        if code == 130:  # newer versions of typer catch Ctrl-C themselves
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of click, or of typer's copy of it
+            error.show()
+            sys.exit(error.exit_code)
+        if settings.debug:
+            traceback.print_exc()
+        else:
+            tell_error(error)
+        sys.exit(1)

@@ -1,0 +1,67 @@
+"""What several commands take, read and checked before anything is loaded."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flux_attention.cli.console import UserError
+
+Model = Annotated[
+    str, typer.Argument(help="Directory or Hub id of a causal LM; 'shipped' for the one that comes along.")
+]
+Text = Annotated[str | None, typer.Argument(help="File with the prompt, or - for standard input.")]
+Routers = Annotated[str | None, typer.Option(help="Directory or Hub id of a router adapter.")]
+Force = Annotated[
+    str | None,
+    typer.Option(help="Ignore the routers: 'full', 'sparse', a ratio with a point (0.75), or the full layers (3,7)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Device = Annotated[str | None, typer.Option(help="Device; default: cuda if there is one.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto: the checkpoint's own, but float32 on a CPU without fast bfloat16."
+    ),
+]
+
+
+def read_text(source: str | None) -> str:
+    """The prompt, without the newline that editors put at a file's end."""
+    if source in (None, "-"):
+        if source is None and sys.stdin.isatty():
+            raise UserError("no prompt: name a file, or - to read standard input")
+        source, content = "standard input", sys.stdin.buffer.read()
+    else:
+        path = Path(source)
+        if not path.exists() or path.is_dir():
+            raise UserError(f"{source} is not a file; name a text file, or - for standard input")
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise UserError(f"the prompt in {source} is empty")
+    return text.removesuffix("\n")
+
+
+def read_force(spec: str | None) -> Any:
+    """What ``Routing.force`` takes."""
+    if spec is None:
+        return None
+    from flux_attention.decision import read_spec
+
+    return read_spec(spec)
+
+
+def read_numbers(text: str, kind: type, least: float, most: float) -> list:
+    """Numbers separated by commas; lengths may end in K."""
+    try:
+        numbers = [kind(float(part[:-1]) * 1024) if part[-1] in "kK" else kind(part) for part in text.split(",")]
+    except (ValueError, IndexError):
+        raise UserError(f"{text!r} is not a list of numbers such as 1K,32K or 0.5,0.75") from None
+    if not all(least <= number <= most for number in numbers):
+        raise UserError(f"{text!r} has a number that is not between {least} and {most}")
+    return numbers

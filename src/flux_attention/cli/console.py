@@ -1,0 +1,9 @@
+"""Where commands print, and the error that a user can mend."""
+
+from rich.console import Console
+
+out, err = Console(), Console(stderr=True)
+
+
+class UserError(Exception):
+    """Something that the user can mend."""

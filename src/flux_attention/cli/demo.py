@@ -1,0 +1,24 @@
+"""``demo``: the shipped model at work."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flux_attention.cli.arguments import Json
+from flux_attention.cli.console import out
+
+
+def demo(
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each kind of input.")] = 2,
+    length: Annotated[int, typer.Option(min=1024, max=8192, help="Tokens of each sample.")] = 3072,
+    seed: Annotated[int | None, typer.Option(help="Default: a fresh sample each time.")] = None,
+    as_json: Json = False,
+):
+    """Run the shipped model on real text, dense, routed and all-sparse, and show what each input needed."""
+    from flux_attention.shipped.demo import run_demo
+
+    rows = run_demo(samples, length, seed, Console(quiet=True) if as_json else out)
+    if as_json:
+        print(json.dumps(rows))

@@ -1,0 +1,101 @@
+"""``inspect`` and ``generate``: one prompt."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from flux_attention.cli.arguments import Device, Dtype, Force, Json, Model, Routers, Text, read_force, read_text
+from flux_attention.cli.console import err, out
+from flux_attention.cli.subject import Subject, check_precision
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+def _subject(model: str, routers: str | None, force: str | None, device: str | None, dtype: str):
+    check_precision(device, dtype)  # before PyTorch is imported
+    routes = read_force(force)
+    return Subject(model, [routers] if routers else [], device, dtype, routes), routes
+
+
+def inspect(
+    model: Model,
+    text: Text = None,
+    routers: Routers = None,
+    force: Force = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+):
+    """Show how a prompt is routed: full and sparse layers, sparsity ratios, bytes of the KV cache."""
+    prompt = read_text(text)
+    subject, routes = _subject(model, routers, force, device, dtype)
+    ids = subject.encode(prompt)
+
+    import torch
+
+    from flux_attention.hf.cache.size import dense_kv_bytes, kv_bytes
+
+    loaded, routing = subject.attach()
+    with torch.no_grad(), err.status(f"prefilling {ids.shape[1]} tokens"), routing.force(routes):
+        cache = loaded.get_decoder()(ids, use_cache=True).past_key_values
+    held, dense = kv_bytes(cache), dense_kv_bytes(cache)
+    if as_json:
+        print(json.dumps({"model": model, **routing.routes.to_dict(), "kv_bytes": held, "baseline_kv_bytes": dense}))
+        return
+    out.print(routing.routes)
+    out.print(f"{ids.shape[1]} tokens; KV cache {_mib(held)}, dense {_mib(dense)}", highlight=False)
+
+
+def generate(
+    model: Model,
+    text: Text = None,
+    routers: Routers = None,
+    force: Force = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+):
+    """Continue a prompt (greedily), printing text as it comes."""
+    prompt = read_text(text)
+    subject, routes = _subject(model, routers, force, device, dtype)
+    ids = subject.encode(prompt, max_new_tokens)
+
+    import torch
+    from transformers import TextStreamer
+
+    from flux_attention import kv_bytes
+
+    loaded, routing = subject.attach()
+    status = err.status(f"prefilling {ids.shape[1]} tokens")
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False):
+            status.stop()  # the first text is there
+            super().on_finalized_text(text, stream_end)
+
+    streamer = None if as_json else Streamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with status, torch.no_grad(), routing.force(routes):
+        result = loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+            return_dict_in_generate=True,
+        )
+    if not as_json:
+        err.print(routing.routes)
+        return
+    new = result.sequences[0, ids.shape[1] :]
+    facts = {
+        "model": model,
+        "text": subject.tokenizer.decode(new, skip_special_tokens=True),
+        "tokens": len(new),
+        **routing.routes.to_dict(),
+        "kv_bytes": kv_bytes(result.past_key_values),
+    }
+    print(json.dumps(facts))

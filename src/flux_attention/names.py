@@ -1,0 +1,115 @@
+"""What a user names: ``shipped``, folders, Hub repositories, words of a list; checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+#: Seconds that the Hub has for its answer.
+TIMEOUT = 10
+
+#: What the model that comes along is called in results and adapters, wherever it lies.
+NAME = "flux-attention/shipped"
+#: Stock transformers checkpoint with its tokenizer.
+BACKBONE = Path(__file__).parent / "shipped" / "backbone"
+#: Router adapter for it.
+ROUTERS = Path(__file__).parent / "shipped" / "routers"
+
+
+def model_path(model: str) -> str:
+    """Say where the model called ``shipped`` lies; any other name as it is."""
+    return str(BACKBONE) if model == "shipped" else model
+
+
+def model_name(model: str) -> str:
+    """Say what the model called ``shipped`` is called in results and adapters; any other name as it is."""
+    return NAME if model == "shipped" else model
+
+
+def adapter_path(adapter: str) -> str:
+    """Say where the adapter called ``shipped`` lies; any other name as it is."""
+    return str(ROUTERS) if adapter == "shipped" else adapter
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether ``name`` can only be a folder: ids of Hub repositories are ``name`` or ``owner/name``."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
+
+
+def check_folder(name: str | os.PathLike) -> None:
+    """
+    Refuse a path at which there is no folder; ids of Hub repositories pass.
+
+    Raises
+    ------
+    ValueError
+        With what is there.
+    """
+    path, text = Path(name).expanduser(), str(name)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise ValueError(f"{text} is a file, expected a folder")
+    if isinstance(name, os.PathLike) or looks_like_path(text):
+        raise ValueError(f"no such folder {text}; check the path, or give the id of a Hub repository: owner/name")
+
+
+def unreachable(repo_id: str, filename: str, revision: str | None = None) -> str | None:
+    """
+    Say why a Hub repository cannot be had; None if it lies in the cache or the Hub has it.
+
+    One request, for a download would retry for half a minute before it says so.
+    """
+    try:
+        if isinstance(try_to_load_from_cache(repo_id, filename, revision=revision), str):
+            return None
+        if constants.HF_HUB_OFFLINE:
+            return "it is not in the cache, and HF_HUB_OFFLINE forbids downloads"
+        get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), timeout=TIMEOUT)
+    except HFValidationError:
+        return "no such folder, and not the id of a Hub repository: owner/name"
+    except GatedRepoError:
+        return "its owner grants access on request: ask at its page, then log in by `hf auth login`"
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 404):
+            return f"no such folder, and the Hub has no such repository with a {filename}, or it is private"
+        return f"the Hub answered {status}"
+    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
+        return f"no such folder, and the Hub cannot be reached: {type(error).__name__}"
+    return None
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """
+    Make a folder, and a file in it for a moment: what cannot be written is known before hours of work.
+
+    Raises
+    ------
+    ValueError
+        With the system's reason.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror or error}; name another folder") from None
+
+
+def check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """
+    Refuse names that are not among the known ones.
+
+    Raises
+    ------
+    ValueError
+        With the unknown ones and all known ones.
+    """
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}")

@@ -1,0 +1,57 @@
+"""Prompts inspected and continued."""
+
+import json
+
+import pytest
+from helpers.command import flux, write_prompt
+
+from flux_attention.kernels import precision
+
+
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory):
+    return write_prompt(tmp_path_factory.mktemp("cli") / "prompt.txt")
+
+
+@pytest.mark.parametrize("fast, itemsize", [(True, 2), (False, 4)])
+def test_inspect(prompt, monkeypatch, fast, itemsize):
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda: fast)
+    arguments = ["inspect", "shipped", prompt, "--device", "cpu"]
+    result = flux(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    sequence = facts["sequences"][0]
+    assert len(sequence["routes"]) == 10 and 0 <= sequence["msr"] <= 1
+    # layers, KV heads, dim, K and V
+    assert facts["baseline_kv_bytes"] == sequence["tokens"] * 10 * 2 * 64 * 2 * itemsize
+    if fast:
+        return
+    with open(prompt, "rb") as file:
+        piped = flux("inspect", "shipped", "-", "--device", "cpu", "--json", stdin=file.read())
+    assert json.loads(piped.stdout) == facts
+    shown = flux(*arguments, "--force", "sparse")
+    assert "░░░░░░░░░░  0/10 layers full" in shown.stdout and "KV cache" in shown.stdout
+
+
+def test_generate_answers_a_question_about_its_prompt(prompt):
+    arguments = ["generate", "shipped", prompt, "--max-new-tokens", "7", "--dtype", "float32"]
+    result = flux(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[0] == "48213"
+    facts = json.loads(flux(*arguments, "--json").stdout)
+    assert facts["text"].split()[0] == "48213" and facts["kv_bytes"] > 0
+    assert "48213" not in flux(*arguments, "--force", "sparse").stdout
+
+
+def test_oversized_prompt(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("word " * 20000)
+    result = flux("inspect", "shipped", path)
+    assert result.returncode == 1 and "the model reads at most 8192; shorten it" in result.stderr
+
+
+def test_not_text(tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(b"\xff\xfe\x00")
+    result = flux("inspect", "shipped", path)
+    assert result.returncode == 1 and "is not UTF-8 text (byte 0)" in result.stderr

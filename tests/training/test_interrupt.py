@@ -1,0 +1,113 @@
+"""Ctrl-C in training: saved at the step that was finished, and gone on from to the same end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import tiny_model
+from helpers.command import COMMAND, ENVIRONMENT
+from transformers import AutoTokenizer
+
+from flux_attention import shipped
+from flux_attention.training import Recipe, train
+from flux_attention.training.interrupt import SaveOnInterrupt
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Of a run that takes seconds, with no checkpoint of its own before the end."""
+    tokenizer = AutoTokenizer.from_pretrained(shipped.BACKBONE)
+    tiny_model("qwen3", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    records = [
+        {
+            "context": f"def f{i}(x):\n    return x + {i}\n" * (3 + i % 4),
+            "question": f"What does f{i} add?",
+            "answer": f"It adds {i}.",
+            "metadata": {"task": ("Single QA", "Code")[i % 2], "is_prefix": bool(i % 2)},
+        }
+        for i in range(24)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Recipe.from_dict(
+        dict(
+            model=str(tmp_path / "base"),
+            output=str(tmp_path / "whole"),
+            data=[{"path": str(tmp_path / "data.jsonl")}],
+            routers=dict(sink=4, window=12, pool_size=6),
+            targets={"Single QA": 0.3, "Code": 0.9},
+            max_length=192,
+            batch_size=2,
+            dtype="float32",
+            gradient_checkpointing=False,
+            training=dict(max_steps=40, save_steps=40, learning_rate=3e-3),
+        )
+    )
+
+
+def take_interrupts():  # a job started in the background has them ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(*arguments, processes=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = COMMAND if processes == 1 else [sys.executable, *torchrun, *COMMAND[1:]]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*command, "train", *arguments], env=environment, preexec_fn=take_interrupts, **pipes)
+
+
+def wait_for(process, words):
+    """Read standard output up to a line with ``words``."""
+    for line in process.stdout:
+        if words in line:
+            return line
+    raise AssertionError(process.stderr.read())
+
+
+def losses(folder):
+    return [(row["step"], row["loss"]) for row in json.loads((folder / "training_log.json").read_text())]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_end(recipe, tmp_path, processes):
+    train(recipe)
+    path, stopped = tmp_path / "recipe.yaml", tmp_path / "stopped"
+    recipe.to_yaml(path)
+    arguments = [str(path), "--output", str(stopped)]
+    with start(*arguments, processes=processes) as process:
+        assert "left" in wait_for(process, "step 3 of 40")
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 3 <= step < 40
+    program = "flux-attention" if processes == 1 else "torchrun --nproc-per-node 2 -m flux_attention.cli"
+    go_on = f"stopped after step {step} of 40, saved in {checkpoint}; to go on: {program} train {' '.join(arguments)}"
+    assert go_on in stderr
+    assert not (stopped / "routers.safetensors").exists()
+    if processes == 1:
+        assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
+    with start(*arguments, processes=processes) as process:
+        assert f"going on from {checkpoint}" in wait_for(process, "going on")
+        stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    for (step, loss), expected in zip(losses(stopped), losses(tmp_path / "whole"), strict=True):
+        assert (step, pytest.approx(loss, abs=0 if processes == 1 else 1e-4)) == expected
+
+
+def test_a_second_interrupt_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    interrupt = SaveOnInterrupt()
+    interrupt.on_train_begin(None, None, None)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        interrupt.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGINT) is before
