@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from flux_attention import names
 from flux_attention.cli.console import UserError, err
 from flux_attention.names import check_folder, unreachable
 
@@ -29,9 +30,8 @@ class Subject:
     def __init__(self, model: str, routers: list[str], device: str | None, dtype: str, force: Any = None):
         check_precision(device, dtype)
         self.model, self.path, self.dtype = model, names.model_path(model), dtype
-        self.adapters = [
-            names.adapter_path(adapter) for adapter in routers or (["shipped"] if model == "shipped" else [])
-        ]
+        wanted = routers or (["shipped"] if model == "shipped" else [])
+        self.adapters = [names.adapter_path(adapter) for adapter in wanted]
         check_folder(self.path)
         with err.status(f"looking at {escape(model)}"):
             self.check_adapters(force)

@@ -27,6 +27,7 @@ def _decode(
     sink, window, scale_log2,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
+    # long: one launch does it all, as a step is bound by launches and reads
     kv_head, program = tl.program_id(0), tl.program_id(1)
     element = key_ptr.dtype.element_ty
     table_ptr += program * 7

@@ -109,13 +109,25 @@ def _positions_count_tokens(past_key_values, attention_mask=None, position_ids=N
     return bool(((last == count - 1) | (last == past + count - 1)).all())
 
 
-def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generation_config, streamer):
+def _first_token(stock, input_ids, generation_config):
+    """Run the stock loop for one token, prefill included; returns what it returns as a dict."""
     first = copy.copy(generation_config)
     first.return_dict_in_generate = True
     if not generation_config.return_dict_in_generate:
         first.output_scores = first.output_logits = False
     one_token = StoppingCriteriaList([MaxLengthCriteria(max_length=input_ids.shape[1] + 1)])
-    start = stock(input_ids, stopping_criteria=one_token, generation_config=first)
+    return stock(input_ids, stopping_criteria=one_token, generation_config=first)
+
+
+def _choose(scores_BV: torch.Tensor, samples: bool) -> torch.Tensor:
+    """Pick each sequence's next token: drawn by the scores, or the most likely one."""
+    if samples:
+        return torch.multinomial(scores_BV.softmax(-1), num_samples=1)[:, 0]
+    return scores_BV.argmax(-1)
+
+
+def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generation_config, streamer):
+    start = _first_token(stock, input_ids, generation_config)
     cache, scores, raw_logits = start.past_key_values, start.scores, start.logits
     layers = [cache.layers[layer] for layer in step.routing.layers]
     length, limit = start.sequences.shape[1], stopping_criteria.max_length
@@ -149,10 +161,7 @@ def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generatio
                 scores += (token_scores,)
             if raw_logits is not None:
                 raw_logits += (logits,)
-            if generation_config.do_sample:
-                tokens = torch.multinomial(token_scores.softmax(-1), num_samples=1)[:, 0]
-            else:
-                tokens = token_scores.argmax(-1)
+            tokens = _choose(token_scores, generation_config.do_sample)
             if has_eos:
                 tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
             ids[:, length] = tokens
