@@ -35,18 +35,30 @@ def measure(
 
 
 def measure_in_turn(
-    runs: Sequence[Callable[[], Any]], seconds: float = 0.4, least: int = 3, most: int = 50, warm: int = 2
+    runs: Sequence[Callable[[], Any]],
+    seconds: float = 0.4,
+    least: int = 3,
+    most: int = 50,
+    warm: int = 2,
+    before: Sequence[Callable[[], Any]] | None = None,
 ) -> list[dict[str, float]]:
-    """As ``measure``, of several runs in turn, so that what changes meanwhile, as the clock does, changes for all."""
-    for run in [*runs] * warm:
+    """
+    As ``measure``, of several runs in turn, so that what changes meanwhile, as the clock does, changes for all.
+
+    Each of ``before`` prepares its run, untimed.
+    """
+    before = before or [lambda: None] * len(runs)
+    for prepare, run in [*zip(before, runs, strict=True)] * warm:
+        prepare()
         run()
     torch.cuda.synchronize()
     times: list[list[float]] = [[] for _ in runs]
-    order, shuffle = list(zip(runs, times, strict=True)), random.Random(0).shuffle
+    order, shuffle = list(zip(before, runs, times, strict=True)), random.Random(0).shuffle
     with without_collection():  # which takes hundreds of milliseconds of the host's time
         while len(times[0]) < most and (len(times[0]) < least or sum(map(sum, times)) < 1000 * seconds):
             shuffle(order)  # what ran before has a part in how long a run takes
-            for run, found in order:
+            for prepare, run, found in order:
+                prepare()
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 run()

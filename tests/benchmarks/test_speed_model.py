@@ -34,9 +34,10 @@ def measured(monkeypatch):
         full.append(sum(True in layer.buffers for layer in cache.layers))
         return kv_bytes(cache)
 
-    def in_turn(runs, **options):
+    def in_turn(runs, before, **options):
         full.clear()
-        for run in runs:
+        for prepare, run in zip(before, runs, strict=True):
+            prepare()
             run()
         return [{"ms": 10.0 + count, "ms_min": 10.0, "ms_max": 20.0, "repeats": 1} for count in full or [0] * len(runs)]
 
