@@ -144,7 +144,7 @@ def test_damage_is_named_and_the_model_left_alone(saved, damage, monkeypatch):
 
 
 def test_a_file_is_not_a_directory(saved):
-    with pytest.raises(AdapterError, match="is a file; expected a directory"):
+    with pytest.raises(AdapterError, match="is a file, expected a folder"):
         attach(tiny_model("qwen3"), saved / adapters.WEIGHTS_FILE)
 
 
@@ -177,11 +177,11 @@ def test_what_can_only_be_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["routers", "me/routers", "me/routers-v1.2"])
 def test_what_can_be_an_id_is_asked_of_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    download = mock.Mock(side_effect=OSError("offline"))
-    monkeypatch.setattr(adapters, "snapshot_download", download)
+    asked = mock.Mock(return_value="offline")
+    monkeypatch.setattr(adapters, "unreachable", asked)
     with pytest.raises(AdapterError, match=r"neither a directory nor a Hub repository that can be .*\(offline\)"):
         adapters.resolve(name, "v2")
-    assert download.call_args.args == (name,) and download.call_args.kwargs["revision"] == "v2"
+    assert asked.call_args.args == (name, adapters.CONFIG_FILE, "v2")
 
 
 def test_the_card_says_what_the_adapter_is_and_how_to_use_it(saved):
@@ -272,6 +272,7 @@ def hub(tmp_path, monkeypatch):
         return str(hub.root / repo_id / (revision or "main"))
 
     monkeypatch.setattr(adapters, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(adapters, "unreachable", lambda *arguments: None)
     return hub
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from flux_attention.cache import kv_bytes
 from speed import model, timing
 
+from flux_attention import kv_bytes
 from flux_attention.patterns import Streaming
 from flux_attention.training.sizes import SHAPES
 

@@ -43,7 +43,7 @@ def test_neither_formula_keeps_gates_that_were_computed_again(routing, monkeypat
     for formula in (training.plain_formula(), torch.enable_grad()):
         with formula:
             module(**training.pack_of(routing, 40))["loss"].backward()
-        assert not calls[-1].gates
+        assert not calls[-1].decision._gates
 
 
 def test_the_plain_formula_runs_each_branch_once(routing, monkeypatch):

@@ -5,7 +5,7 @@ from unittest import mock
 
 from helpers.command import flux
 
-from flux_attention.evaluation import demo
+from flux_attention.shipped import demo
 
 
 def test_demo_shows_every_family():

@@ -343,7 +343,7 @@ def test_tasks_by_head(tasks, tmp_path, own_tasks_only, short_adapter):
     again = list(make(lambda *args: 1 / 0).rows(rows))
     assert again == rows
     forced = []
-    late = make(lambda routing, count, tell: forced.append(routing.forced) or chosen)
+    late = make(lambda routing, count, tell: forced.append(routing.settings.forced) or chosen)
     late.methods.append("sparse")  # measured behind the rows that are there
     assert [row["method"] for row in late.rows(rows[:1])] == ["sparse", "head", "head-static"] and forced == [None]
 

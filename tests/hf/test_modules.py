@@ -46,11 +46,12 @@ def test_lora_before_and_after_attach_decide_alike(family, compile, monkeypatch)
         torch.manual_seed(1)
         return get_peft_model(model, config)
 
-    before = tiny_model(family)
-    first = wrapped(before)
-    expected = decided(first, randomize(attach(before, CONFIG, compile=compile)))
-    after = tiny_model(family)
+    before, after = tiny_model(family), tiny_model(family)
     routing = randomize(attach(after, CONFIG, compile=compile))
+    first = wrapped(before)
+    other = attach(before, CONFIG, compile=compile)
+    other.routers.load_state_dict(routing.routers.state_dict())
+    expected = decided(first, other)
     plain = decided(after, routing)
     second = wrapped(after)
     for a, b in zip(decided(second, routing), expected, strict=True):
@@ -88,7 +89,9 @@ def test_a_quantiser_that_swaps_modules():
     torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
     found = decided(model, routing)
     routing.detach()
-    for a, b in zip(found, decided(model, randomize(attach(model, CONFIG))), strict=True):
+    other = attach(model, CONFIG)
+    other.routers.load_state_dict(routing.routers.state_dict())
+    for a, b in zip(found, decided(model, other), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -105,7 +108,7 @@ def test_an_attention_module_that_is_replaced_is_named():
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
     routing = attach(model, CONFIG)
     model.model.layers[1].self_attn = other.model.layers[1].self_attn
-    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="layer 1 did not show its query"):
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"layer 1 did not show|layers \[1\] did not call"):
         model(ids(1, 20))
     routing.detach()
 

@@ -18,6 +18,8 @@ from flux_attention import kernels
 from flux_attention.kernels import dense, triton_merge, triton_prefill
 from flux_attention.patterns import Full
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -177,7 +179,7 @@ def test_few_queries_behind_many_keys_are_read_by_parts(monkeypatch):
 @pytest.fixture
 def on_hopper(monkeypatch):
     """States for which dense prefill orders SDPA's backends; no GPU is needed to look at the order."""
-    monkeypatch.setattr(kernels, "_dense_backends", lambda *args: BACKENDS)
+    monkeypatch.setattr(dense, "_backends", lambda *args: BACKENDS)
     return SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 1, 128))
 
 
@@ -193,13 +195,13 @@ def test_backends_that_the_user_switched_off_stay_off(on_hopper):
         assert on() == [True] * 4
         assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
     try:
-        cuda.enable_dense_sdp(False)
+        cuda.enable_cudnn_sdp(False)
         with dense.fastest_backend(on_hopper):
             assert on() == [False, True, True, True] and torch._C._get_sdp_priority_order() == order
         with sdpa_kernel(SDPBackend.MATH), dense.fastest_backend(on_hopper):
             assert on() == [False, False, False, True]
     finally:
-        cuda.enable_dense_sdp(True)
+        cuda.enable_cudnn_sdp(True)
     assert on() == before and torch._C._get_sdp_priority_order() == order
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from flux_attention.kernels import triton_decode
 from flux_attention.kernels.split_table import FULL, KEPT, RING, split_table
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 def check_decode(device, dtype, kept, kv_heads, groups, dim, sink, window, seed):
     """Rows of (length, kind): output, and what is stored, of one step."""

@@ -21,6 +21,8 @@ from flux_attention import kernels
 from flux_attention.kernels import triton_prefill
 from flux_attention.patterns import Streaming
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 @st.composite
 def problems(draw, dims=(16, 32), most=90):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flux_attention import FluxConfig, UnsupportedModelError, attach
-from flux_attention.hf.forward import ForwardPass
+from flux_attention.hf.forward import Finished, ForwardPass
 from flux_attention.kernels import triton_prefill
 from flux_attention.training import SparsityObjective, load_data
 from flux_attention.training.module import ATTENTION, RoutedTraining, keep_attention, noise_of
@@ -81,22 +81,24 @@ def test_checkpointing_keeps_nothing_for_longer_than_needed(recipe, tokenizer, g
     settings = {"use_reentrant": False, "context_fn": keep_attention}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     routing = attach(model, FluxConfig(sink=60, window=100, pool_size=6, granularity=granularity))
-    begin, calls = routing._begin, []
-    monkeypatch.setattr(routing, "_begin", lambda kwargs: calls.append(begin(kwargs)) or calls[-1])
+    begin, calls = routing.begin, []
+    monkeypatch.setattr(routing, "begin", lambda kwargs: calls.append(begin(kwargs)) or calls[-1])
     objective = SparsityObjective(recipe.targets, initial=0.7)
     batch = collate([data[0]], objective.classes)
     noise = noise_of(0, 3, batch.pop("numbers").tolist(), len(routing.units))
     left = []
     for number, layer in enumerate(model.model.layers):  # the layers behind it have been computed again, and are done
-        layer.register_full_backward_pre_hook(lambda *_, number=number: left.append((number, set(calls[-1].gates))))
+        layer.register_full_backward_pre_hook(
+            lambda *_, number=number: left.append((number, set(calls[-1].decision._gates)))
+        )
     module = RoutedTraining(routing, objective)
     loss = module(**batch, temperature=2.0, noise=noise, progress=1.0)["loss"]
     loss.backward()
     behind = [{unit for unit in gates if (unit if granularity == "layer" else unit[0]) > n} for n, gates in left]
-    assert len(left) == 3 and behind == [set()] * 3 and not calls[-1].gates
+    assert len(left) == 3 and behind == [set()] * 3 and not calls[-1].decision._gates
     for _ in range(2):  # and nothing at all of a forward that no backward follows
         module(**batch, temperature=2.0, noise=noise, progress=1.0)
-    routing.gates = None
+    routing.publish(Finished(routing.routes, None))
     calls.clear()
     assert not calls_of(routing)
 

@@ -56,7 +56,7 @@ def test_a_run_leaves_an_adapter_and_a_frozen_model(recipe, base, capsys):
     multipliers = trainer.model.objective.multipliers_C2.detach()
     assert (multipliers != 0.5).any(1).all() and (multipliers >= 0).all()
     card = (folder / "README.md").read_text()
-    assert f"base_model: {base}" in card and "| Code | 0.9 |" in card
+    assert f"| base model | {base} (qwen3, 3 layers) |" in card and "| Code | 0.9 |" in card
     assert "<svg" in (folder / "training.svg").read_text()
     trainer.routing.detach()
     fresh = tiny_model("qwen3", vocab_size=before["model.embed_tokens.weight"].shape[0])
@@ -87,7 +87,7 @@ def test_training_goes_on_from_an_adapter(recipe, finished, tmp_path):
     values = {**recipe.to_dict(), "routers": {}, "start": str(finished), "output": str(tmp_path / "second")}
     second = Recipe.from_dict({**values, "training": {**recipe.training, "max_steps": 1, "learning_rate": 0.0}})
     trainer = train(second)
-    assert trainer.routing.config.window == 12
+    assert trainer.routing.config.sparse["window"] == 12
     before, after = (load_file(folder / "routers.safetensors") for folder in (finished, Path(second.output)))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert dry_run(second)["trained"] == dry_run(recipe)["trained"]

@@ -74,7 +74,7 @@ def evaluate(
 
     from flux_attention.evaluation import quality
     from flux_attention.evaluation.report import write_report
-    from flux_attention.tasks.families import Haystack
+    from flux_attention.tasks.samples import Haystack
     from flux_attention.tasks.text import local_texts
 
     loaded, tokenizer = subject.load(), subject.tokenizer

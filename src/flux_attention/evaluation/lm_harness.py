@@ -15,6 +15,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from statistics import fmean
 from typing import Any
 
@@ -169,14 +170,13 @@ class FluxLM(HFLM):
 
     def _model_call(self, inps, attn_mask=None, labels=None) -> torch.Tensor:
         if self._split is None:  # the base class looks for the largest batch
-            with self.routing.force(self.forced):
-                return super()._model_call(inps, attn_mask, labels)
+            return super()._model_call(inps, attn_mask, labels)
         read, first = self._split
         mixed = self.mixed_precision_dtype
         with (
             torch.no_grad(),
             torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None),
-            self.routing.force(self._routes(inps[:, :read].tolist())),
+            self._forcing(inps[:, :read].tolist()),
         ):
             # The base class counts positions from the end, so the logits of the context, which may be large, can go.
             logits = self.model(
@@ -187,20 +187,19 @@ class FluxLM(HFLM):
 
     def _model_generate(self, context, *args, **kwargs) -> torch.Tensor:
         real = kwargs.get("attention_mask", torch.ones_like(context)).bool()
-        routes = self._routes([row[mask].tolist() for row, mask in zip(context, real, strict=True)])
-        with self.routing.force(routes):
+        with self._forcing([row[mask].tolist() for row, mask in zip(context, real, strict=True)]):
             output = super()._model_generate(context, *args, **kwargs)
         self.routed += self.routing.routes.routes_BL.tolist()
         return output
 
-    def _routes(self, contexts: Sequence[list[int]]) -> RouteSpec | None:
-        """Return the routes to force for these contexts."""
+    def _forcing(self, contexts: Sequence[list[int]]):
+        """Return a context manager that forces the routes of these contexts; what is in force stays if none are."""
         if self.drawn is None:
-            return self.forced
+            return nullcontext() if self.forced is None else self.routing.force(self.forced)
         layers, routes = self.routing.layers, torch.zeros(len(contexts), len(self.routing.layers))
         for row, context in zip(routes, contexts, strict=True):
             row[random.Random(str(context)).sample(range(len(layers)), self.drawn)] = 1
-        return routes
+        return self.routing.force(routes)
 
 
 def _parse_force(force: Any) -> RouteSpec | None:

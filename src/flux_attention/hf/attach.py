@@ -39,7 +39,8 @@ from flux_attention.router import LayerRouter
 
 #: Where the handle stands on an attached decoder, and a layer's index on its query module.
 HANDLE, LAYER = "flux_routing", "flux_layer"
-#: Inputs of models around a decoder that are not text.
+#: Arguments of models around a decoder that tell which tokens are text, and inputs that are not.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs")
 #: The configurations of attached models: two models that share one cannot be told apart by transformers.
 _attached_configs: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -123,9 +124,9 @@ def attach(
     else:
         config, modules = adapters.load(routers, base, revision)
     for index, attention in attentions.items():
-        device = next(attention.parameters()).device
-        if device.type != "meta":
-            modules[str(index)].to(device)
+        weight = next(attention.parameters(), None)  # quantised layers may have none
+        if weight is not None and weight.device.type != "meta":
+            modules[str(index)].to(weight.device)
     routing = Routing(model, decoder, attentions, config, modules, keep_full_kv, cuda_graphs, compile, min_tokens)
     try:
         _install(routing, model, decoder, attentions)
@@ -155,6 +156,7 @@ def _install(routing: Routing, model: nn.Module, decoder: nn.Module, attentions:
             routing.add_hook(module.register_forward_pre_hook(_enter_enclosing, with_kwargs=True))
             routing.add_hook(module.register_forward_hook(_leave_enclosing, always_call=True))
     query_hooks = QueryHooks(routing, attentions)
+    routing.hooks += len(attentions)
     _hook_decoder(routing, decoder, query_hooks)
     for attention in attentions.values():
         routing.add_hook(attention.register_forward_pre_hook(_enter_attention, with_kwargs=True))
@@ -181,15 +183,17 @@ def _is_around(module: nn.Module, decoder: nn.Module) -> bool:
 
 def _enter_enclosing(module, args, kwargs):
     named = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-    types = [named.get(name) for name in ("token_type_ids", "mm_token_type_ids")]
-    text_only = all(named.get(name) is None for name in OTHER_INPUTS) and not any(
-        kinds is not None and bool((kinds != 0).any()) for kinds in types
-    )
-    call = EnclosingCall(named.get("attention_mask"), named.get("input_ids"), text_only)
+    types = {name: named[name] for name in TOKEN_TYPES if named.get(name) is not None}
+    text_only = all(named.get(name) is None for name in OTHER_INPUTS)
+    text_only = text_only and not any(bool((kinds != 0).any()) for kinds in types.values())
     outer = enclosing.get()
+    call = EnclosingCall(named.get("attention_mask"), named.get("input_ids"), text_only)
     if outer and call.input_ids is None:  # called by another enclosing model, which has told what it was given
         call = EnclosingCall(call.attention_mask, outer[-1].input_ids, text_only and outer[-1].text_only)
     enclosing.set((*outer, call))
+    if text_only:  # types of which all are text would have masks made for images, in which windows cannot be told
+        kwargs = {name: value for name, value in kwargs.items() if name not in types}
+    return args, kwargs
 
 
 def _leave_enclosing(module, args, output):
@@ -251,7 +255,7 @@ class QueryHooks:
 
     def __init__(self, routing: Routing, attentions: dict[int, nn.Module]):
         self.routing, self.attentions = routing, attentions
-        self.hooked: dict[int, tuple[nn.Module, Any]] = {}
+        self.hooked: dict[int, nn.Module] = {}
         routing.undo.callback(self.remove)
         self.renew()
 
@@ -259,30 +263,33 @@ class QueryHooks:
         """Hook the modules that shape the queries now."""
         for layer, attention in self.attentions.items():
             module = query_module(attention)
-            if layer in self.hooked and self.hooked[layer][0] is module:
+            if self.hooked.get(layer) is module:
                 continue
             if module is None:
                 raise UnsupportedModelError(
                     f"the query module of layer {layer} was taken away while routers were attached; detach, and attach "
                     "again"
                 )
-            self._unhook(layer)
+            if layer in self.hooked:
+                _unhook(self.hooked[layer])
+            _unhook(module)  # a quantiser copies hooks to the module that it puts in another's place
             # The layer's index comes from the module: compiled layers share one graph, and so this hook.
             setattr(module, LAYER, layer)
-            self.hooked[layer] = module, module.register_forward_hook(_after_query)
-            self.routing.hooks += 1
-
-    def _unhook(self, layer: int) -> None:
-        if layer in self.hooked:
-            module, handle = self.hooked.pop(layer)
-            handle.remove()
-            vars(module).pop(LAYER, None)
-            self.routing.hooks -= 1
+            module.register_forward_hook(_after_query)
+            self.hooked[layer] = module
 
     def remove(self) -> None:
         """Remove all hooks."""
-        for layer in list(self.hooked):
-            self._unhook(layer)
+        for layer, attention in self.attentions.items():
+            for module in (self.hooked.pop(layer, None), query_module(attention)):
+                if module is not None:
+                    _unhook(module)
+
+
+def _unhook(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_hooks.items() if hook is _after_query]:
+        del module._forward_hooks[key]
+    vars(module).pop(LAYER, None)
 
 
 def _after_query(module, args, output):

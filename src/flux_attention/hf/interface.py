@@ -54,9 +54,8 @@ def make_mask(*args, mask_function=causal_mask_function, local_size=None, **kwar
     is_local = local_size is not None and not hides_nothing(kwargs.get("config"), local_size)
     if (context is None and not outer) or is_local:
         return sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs)
-    # Sequences that are told apart by ``sequence_lengths``, or an overlay for image tokens where there are none.
-    is_known = context.is_packed if context is not None else outer[-1].text_only
-    if mask_function is not causal_mask_function and local_size is None and not is_known:
+    is_packed = context is not None and context.is_packed  # of which the forward pass knows
+    if mask_function is not causal_mask_function and local_size is None and not is_packed:
         raise UnsupportedModelError(
             "the model asks for an attention mask that is not plainly causal (image tokens that attend both ways, or "
             "packed sequences that the call does not tell of); routed layers support causal masks with padding only"

@@ -1,5 +1,6 @@
 """Training routers on a frozen model: the method's objective, data, and transformers' Trainer around them."""
 
+from flux_attention.errors import RecipeError
 from flux_attention.training.objective import SparsityObjective, temperature
 
 __all__ = ["Recipe", "RecipeError", "RouterTrainer", "SparsityObjective", "load_data", "temperature", "train"]

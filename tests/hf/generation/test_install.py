@@ -237,11 +237,15 @@ def test_a_second_turn_of_answers_of_unlike_lengths(keep_full):
     attach(model, CONFIG, keep_full_kv=keep_full)
     for stock, ours in zip(expected, turns(), strict=True):
         assert torch.equal(stock, ours)
-    if keep_full:  # as one call with the same mask would give
-        turns(dict(routes=0.5))
-    else:
-        with pytest.raises(ValueError, match=r"cannot mask .* have dropped what would be needed"):
-            turns(dict(routes="sparse"))
+    if not keep_full:
+        first = model.generate(
+            prompts, routes="sparse", max_new_tokens=10, do_sample=False, return_dict_in_generate=True
+        )
+        longer, mask = torch.cat([first.sequences, question], 1), torch.ones(2, 35, dtype=torch.long)
+        mask[0, 25:30] = 0
+        second = dict(attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+        with pytest.raises(ValueError, match=r"cannot mask 4 tokens: .* have dropped what would be needed"):
+            model.generate(longer, **second)
 
 
 def test_multi_turn_keeps_the_first_turns_routes(qwen):
