@@ -18,7 +18,7 @@ from flux_attention.shipped import load_shipped
 
 @torch.no_grad()
 def measure(model, routing, ids, sparsity, repeats):
-    """Milliseconds of ``repeats`` prefills after a short warm-up, and the bytes of the KV cache."""
+    """Measure the milliseconds of ``repeats`` prefills after a short warm-up, and the bytes of the KV cache."""
     times = []
     with routing.force(float(sparsity)):
         model.get_decoder()(ids[:, :2048], use_cache=True)

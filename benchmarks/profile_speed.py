@@ -1,4 +1,4 @@
-"""Where the time of one prefill and one decode step goes: GPU milliseconds by kind of kernel.
+"""Profiles of one prefill and one decode step: GPU milliseconds by kind of kernel.
 
 Run: ``python benchmarks/profile_speed.py`` on a GPU. Writes benchmarks/results/profile.json.
 """
@@ -35,7 +35,7 @@ def kind(name):
 
 
 def kernels(run):
-    """GPU time by kernel in ms, and from the first kernel's start to the last one's end."""
+    """Measure GPU time by kernel in ms, and from the first kernel's start to the last one's end."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         run()
@@ -63,7 +63,7 @@ def main():
     rows = []
 
     def record(phase, run):
-        alone = measure(run, seconds=0.2, least=1, warm=1)["ms"]
+        alone = measure(run, seconds=0.2, min_repeats=1, warm=1)["ms"]
         times, span = kernels(run)
         kinds = defaultdict(float)
         for name, ms in times.items():

@@ -29,7 +29,7 @@ def rectangle(x, y, width, height, fill, edge="none", radius=3):
 
 
 def prompt_box(row, top, ink):
-    """The prompt's end, as it was given."""
+    """Draw the prompt's end, as it was given."""
     mono = ' font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"'
     yield rectangle(16, top, 304, 76, ink["box"], ink["edge"], 6)
     yield text(28, top + 20, f"{row['seq_len']:,} tokens of source code …", ink["faint"], 12, more=mono)
@@ -42,7 +42,7 @@ def prompt_box(row, top, ink):
 
 
 def layers(row, top, ink, sparse):
-    """A cell each layer: full ones whole, sparse ones the first tokens and the window of the latest."""
+    """Draw a cell for each layer: full ones whole, sparse ones the first tokens and the window of the latest."""
     for place, layer in enumerate(row["layers"]):
         x, y = STRIP_LEFT + place * (CELL + 3), top + 16
         if layer in row["full_layers"]:
@@ -55,7 +55,7 @@ def layers(row, top, ink, sparse):
 
 
 def cache_bar(row, top, ink):
-    """Bytes that are kept, of those that all layers in full would keep."""
+    """Draw the bytes that are kept, of those that all layers in full would keep."""
     held, dense = row["kv_bytes"], row["baseline_kv_bytes"]
     yield rectangle(BAR_LEFT, top + 24, BAR, 26, ink["box"], ink["edge"])
     yield rectangle(BAR_LEFT, top + 24, BAR * held / dense, 26, ink["full"])
@@ -64,7 +64,7 @@ def cache_bar(row, top, ink):
 
 
 def draw(theme):
-    """The drawing as SVG text."""
+    """Return the drawing as SVG text."""
     rows, ink, sparse = load("two_prompts")["rows"], THEMES[theme], SPARSE[theme]
     bold = ' font-weight="600"'
     parts = [rectangle(0.5, 0.5, WIDTH - 1, HEIGHT - 1, ink["ground"], ink["edge"], 8)]

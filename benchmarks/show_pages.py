@@ -1,4 +1,4 @@
-"""All generated pages and images, from the files under benchmarks/results/.
+"""Write all generated pages and images, from the files under benchmarks/results/.
 
 Run: ``python benchmarks/show_pages.py``. Writes a page beside each result file, the list of them, the tables between
 ``<!-- … -->`` marks in README and docs/, and docs/images/. Nothing is measured.
@@ -29,7 +29,7 @@ FILES = {
 
 
 def index(pages):
-    """The list of result files."""
+    """List the result files."""
     lines = []
     for name, (what, command) in FILES.items():
         meta = load(name)["meta"]
@@ -48,13 +48,13 @@ def index(pages):
 
 
 def key_figures():
-    """README's three numbers."""
+    """Return README's three numbers."""
     cells = [*show_speed.key_figures(), show_shipped.key_figure()]
     return table([f"**{headline}**" for headline, _ in cells], [[explanation for _, explanation in cells]])
 
 
 def pages():
-    """{path in the repository: text} of all that is generated, but for the images."""
+    """Return {path in the repository: text} of all that is generated, but for the images."""
     own = {**show_speed.pages(), **show_quality.pages(), **show_shipped.pages()}
     found = {f"benchmarks/results/{name}.md": text for name, text in {**own, "README": index(own)}.items()}
     marked = {

@@ -15,12 +15,12 @@ STUDY = ROOT / "recipes/study"
 
 
 def target(routers):
-    """0.5 of ``runs/study/routers/layer-0.5-0``."""
+    """Read the target out of an adapter's name: 0.5 of ``runs/study/routers/layer-0.5-0``."""
     return routers.split("-")[-2]
 
 
 def grouped(rows, length):
-    """{method and target: [{family: row} of each seed]}, in the order of METHODS, of targets and of seeds."""
+    """Group rows: {method and target: [{family: row} of each seed]}, in the order of METHODS, targets and seeds."""
     found = {}
     for row in sorted(rows, key=lambda row: (METHODS.index(row["method"]), row["routers"] or "")):
         name = row["method"] + (f" ({target(row['routers'])})" if row["routers"] else "")
@@ -34,14 +34,14 @@ def routers_of(seed):
 
 
 def over_seeds(values, form):
-    """The mean, and least and most of several seeds."""
+    """Write the mean, and least and most of several seeds."""
     values = list(values)
     spread = f" ({format(min(values), form)} to {format(max(values), form)})" if len(values) > 1 else ""
     return format(fmean(values), form) + spread
 
 
 def by_class(rows, length):
-    """One line a method and target: Ω_MSR by task class, mean accuracy, and what they are beside dense."""
+    """Make a line for each method and target: Ω_MSR by task class, mean accuracy, and what they are beside dense."""
     tasks = {family: kind for s in Recipe.from_yaml(STUDY / "routers.yaml").data for family, kind in s["tasks"].items()}
     kinds = list(dict.fromkeys(tasks.values()))
     groups, lines = grouped(rows, length), []
@@ -60,7 +60,7 @@ def by_class(rows, length):
 
 
 def differences(rows, length):
-    """One line for each target and what routers are set beside: mean over seeds, and least and most of them."""
+    """Make a line for each target and what routers are set beside: mean over seeds, and least and most of them."""
     groups, lines = grouped(rows, length), []
     for name, seeds in groups.items():
         method, _, goal = name.partition(" ")
@@ -96,8 +96,10 @@ def differences(rows, length):
 
 def beside_mix(routed, more, fewer):
     """
-    Ω_MSR, accuracy, that of a mix of two fixed sets of this Ω_MSR; points between, and half their 95 % interval. None
-    outside of the two: a fixed set of so many layers stands in the table.
+    Compare routers with a mix of two fixed sets of their Ω_MSR.
+
+    Returns Ω_MSR, accuracy, that of the mix, points between, and half their 95 % interval. None outside of the two: a
+    fixed set of so many layers stands in the table.
     """
     ratio, low, high = (fmean(row["sparsity"] for row in rows) for rows in (routed, more, fewer))
     if not low < ratio < high:
@@ -120,7 +122,7 @@ def beside_mix(routed, more, fewer):
 
 
 def at_equal_sparsity(rows, length):
-    """Routed beside a mix of the two best fixed sets around it: one of them for some inputs, the other for the rest."""
+    """Compare routers with a mix of the two best fixed sets around them: one set for some inputs, one for the rest."""
     groups, lines = grouped(rows, length), []
     for name, seeds in groups.items():
         method, _, goal = name.partition(" ")
@@ -141,7 +143,7 @@ def at_equal_sparsity(rows, length):
 
 
 def seeds_as_one(rows):
-    """Rows with the mean of each target's seeds."""
+    """Return rows with the mean of each target's seeds."""
     found = []
     for length in dict.fromkeys(row["seq_len"] for row in rows):
         for seeds in grouped(rows, length).values():
@@ -153,7 +155,7 @@ def seeds_as_one(rows):
 
 
 def by_family(rows, length, methods):
-    """One line a family: accuracy and Ω_MSR of each method."""
+    """Make a line for each family: accuracy and Ω_MSR of each method."""
     groups = grouped(rows, length)
     lines = []
     for task in groups["dense"][0]:
@@ -168,7 +170,7 @@ def by_family(rows, length, methods):
 
 
 def brief():
-    """quality.md's table: what each way of choosing answers at 4,096 tokens, over seeds."""
+    """Make quality.md's table: what each way of choosing answers at 4,096 tokens, over seeds."""
     groups = grouped(load("quality")["rows"], 4096)
     names = {
         "dense": "all layers full",
@@ -194,7 +196,7 @@ def brief():
 
 
 def pages():
-    """{name of the result file: text} of the study's page."""
+    """Return {name of the result file: text} of the study's page."""
     rows = load("quality")["rows"]
     parts = [
         """
@@ -230,7 +232,7 @@ def pages():
 
 
 def close_up(rows, length):
-    """The plot of accuracy over sparsity, where all but random and all-sparse layers are."""
+    """Plot accuracy over sparsity, where all but random and all-sparse layers are."""
     figure = trade_off(
         [row for row in seeds_as_one(rows) if row["method"] not in ("dense", "sparse", "random")], length
     )

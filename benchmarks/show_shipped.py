@@ -15,7 +15,7 @@ COLUMNS = {"dense": "dense", "routed": "routed", "sparse": "all sparse", "best-s
 
 
 def by_task(name, routers):
-    """{(task, method): row} of these routers, and of what needs none."""
+    """Return {(task, method): row} of these routers, and of what needs none."""
     own = (None, str(ROUTERS.relative_to(ROOT)) if routers == "shipped" else routers)
     return {(row["task"], row["method"]): row for row in load(name)["rows"] if row["routers"] in own}
 
@@ -29,7 +29,7 @@ def families(by):
 
 
 def means(by):
-    """Mean accuracy over the questions by method, and the routers' mean Ω_MSR over them."""
+    """Return the mean accuracy over the questions by method, and the routers' mean Ω_MSR over them."""
     questions = [family for family in families(by) if family != "plain"]
     accuracy = {method: fmean(by[family, method]["accuracy"] for family in questions) for method in COLUMNS}
     return accuracy, fmean(by[family, "routed"]["sparsity"] for family in questions)
@@ -47,7 +47,7 @@ def quality_table(by):
 
 
 def quickstart_table():
-    """training.md's table: what the quick start's routers reach."""
+    """Make training.md's table: what the quick start's routers reach."""
     by = by_task("quickstart", "runs/quickstart")
     targets = {"plain": "0.95", "two_hop": "0.60"}
     lines = []
@@ -60,7 +60,7 @@ def quickstart_table():
 
 
 def pages():
-    """{name of the result file: text} of both pages."""
+    """Return {name of the result file: text} of both pages."""
     shipped, anew = by_task("demo_quality", "shipped"), by_task("demo_quality", ANEW)
     static, length = shipped["plain", "best-static"]["full_layers"], shipped["plain", "dense"]["seq_len"]
     count = shipped["plain", "dense"]["n"]
@@ -89,7 +89,7 @@ def pages():
 
 
 def key_figure():
-    """README's answers, headline and explanation."""
+    """Return README's answers: headline and explanation."""
     by = by_task("demo_quality", "shipped")
     accuracy, sparsity = means(by)
     return (

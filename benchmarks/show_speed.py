@@ -20,7 +20,7 @@ CONDITIONS = """
 
 
 def of_shape(name, shape):
-    """A result file's rows of one shape, and their baselines: {facts of a row: {baseline: speed-up}}."""
+    """Return a result file's rows of one shape, and their baselines: {facts of a row: {baseline: speed-up}}."""
     results = load(name)
     rows, speedups = {}, {}
     for row in results["rows"]:
@@ -32,7 +32,7 @@ def of_shape(name, shape):
 
 
 def speedup(row):
-    """Over its baseline; the file's own is rounded."""
+    """Compute a row's speed-up over its baseline; the file's own is rounded."""
     return row["baseline_ms"] / row["ms"] if "baseline_ms" in row else None
 
 
@@ -69,7 +69,7 @@ def prefill_page():
 
 
 def prefill_tables(rows, speedups):
-    """Times, ratios, and what routers cost, of one batch size."""
+    """Make the tables of one batch size: times, ratios, and what routers cost."""
     forced = {(key[0], key[2]): row for key, row in rows.items() if row["method"] != "routed"}
     faster = {(key[0], key[2]): speedups[key] for key, row in rows.items() if row["method"] != "routed"}
     routed = {(key[0], key[2]): row for key, row in rows.items() if row["method"] == "routed"}
@@ -284,7 +284,7 @@ def cpu_page():
 
 
 def pages():
-    """{name of the result file: text} of all pages."""
+    """Return {name of the result file: text} of all pages."""
     about = """
         One sequence forward and backward through the sizes of Qwen3-8B with random bf16 weights, every
         other layer full, the loss on its last 512 tokens, gradient checkpointing on, layers not compiled:
@@ -303,7 +303,7 @@ def pages():
 
 
 def at_a_glance():
-    """performance.md's table: prefill, decode and KV cache at Ω 0.75 over length."""
+    """Make performance.md's table: prefill, decode and KV cache at Ω 0.75 over length."""
     (_, prefills, faster), (_, steps, quicker) = (of_shape(name, "qwen3-8b") for name in ("e2e_prefill", "e2e_decode"))
     lines = []
     for n in (2**10 * thousands for thousands in (4, 8, 32, 128, 256)):
@@ -324,7 +324,7 @@ def at_a_glance():
 
 
 def key_figures():
-    """README's speed and memory in a cell each: headline and explanation. Ratios are rounded down."""
+    """Return README's speed and memory in a cell each: headline and explanation. Ratios are rounded down."""
     facts = dict(shape="qwen3-8b", batch=1, baseline="own-dense", seq_len=2**18, sparsity=0.75)
     prefill, decode = (row_of(name, **facts, method="static") for name in ("e2e_prefill", "e2e_decode"))
     memory = row_of("memory", **facts)
@@ -346,7 +346,7 @@ def key_figures():
 
 
 def plot(name, title, y_label, series, log_y=False, reference=None):
-    """Lines over length: {legend: (colour, style, {tokens: value})}."""
+    """Plot lines over length: {legend: (colour, style, {tokens: value})}."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the show scripts share: reading result files, markdown tables and generated pages."""
+"""Helpers that the show scripts share: reading result files, markdown tables and generated pages."""
 
 import json
 import re
@@ -14,13 +14,13 @@ STYLE = {"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux"}
 
 
 def load(name):
-    """The result file of that name; an empty one where nothing was measured."""
+    """Read the result file of that name; an empty one where nothing was measured."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"meta": {}, "rows": []}
 
 
 def table(columns, lines):
-    """A markdown table; nothing where there are no lines."""
+    """Write a markdown table; nothing where there are no lines."""
     if not lines:
         return ""
     cells = [columns, ["---"] * len(columns), *lines]
@@ -28,14 +28,14 @@ def table(columns, lines):
 
 
 def prose(part):
-    """A part of a page: wrapped, if it is no table, heading or image."""
+    """Wrap a part of a page, if it is no table, heading or image."""
     if part.startswith(("|", "#", "!")):
         return part.strip("\n")
     return textwrap.fill(" ".join(part.split()), 110, break_long_words=False, break_on_hyphens=False)
 
 
 def page(name, title, *parts):
-    """A page beside ``results/NAME.json``: title, where it comes from, and its parts."""
+    """Make a page beside ``results/NAME.json``: title, where it comes from, and its parts."""
     meta = load(name)["meta"]
     versions = ", ".join(
         f"{package} {meta[package]}" for package in ("torch", "triton", "transformers") if meta[package]
@@ -57,7 +57,7 @@ def save(figure, name):
 
 
 def filled(text, parts):
-    """A page's text with each part between ``<!-- NAME -->`` and ``<!-- end -->`` written anew."""
+    """Return a page's text with each part between ``<!-- NAME -->`` and ``<!-- end -->`` written anew."""
     for name, part in parts.items():
         pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda match, part=part: match[1] + part + match[2], text, flags=re.S)
@@ -67,10 +67,10 @@ def filled(text, parts):
 
 
 def label(tokens):
-    """4 K of 4,096."""
+    """Write a length short: 4 K of 4,096."""
     return f"{tokens // 1024} K"
 
 
 def row_of(name, **facts):
-    """The first row of a result file that has these facts."""
+    """Find the first row of a result file that has these facts."""
     return next(row for row in load(name)["rows"] if facts.items() <= row.items())

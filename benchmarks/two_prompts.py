@@ -23,7 +23,7 @@ NEW = 4
 
 
 def prompts(tokenizer):
-    """Two prompts: the text as it is, and the same text with the question behind it."""
+    """Return two prompts: the text as it is, and the same text with the question behind it."""
     lines = inspect.getsource(argparse).split("\n")
     for place, fact in enumerate(FACTS):  # all of them far before the end, where a window does not reach
         lines.insert(60 + 20 * place, f"# {fact}")
@@ -34,7 +34,7 @@ def prompts(tokenizer):
 
 
 def run(model, inputs):
-    """New token ids and bytes of the KV cache."""
+    """Return the new token ids and the bytes of the KV cache."""
     result = model.generate(
         **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, return_dict_in_generate=True
     )
@@ -42,7 +42,7 @@ def run(model, inputs):
 
 
 def measure():
-    """One row a prompt."""
+    """Return a row for each prompt."""
     model, tokenizer, routing = load_shipped()
     for question, prompt in prompts(tokenizer).items():
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

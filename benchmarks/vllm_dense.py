@@ -32,7 +32,7 @@ def spread(times):
 
 
 def measured(shape, lengths, batches, repeats):
-    """(phase, batch, length, times in ms) of vLLM with random weights."""
+    """Measure vLLM with random weights: (phase, batch, length, times in ms)."""
     from speed.model import fitting
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -34,7 +34,7 @@ def _sizes(shape: str) -> tuple[int, int, int]:
 
 
 def _states(batch: int, heads: int, length: int, dim: int) -> torch.Tensor:
-    """As a projection gives them: heads inside positions."""
+    """Make random states as a projection gives them: heads inside positions."""
     return torch.randn(batch, length, heads, dim, device="cuda", dtype=DTYPE).transpose(1, 2)
 
 
@@ -44,24 +44,24 @@ def _sdpa(backend: str, query, key, value, causal: bool):
 
 
 def _heads_of(sparsities: Sequence[float], kv_heads: int) -> list[int]:
-    """How many KV heads of a layer are sparse at these ratios: neither none nor all."""
+    """List how many KV heads of a layer are sparse at these ratios: neither none nor all."""
     return sorted({round(sparsity * kv_heads) for sparsity in sparsities} - {0, kv_heads})
 
 
 def _mean(share: float, sparse: dict[str, float], full: dict[str, float]) -> dict[str, float]:
-    """A layer's mean time where this share of the layers is sparse."""
+    """Return a layer's mean time where this share of the layers is sparse."""
     return {name: share * sparse[name] + (1 - share) * full[name] for name in ("ms", "ms_min", "ms_max")}
 
 
 def _compiled_flex():
-    """FlexAttention for one size: those of the sizes before would count towards the compiler's limit of versions."""
+    """Compile FlexAttention for one size: earlier ones would count towards the compiler's limit of versions."""
     torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False)
 
 
 def attention_prefill(shape: str, lengths: Sequence[int], sparsities: Sequence[float]) -> Iterator[dict[str, Any]]:
     """
-    One layer's prefill, in CUDA graphs: dense, streaming, and streaming on a share of the KV heads (``head``).
+    Measure one layer's prefill, in CUDA graphs: dense, streaming, and streaming on a share of the KV heads (``head``).
 
     Yields
     ------
@@ -176,7 +176,7 @@ def attention_decode(
     shape: str, lengths: Sequence[int], batches: Sequence[int], sparsities: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
     """
-    One layer's decode step, in CUDA graphs: full rows, sparse ones, and rows with a share of their KV heads sparse.
+    Measure one layer's decode step, in CUDA graphs: full rows, sparse ones, rows with a share of their KV heads sparse.
 
     Yields
     ------
@@ -220,7 +220,7 @@ def _decode_at(shape: str, length: int, batch: int, sparsities: Sequence[float])
 
 
 def _beside_flex(facts: dict[str, Any], query, key, value) -> dict[str, Any]:
-    """A sparse sequence, or several full and sparse in turn, against FlexAttention with a mask made for the step."""
+    """Time FlexAttention with a mask made for the step, on a sparse sequence, or several full and sparse in turn."""
     batch, kv_heads, length, dim = key.shape
     kinds = [RING if row % 2 or batch == 1 else FULL for row in range(batch)]
     route = torch.tensor([kind == FULL for kind in kinds], device="cuda")

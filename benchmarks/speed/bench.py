@@ -1,4 +1,4 @@
-"""All that ``flux-attention bench`` measures, by name, into result files."""
+"""What ``flux-attention bench`` measures is listed here by name, and written into result files."""
 
 from __future__ import annotations
 

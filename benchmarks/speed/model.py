@@ -38,7 +38,7 @@ MAX_ROUTED, MAX_TOGETHER = 2**17, 2**18
 
 
 def random_model(shape: str, compile: bool) -> Routing:
-    """A model of a named shape with random bf16 weights on the GPU, and fresh routers attached."""
+    """Make a model of a named shape with random bf16 weights on the GPU, and fresh routers attached."""
     gc.collect()  # an earlier model, which refers to itself
     torch.cuda.empty_cache()
     config = AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=2**20)
@@ -49,7 +49,7 @@ def random_model(shape: str, compile: bool) -> Routing:
 
 
 def random_cache(routing: Routing, batch: int, length: int, sparsity: float) -> DynamicCache:
-    """A KV cache as a prefill of ``length`` tokens leaves it, with random content."""
+    """Make a KV cache as a prefill of ``length`` tokens leaves it, with random content."""
     base = routing.config.base_model
     routes = parse_routes(float(sparsity), 1, routing.layers)[0].tolist()
     cache = DynamicCache(config=routing.model.config)
@@ -66,25 +66,25 @@ def _full_layers(layers: int, sparsity: float) -> int:
 
 
 def _kept(layers: int, full: int, length: int) -> int:
-    """Tokens in the KV cache of one sequence, summed over the layers."""
+    """Count the tokens in the KV cache of one sequence, summed over the layers."""
     return full * length + (layers - full) * min(length, PATTERN.sink + PATTERN.window)
 
 
 def body_and_head(routing: Routing) -> tuple[int, int]:
-    """Parameters between the embeddings, and of the output embedding, which may be the input's."""
+    """Count the parameters between the embeddings, and those of the output embedding, which may be the input's."""
     embedding, head = routing.model.get_input_embeddings().weight, routing.model.get_output_embeddings().weight
     outside = embedding.numel() + (0 if head is embedding else head.numel())
     return sum(parameter.numel() for parameter in routing.model.parameters()) - outside, head.numel()
 
 
 def fitting(batches: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(batch, length) of prompts alone, and of several that have no more than ``MAX_TOGETHER`` tokens together."""
+    """Return (batch, length) of prompts alone, and of several that have at most ``MAX_TOGETHER`` tokens together."""
     pairs = itertools.product(batches, lengths)
     return [(batch, length) for batch, length in pairs if batch == 1 or batch * length <= MAX_TOGETHER]
 
 
 def _counts(routing: Routing, length: int, sparsity: float) -> dict[str, float]:
-    """FLOPs of a prefill and bytes of a decode step of one sequence: attention, and everything else."""
+    """Count the FLOPs of a prefill and the bytes of a decode step of one sequence: attention, and everything else."""
     base = routing.config.base_model
     layers = len(routing.layers)
     full = _full_layers(layers, sparsity)
@@ -106,7 +106,7 @@ def prefill(
     repeats: int = 3,
 ) -> Iterator[dict[str, Any]]:
     """
-    Prefill of one prompt, or of some of one length: all layers, the last token's logits.
+    Measure the prefill of one prompt, or of some of one length: all layers, the last token's logits.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def prefill(
         run(ids, (ratios[-1], False), held, failed)
         runs = [partial(run, ids, key, held, failed) for key in keys]
         before = [partial(routing.routers.load_state_dict, weights[sparsity]) for sparsity, _ in keys]
-        measured = measure_in_turn(runs, seconds=10, least=repeats, warm=0, before=before)
+        measured = measure_in_turn(runs, seconds=10, min_repeats=repeats, warm=0, before=before)
         times = dict(zip(keys, measured, strict=True))
         for sparsity, routed in keys:
             method = "routed" if routed else "static" if sparsity else "dense"
@@ -172,7 +172,7 @@ def prefill(
 
 
 def _deciding(routing: Routing, sparsity: float) -> dict[str, torch.Tensor]:
-    """Weights of routers that read as any others, and decide on the same layers for every input."""
+    """Make weights of routers that read as any others, and decide on the same layers for every input."""
     routers = copy.deepcopy(routing.routers)
     routes = parse_routes(sparsity, 1, routing.layers)[0].tolist()
     for router, route in zip(routers.values(), routes, strict=True):
@@ -190,7 +190,7 @@ def decode(
     compile: bool,
 ) -> Iterator[dict[str, Any]]:
     """
-    One decode step of the whole model, captured.
+    Measure one captured decode step of the whole model.
 
     Parameters
     ----------
@@ -218,7 +218,7 @@ def decode(
                 try:
                     cache = random_cache(routing, batch, length, sparsity)
                     step.load(cache, 60)
-                    times = measure(step.run, seconds=0.2, most=50, warm=3)
+                    times = measure(step.run, seconds=0.2, max_repeats=50, warm=3)
                 except torch.OutOfMemoryError:
                     yield dict(facts, error="out of memory")
                     continue
@@ -233,8 +233,9 @@ def decode(
 
 def _generate(model, cache: DynamicCache) -> float | None:
     """
-    Milliseconds of a token, greedily generated behind ``cache``: of 36 tokens less 4, which have the first one. None
-    without the memory for it.
+    Time a token, greedily generated behind ``cache``, in milliseconds.
+
+    Of 36 tokens less 4, which have the first one. None without the memory for it.
     """
     model.generation_config.eos_token_id = None
 
@@ -258,9 +259,9 @@ def _generate(model, cache: DynamicCache) -> float | None:
 
 def memory(shape: str, lengths: Sequence[int], sparsities: Sequence[float], gpu_bytes: int) -> Iterator[dict[str, Any]]:
     """
-    KV bytes of one sequence by arithmetic, and the longest context whose KV cache fits beside the weights.
+    Count the KV bytes of one sequence, and find the longest context whose KV cache fits beside the weights.
 
-    Needs no GPU: the model is made without memory for its weights. ``gpu_bytes`` is the memory to fit into.
+    By arithmetic, without a GPU: the model has no memory for its weights. ``gpu_bytes`` is the memory to fit into.
     """
     config = AutoConfig.for_model(**SHAPES[shape])
     layers, kv_heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim

@@ -28,22 +28,22 @@ def require_gpu() -> None:
 
 
 def measure(
-    run: Callable[[], Any], seconds: float = 0.4, least: int = 3, most: int = 50, warm: int = 2
+    run: Callable[[], Any], seconds: float = 0.4, min_repeats: int = 3, max_repeats: int = 50, warm: int = 2
 ) -> dict[str, float]:
-    """Median, least and most milliseconds of ``run``, by device events: ``least`` times, or for about ``seconds``."""
-    return measure_in_turn([run], seconds, least, most, warm)[0]
+    """Time ``run`` by device events, ``min_repeats`` times or for about ``seconds``: median, least and most ms."""
+    return measure_in_turn([run], seconds, min_repeats, max_repeats, warm)[0]
 
 
 def measure_in_turn(
     runs: Sequence[Callable[[], Any]],
     seconds: float = 0.4,
-    least: int = 3,
-    most: int = 50,
+    min_repeats: int = 3,
+    max_repeats: int = 50,
     warm: int = 2,
     before: Sequence[Callable[[], Any]] | None = None,
 ) -> list[dict[str, float]]:
     """
-    As ``measure``, of several runs in turn, so that what changes meanwhile, as the clock does, changes for all.
+    Time several runs in turn, as ``measure`` does one: what changes meanwhile, as the clock does, changes for all.
 
     Each of ``before`` prepares its run, untimed.
     """
@@ -55,7 +55,7 @@ def measure_in_turn(
     times: list[list[float]] = [[] for _ in runs]
     order, shuffle = list(zip(before, runs, times, strict=True)), random.Random(0).shuffle
     with without_collection():  # which takes hundreds of milliseconds of the host's time
-        while len(times[0]) < most and (len(times[0]) < least or sum(map(sum, times)) < 1000 * seconds):
+        while len(times[0]) < max_repeats and (len(times[0]) < min_repeats or sum(map(sum, times)) < 1000 * seconds):
             shuffle(order)  # what ran before has a part in how long a run takes
             for prepare, run, found in order:
                 prepare()
@@ -72,12 +72,12 @@ def measure_in_turn(
 
 
 def measure_graph(run: Callable[[], Any], launches: int = 20) -> dict[str, float]:
-    """As ``measure``, without the host's part: milliseconds of one of ``launches`` launches in a CUDA graph."""
+    """Time ``run`` without the host's share: milliseconds of one of ``launches`` launches in a CUDA graph."""
     return measure_graphs([run], launches)[0]
 
 
 def measure_graphs(runs: Sequence[Callable[[], Any]], launches: int) -> list[dict[str, float]]:
-    """As ``measure_graph``, of several runs in turn."""
+    """Time several runs in turn, as ``measure_graph`` does one."""
     replays, stream = [], torch.cuda.Stream()
     for run in runs:
         with torch.cuda.stream(stream):
@@ -96,7 +96,7 @@ def measure_graphs(runs: Sequence[Callable[[], Any]], launches: int) -> list[dic
 
 @lru_cache
 def ceilings() -> dict[str, float]:
-    """What this device reaches: copy bandwidth in TB/s (bytes read and written), bf16 matrix products in TFLOP/s."""
+    """Measure what this device reaches: copy bandwidth in TB/s (read and written), bf16 matrix products in TFLOP/s."""
     size = 2**31
     source, target = (torch.zeros(size // 4, device="cuda") for _ in range(2))
     # By a kernel that reads and writes: a captured memcpy reached two thirds of that rate on an H200.
@@ -107,12 +107,12 @@ def ceilings() -> dict[str, float]:
 
 
 def floor_ms(work: float, ceiling: str) -> float:
-    """Milliseconds of FLOPs or bytes at one of the ``ceilings``."""
+    """Return the milliseconds of FLOPs or bytes at one of the ``ceilings``."""
     return work / ceilings()[ceiling] / 1e9
 
 
 def row(times: dict[str, float], baseline: str, base: dict[str, float] | None, **facts: Any) -> dict[str, Any]:
-    """A result row: ``facts``, ``times``, and the baseline of the same run."""
+    """Make a result row: ``facts``, ``times``, and the baseline of the same run."""
     numbers = {name: round(value, 5) if isinstance(value, float) else value for name, value in times.items()}
     result = {**facts, **numbers}
     if base is not None:

@@ -38,7 +38,7 @@ def plain_formula():
 
 def necessary_flops(routing: Routing, length: int) -> float:
     """
-    Of a step in which every other layer is full: nothing that is computed twice, no gradients of frozen weights.
+    Count a step's necessary FLOPs, every other layer full: nothing twice, no gradients of frozen weights.
 
     The model's products forward and for the activations' gradients; both branches of attention forward; the chosen
     one's backward, which takes twice its forward (FlashAttention's also computes the scores again).
@@ -53,7 +53,7 @@ def necessary_flops(routing: Routing, length: int) -> float:
 
 
 def pack_of(routing: Routing, length: int) -> dict[str, Any]:
-    """What ``RoutedTraining`` takes: one sequence, and noise by which every other layer is full."""
+    """Make what ``RoutedTraining`` takes: one sequence, and noise by which every other layer is full."""
     device = routing.model.device
     ids = torch.randint(3, routing.model.config.vocab_size, (1, length), device=device)
     labels = ids.clone()
@@ -75,7 +75,7 @@ def pack_of(routing: Routing, length: int) -> dict[str, Any]:
 
 def training(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[dict[str, Any]]:
     """
-    Forward and backward of one pack of one sequence, every other layer full, with selective checkpointing.
+    Measure forward and backward of one pack of one sequence, every other layer full, with selective checkpointing.
 
     Yields
     ------
@@ -105,7 +105,7 @@ def training(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[d
             torch.cuda.reset_peak_memory_stats()
             try:
                 with formula():
-                    times = measure(step, least=repeats, warm=1)
+                    times = measure(step, min_repeats=repeats, warm=1)
             except torch.OutOfMemoryError:
                 yield dict(shape=shape, seq_len=length, batch=1, phase="train", engine=engine, error="out of memory")
                 continue

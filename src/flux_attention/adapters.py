@@ -61,7 +61,7 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
 
 def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> ModelCard:
     """
-    The model card of an adapter: what it is for, its pattern and sizes, and how to use it.
+    Make the model card of an adapter: what it is for, its pattern and sizes, and how to use it.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ class AdapterMixin:
 
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    The local directory of an adapter: the path itself, or a download of the Hub repository of that id.
+    Find the local directory of an adapter: the path itself, or a download of the Hub repository of that id.
 
     Raises
     ------
@@ -170,7 +170,7 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def load_config(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple[Path, FluxConfig]:
-    """The directory and the configuration of an adapter."""
+    """Find an adapter's directory, and read its configuration."""
     directory = resolve(path_or_id, revision)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():

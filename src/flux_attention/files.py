@@ -12,7 +12,7 @@ from pathlib import Path
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A place to write to within a ``with`` block, which takes the place of ``path`` at its end.
+    Give a file to write to within a ``with`` block, which takes the place of ``path`` at its end.
 
     A full disk, an error or an interrupt within the block leaves what was at ``path`` as it was.
     """

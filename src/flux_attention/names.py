@@ -1,4 +1,4 @@
-"""What a user names: ``shipped``, folders, Hub repositories, words of a list; checked before anything is loaded."""
+"""Names that a user gives: ``shipped``, folders, Hub repositories, words of a list; checked before things load."""
 
 from __future__ import annotations
 

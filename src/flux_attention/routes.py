@@ -1,4 +1,4 @@
-"""What was decided for a batch: full attention (FA) or sparse attention (SA), per sequence and layer.
+"""Routes that were decided for a batch: full attention (FA) or sparse attention (SA), per sequence and layer.
 
 Shape suffixes: B batch, L routed layers.
 """
@@ -56,7 +56,7 @@ class Routes:
         return saved
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: one entry a sequence, with the routes as a string of F and S in layer order."""
+        """Return JSON-ready entries, one a sequence, with the routes as a string of F and S in layer order."""
         return {
             "layers": list(self.layers),
             "sequences": [
@@ -79,7 +79,7 @@ class Routes:
         return f"Routes({rows})"
 
     def __rich__(self) -> Text:
-        """A strip of layers a sequence: █ full attention, ░ sparse."""
+        """Draw a strip of layers for each sequence: █ full attention, ░ sparse."""
         text = Text()
         for index, (row, msr, esr) in enumerate(zip(self.routes_BL, self.msr, self.esr, strict=True)):
             if index:

@@ -15,7 +15,7 @@ NO_OTHER_KEYS = ConfigDict(extra="forbid")
 
 
 def expected(words: str) -> WrapValidator:
-    """Metadata of ``Annotated`` that says what a value must be; it speaks for all that stands to its left."""
+    """Make metadata of ``Annotated`` that says what a value must be; it speaks for all that stands to its left."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
@@ -29,25 +29,25 @@ def expected(words: str) -> WrapValidator:
 
 
 def from_keys(cls: type) -> BeforeValidator:
-    """Metadata of ``Annotated`` that makes a ``cls``, itself ``checked``, of a dict."""
+    """Make metadata of ``Annotated`` that makes a ``cls``, itself ``checked``, of a dict."""
     return BeforeValidator(lambda value: cls(**text_keys(value)) if isinstance(value, dict) else value)
 
 
 def text_keys(values: dict[Any, Any]) -> dict[str, Any]:
-    """Keyword arguments of what YAML may give: a key that is a number is an unknown key like any other."""
+    """Make keyword arguments of what YAML may give: a key that is a number is an unknown key like any other."""
     return {str(key): value for key, value in values.items()}
 
 
-def whole_number(least: int) -> Any:
-    """The type of an ``int`` that is no ``bool`` and not below ``least``."""
-    return Annotated[int, Strict(), Field(ge=least), expected(f"a whole number, at least {least}")]
+def whole_number(minimum: int) -> Any:
+    """Make the type of an ``int`` that is no ``bool`` and not below ``minimum``."""
+    return Annotated[int, Strict(), Field(ge=minimum), expected(f"a whole number, at least {minimum}")]
 
 
 Positive = whole_number(1)
 
 
 def nonempty_text(words: str = "text") -> Any:
-    """The type of a ``str`` that is not empty."""
+    """Make the type of a ``str`` that is not empty."""
     return Annotated[str, Strict(), Field(min_length=1), expected(words)]
 
 
@@ -56,7 +56,7 @@ Text = Annotated[str, Strict(), expected("text")]
 
 def checked(error: type[ValueError], within: str = "") -> Callable[[type], type]:
     """
-    Class decorator over pydantic's ``dataclass`` that turns its ``ValidationError`` into an ``error``.
+    Make a class decorator over pydantic's ``dataclass`` that turns its ``ValidationError`` into an ``error``.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def checked(error: type[ValueError], within: str = "") -> Callable[[type], type]
 
 
 def _explained(problems: list[dict[str, Any]], cls: type, within: str) -> str:
-    """What is wrong with the values of a ``cls``: unknown keys before missing ones, and those before values."""
+    """Say what is wrong with the values of a ``cls``: unknown keys before missing ones, and those before values."""
     where, known = within or cls.__name__, [field.name for field in fields(cls)]
     kinds: dict[str, list[str]] = {}
     for problem in problems:

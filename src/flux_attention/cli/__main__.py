@@ -1,4 +1,4 @@
-"""``python -m flux_attention.cli``, which torchrun takes."""
+"""The command line as a module, ``python -m flux_attention.cli``, as torchrun starts it."""
 
 from flux_attention.cli import run
 

@@ -55,7 +55,7 @@ def tell_error(error: Exception) -> None:
 
 
 def run() -> None:
-    """Entry point: errors are one line on standard error; exit codes are 0, 1 (failed), 2 (usage), 130 (Ctrl-C)."""
+    """Run the command line: errors are one line on standard error; exit with 0, 1 (failed), 2 (usage), 130 (Ctrl-C)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Read when PyTorch is imported: threads that wait actively take three times as long on cores that others use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

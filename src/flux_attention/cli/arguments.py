@@ -1,4 +1,4 @@
-"""What several commands take, read and checked before anything is loaded."""
+"""Arguments that several commands take, read and checked before anything is loaded."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ Dtype = Annotated[
 
 
 def read_text(source: str | None) -> str:
-    """The prompt, without the newline that editors put at a file's end."""
+    """Read the prompt, without the newline that editors put at a file's end."""
     if source in (None, "-"):
         if source is None and sys.stdin.isatty():
             raise UserError("no prompt: name a file, or - to read standard input")
@@ -48,7 +48,7 @@ def read_text(source: str | None) -> str:
 
 
 def read_force(spec: str | None) -> Any:
-    """What ``Routing.force`` takes."""
+    """Read what ``Routing.force`` takes."""
     if spec is None:
         return None
     from flux_attention.decision import read_spec
@@ -56,12 +56,12 @@ def read_force(spec: str | None) -> Any:
     return read_spec(spec)
 
 
-def read_numbers(text: str, kind: type, least: float, most: float) -> list:
-    """Numbers separated by commas; lengths may end in K."""
+def read_numbers(text: str, kind: type, minimum: float, maximum: float) -> list:
+    """Read numbers separated by commas; lengths may end in K."""
     try:
         numbers = [kind(float(part[:-1]) * 1024) if part[-1] in "kK" else kind(part) for part in text.split(",")]
     except (ValueError, IndexError):
         raise UserError(f"{text!r} is not a list of numbers such as 1K,32K or 0.5,0.75") from None
-    if not all(least <= number <= most for number in numbers):
-        raise UserError(f"{text!r} has a number that is not between {least} and {most}")
+    if not all(minimum <= number <= maximum for number in numbers):
+        raise UserError(f"{text!r} has a number that is not between {minimum} and {maximum}")
     return numbers

@@ -1,4 +1,4 @@
-"""Where commands print, and the error that a user can mend."""
+"""The consoles that commands print to, and the error that a user can mend."""
 
 from rich.console import Console
 

@@ -10,7 +10,7 @@ from flux_attention.cli.console import out
 
 
 def info(as_json: Json = False):
-    """Versions, device and kernels."""
+    """Show versions, device and kernels."""
     import torch
 
     import flux_attention

@@ -85,7 +85,7 @@ class Subject:
         return max_positions(self.config)
 
     def encode(self, text: str, new_tokens: int = 0):
-        """Token ids (1, S) of a prompt, after which ``new_tokens`` fit into the model."""
+        """Return the token ids (1, S) of a prompt, after which ``new_tokens`` fit into the model."""
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"].to(self.device)
         most = self.positions
         if most and ids.shape[1] + new_tokens > most:
@@ -94,7 +94,7 @@ class Subject:
         return ids
 
     def load(self):
-        """The model, in eval mode on its device."""
+        """Load the model, in eval mode on its device."""
         with err.status(f"loading {escape(self.model)}"):
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
@@ -111,7 +111,7 @@ class Subject:
             return loaded
 
     def attach(self):
-        """The loaded model with its first adapter, or with fresh routers."""
+        """Load the model, and attach its first adapter or fresh routers."""
         loaded = self.load()
         with err.status("attaching routers"):
             from flux_attention import attach
@@ -128,7 +128,7 @@ def check_precision(device: str | None, dtype: str) -> None:
 
 
 def find_device(device: str | None) -> str:
-    """The device that was asked for, if this machine has it; else the best one."""
+    """Return the device that was asked for, if this machine has it; else the best one."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

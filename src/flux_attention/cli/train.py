@@ -19,7 +19,7 @@ def _say(text: str) -> None:
 
 
 def _go_on(recipe: str, output: str | None) -> str:
-    """The command that goes on with a run."""
+    """Return the command that goes on with a run."""
     processes = os.environ.get("WORLD_SIZE", "1")
     start = "flux-attention" if processes == "1" else f"torchrun --nproc-per-node {processes} -m flux_attention.cli"
     return f"{start} train {shlex.quote(recipe)}" + (f" --output {shlex.quote(output)}" if output else "")

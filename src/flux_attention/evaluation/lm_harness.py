@@ -118,7 +118,7 @@ class FluxLM(HFLM):
         return [1 - fmean(full) for full in self.routed]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results, with ``flux_attention`` added: routers, force and the mean Ω_MSR."""
+        """Return what lm-eval writes into its results, and ``flux_attention``: routers, force and the mean Ω_MSR."""
         mean = fmean(self.msr) if self.msr else None
         if mean is not None:
             logger.info(f"mean Ω_MSR of {len(self.msr)} sequences: {mean:.3f}")
@@ -162,7 +162,7 @@ class FluxLM(HFLM):
         return answers
 
     def _split_of(self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> tuple[int, int]:
-        """How many tokens of a request's input the routers read, and the first position whose logits are scored."""
+        """Count the tokens of a request's input that routers read; find the first position whose logits are scored."""
         # As the base class makes the input: truncated on the left, without the last token.
         length = min(len(context) + len(continuation), self.max_length + 1) - 1
         first = length - len(continuation)
@@ -203,7 +203,7 @@ class FluxLM(HFLM):
 
 
 def _parse_force(force: Any) -> RouteSpec | None:
-    """What ``Routing.force`` takes, from what lm-eval makes of ``force=…``: it parses numbers, and splits at commas."""
+    """Read what ``Routing.force`` takes, from what lm-eval makes of ``force=…``: numbers, and lists cut at commas."""
     return read_spec(str(force), ";") if isinstance(force, (str, int)) else force
 
 
@@ -255,11 +255,11 @@ class TaskEvaluation(AdapterEvaluation):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As in ``AdapterEvaluation``."""
+        """See ``AdapterEvaluation.settings``."""
         return {**super().settings, "tasks": self.tasks, "lm_eval": lm_eval.__version__}
 
     def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
-        """Result rows as they are measured; see ``quality.Evaluation.rows``."""
+        """Yield result rows as they are measured; see ``quality.Evaluation.rows``."""
         for place, adapter in enumerate(self.adapters):
             lm = FluxLM(self.model, routers=adapter, tokenizer=self.tokenizer, batch_size=self.batch_size)
             try:
@@ -316,7 +316,7 @@ class TaskEvaluation(AdapterEvaluation):
 
 
 def _task_rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for each task in lm-eval's results: its first metric, with a 95 % interval, and all of them."""
+    """Yield a row for each task in lm-eval's results: its first metric, with a 95 % interval, and all of them."""
     for task, counts in results["n-samples"].items():
         found = results["results"][task]
         # "metric,filter"; RULER has -1 for lengths that it did not ask for.
@@ -349,7 +349,7 @@ def _task_rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """The command line of lm-eval, which then knows the model ``flux``."""
+    """Run the command line of lm-eval, which then knows the model ``flux``."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

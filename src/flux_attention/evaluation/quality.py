@@ -1,4 +1,4 @@
-"""How well a model answers under every way of choosing its full layers, on the generated families.
+"""Quality of a model's answers under every way of choosing its full layers, on the generated families.
 
 Methods (all see the same samples):
 
@@ -52,7 +52,7 @@ def greedy_layers(
     loss: Callable[[list[int]], float], layers: Sequence[int], count: int, tell: Callable[[str], None] = lambda _: None
 ) -> list[int]:
     """
-    ``count`` layers to run full: from all sparse, the one that lowers the loss most is added, again and again.
+    Choose ``count`` layers to run full: from all sparse, the one that lowers the loss most is added, again and again.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def best_layers(
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[int]:
     """
-    The ``count`` layers of highest value to run full, of all such sets.
+    Find the ``count`` layers of highest value to run full, of all such sets.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def best_layers(
 
 
 def liked_routes(routing, samples: Sequence[Sample], count: int) -> torch.Tensor:
-    """bool (U,): the ``count`` layers or heads whose routers give full attention the highest mean probability."""
+    """Return bool (U,): the ``count`` layers or heads whose routers give full attention most probability on average."""
     liked = torch.zeros(len(routing.units))
     for sample in samples:
         evaluate(routing.model, [sample], routing)
@@ -107,7 +107,7 @@ def liked_routes(routing, samples: Sequence[Sample], count: int) -> torch.Tensor
 
 
 def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int = 0) -> torch.Tensor:
-    """bool (N, L): ``count`` full layers, drawn anew for each sample."""
+    """Return bool (N, L): ``count`` full layers, drawn anew for each sample."""
     routes = torch.zeros(len(samples), layers, dtype=torch.bool)
     for row in range(len(samples)):
         routes[row, random.Random(f"{seed}-{samples[row].family}-{row}").sample(range(layers), count)] = True
@@ -116,7 +116,7 @@ def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int 
 
 class AdapterEvaluation:
     """
-    One model, several adapters, several methods: what ``run`` runs, once it has ``rows``.
+    An evaluation of one model with several adapters and methods, which ``run`` runs once it has ``rows``.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ class AdapterEvaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the rows depend on: results of other settings are not mixed with them."""
+        """Facts that the rows depend on: results of other settings are not mixed with them."""
         return {
             "model": getattr(self.model.config, "_name_or_path", ""),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -201,7 +201,7 @@ class Evaluation(AdapterEvaluation):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As in ``AdapterEvaluation``."""
+        """See ``AdapterEvaluation.settings``."""
         return {
             **super().settings,
             "calibration": self.calibration,
@@ -211,7 +211,7 @@ class Evaluation(AdapterEvaluation):
         }
 
     def make(self, family: str, length: int, count: int, seed: int = 0) -> list[Sample]:
-        """Samples of a family, on held-out names and values."""
+        """Make samples of a family, on held-out names and values."""
         return [
             make_sample(family, self.haystack, self.tokenizer, length, seed + index, held_out=True)
             for index in range(count)
@@ -219,7 +219,7 @@ class Evaluation(AdapterEvaluation):
 
     def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
         """
-        Result rows as they are measured.
+        Yield result rows as they are measured.
 
         Parameters
         ----------
@@ -303,7 +303,7 @@ class Evaluation(AdapterEvaluation):
         return [self.make(family, length, self.calibration, CALIBRATION_SEED) for family in self.families]
 
     def static_layers(self, routing, length: int, count: int, tell: Callable[[str], None]) -> list[int]:
-        """``count`` full layers for every input, chosen greedily by loss on calibration samples."""
+        """Choose ``count`` full layers for every input, greedily by loss on calibration samples."""
         calibration = self._calibration(length)
 
         def loss(chosen: list[int]) -> float:
@@ -314,7 +314,7 @@ class Evaluation(AdapterEvaluation):
         return greedy_layers(loss, routing.layers, count, tell)
 
     def static_heads(self, routing, length: int, count: int, tell: Callable[[str], None]) -> torch.Tensor:
-        """bool (U,): ``count`` full heads for every input, those that routers like best on calibration samples."""
+        """Choose ``count`` full heads for every input, which routers like best on calibration samples: bool (U,)."""
         tell(f"{length} tokens: static heads")
         return liked_routes(routing, [sample for samples in self._calibration(length) for sample in samples], count)
 
@@ -322,7 +322,7 @@ class Evaluation(AdapterEvaluation):
         calibration = self._calibration(length)
 
         def value(chosen: list[int], few: bool) -> tuple[float, float]:
-            """Mean accuracy of the questions; where that is equal, the lower loss wins."""
+            """Return the mean accuracy of the questions; where that is equal, the lower loss wins."""
             first = max(1, self.calibration // 4) if few else self.calibration
             right, nats = [], []
             for family, samples in zip(self.families, calibration, strict=True):
@@ -336,7 +336,7 @@ class Evaluation(AdapterEvaluation):
 
 
 def _measures(family: str, scores: Scores) -> dict[str, Any]:
-    """The measure with its interval, and what it is the mean of: right or wrong, or nats a token, by sample."""
+    """Return the measure with its interval, and what it is the mean of: right or wrong, or nats a token, by sample."""
     if family == "plain":
         (low, high), name, value = scores.perplexity_interval, "perplexity", scores.perplexity
         each = [round(nats, 4) for nats in scores.nats]
@@ -347,12 +347,12 @@ def _measures(family: str, scores: Scores) -> dict[str, Any]:
 
 
 def row_key(row: dict[str, Any]) -> tuple:
-    """What tells the rows of one result file apart."""
+    """Return what tells the rows of one result file apart."""
     return row["task"], row["method"], row["seq_len"], row["routers"]
 
 
 def adapter_hash(adapter: str) -> str | None:
-    """SHA-256 of a local adapter's weights and configuration."""
+    """Hash a local adapter's weights and configuration (SHA-256)."""
     files = [Path(adapter) / name for name in ("flux_config.json", "routers.safetensors")]
     if not all(file.exists() for file in files):
         return None

@@ -46,7 +46,7 @@ def _names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def short_names(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The shortest ends of the adapters' names that tell them apart."""
+    """Find the shortest ends of the adapters' names that tell them apart."""
     names = {row["routers"] for row in rows if row["routers"]}
     parts = max((len(Path(name).parts) for name in names), default=1)
     for count in range(1, parts + 1):
@@ -57,22 +57,22 @@ def short_names(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def label(row: dict[str, Any], names: dict[str, str]) -> str:
-    """Method and adapter of a row, for people."""
+    """Name a row's method and adapter, for people."""
     return row["method"] if not row["routers"] else f"{row['method']} ({names[row['routers']]})"
 
 
 def _at(length: int | None) -> str:
-    """Of generated questions at a length, or of lm-eval's tasks, which have none."""
+    """Say at which length generated questions were; lm-eval's tasks have none."""
     return "on lm-eval's tasks" if length is None else f"at {length:,} tokens"
 
 
 def tokens(length: int | None) -> str:
-    """A cell of a table."""
+    """Write a length as a cell of a table."""
     return "" if length is None else f"{length:,}"
 
 
 def by_method(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str | None], list[dict[str, Any]]]:
-    """The rows of each length, method and adapter."""
+    """Group the rows by length, method and adapter."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["seq_len"], row["method"], row["routers"]), []).append(row)
@@ -80,7 +80,7 @@ def by_method(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str | None], l
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean accuracy over the questions, mean Ω_MSR and plain text's perplexity, of each method, adapter and length."""
+    """Average each method, adapter and length: the questions' accuracy, Ω_MSR, and plain text's perplexity."""
     found = []
     for (length, method, routers), some in by_method(rows).items():
         answers = [row for row in some if "accuracy" in row]
@@ -102,7 +102,7 @@ def difference(
     rows: list[dict[str, Any]], others: list[dict[str, Any]]
 ) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
     """
-    What ``rows`` measure beside ``others``, sample by sample, as all methods see the same ones.
+    Compare ``rows`` with ``others``, sample by sample, as all methods see the same ones.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def difference(
 
 
 def _squared_error(change: list[int]) -> float:
-    """Of the mean of differences between right and wrong answers; see ``difference``."""
+    """Return the squared error of the mean of differences between right and wrong answers; see ``difference``."""
     better, worse, n = change.count(1) + 0.5, change.count(-1) + 0.5, len(change) + 2
     return (better + worse - (better - worse) ** 2 / n) / n**2
 
@@ -148,7 +148,7 @@ RIVALS = {"routed": ("static", "best-static", "best-static-fewer", "random"), "h
 
 
 def comparisons(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Lines of a table: every method beside dense, and routers beside their rivals."""
+    """Make the lines of a table: every method beside dense, and routers beside their rivals."""
     lines, names, groups = [], short_names(rows), by_method(rows)
     for (length, method, routers), some in groups.items():
         rivals = [("dense", None), *((rival, routers) for rival in RIVALS.get(method, ()))]
@@ -165,7 +165,7 @@ def comparisons(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def trade_off(rows: list[dict[str, Any]], length: int):
-    """Mean accuracy over mean Ω_MSR, a point for each method and adapter."""
+    """Plot mean accuracy over mean Ω_MSR, a point for each method and adapter."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
@@ -191,7 +191,7 @@ def _of_routers(row: dict[str, Any]) -> bool:
 
 
 def heat_map(rows: list[dict[str, Any]], length: int | None, routers: str):
-    """How often each layer (or, on average, each of its heads) ran full attention by these routers, by task."""
+    """Plot how often each layer (or, on average, each of its heads) ran full attention by these routers, by task."""
     import matplotlib.pyplot as plt
 
     some = [row for row in rows if _of_routers(row) and (row["seq_len"], row["routers"]) == (length, routers)]
@@ -222,7 +222,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, heading and lines of each table: a summary, then one a length."""
+    """Return title, heading and lines of each table: a summary, then one a length."""
     lines, names = [], short_names(rows)
     for each in summary(rows):
         accuracy = "" if each["accuracy"] is None else f"{each['accuracy']:.3f}"
@@ -252,7 +252,7 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
 
 
 def figures(rows: list[dict[str, Any]]) -> list[str]:
-    """The trade-off and the routers' heat maps of each length, as SVG."""
+    """Draw the trade-off and the routers' heat maps of each length, as SVG."""
     import matplotlib
 
     matplotlib.use("svg")

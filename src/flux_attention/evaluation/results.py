@@ -19,7 +19,7 @@ MEASURED = ("shape", "seq_len", "batch", "phase", "engine", "method", "sparsity"
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions, commit and date of a measurement. ``FLUX_COMMIT`` names the commit outside a checkout."""
+    """Describe device, versions, commit and date. ``FLUX_COMMIT`` names the commit outside a checkout."""
 
     def version_of(package: str) -> str | None:
         try:
@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
 
 
 def earlier_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows in a file of an earlier call, if that was on this device at this commit; else none."""
+    """Read the rows in a file of an earlier call, if that was on this device at this commit; else none."""
     try:
         before, now = json.loads(Path(path).read_text(encoding="utf-8")), environment()
     except (FileNotFoundError, ValueError):  # ValueError: damaged
@@ -58,7 +58,7 @@ def earlier_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``rows`` behind those of ``before`` that were not measured again, against whatever baseline."""
+    """Put ``rows`` behind those of ``before`` that were not measured again, against whatever baseline."""
 
     def measured(row):
         return tuple(row.get(fact) for fact in MEASURED)

@@ -61,7 +61,7 @@ def _backends(device: torch.device, dtype: torch.dtype, dim: int) -> list[SDPBac
 
 
 def backend_order(query_BHSD: torch.Tensor) -> list[SDPBackend] | None:
-    """SDPA's backends for dense prefill, best first; None for PyTorch's own order, and if a user switched some off."""
+    """List SDPA's backends for dense prefill, best first; None for PyTorch's own order, or if a user has some off."""
     if not query_BHSD.is_cuda:
         return None
     backends = _backends(query_BHSD.device, query_BHSD.dtype, query_BHSD.shape[-1])
@@ -99,7 +99,7 @@ def blocks_are_faster(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BK
 
 
 def num_splits(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: torch.Tensor) -> int:
-    """How many splits of the keys keep all SMs busy in ``full_by_splits``; one where it is slower, or cannot run."""
+    """Count the key splits that keep all SMs busy in ``full_by_splits``; one where that is slower or cannot run."""
     batch, heads, length, _ = query_BHSD.shape
     if batch > 1 or key_BKTD.shape[2] < MIN_PROMPT:
         return 1
@@ -110,7 +110,7 @@ def num_splits(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, value_BKTD: tor
 
 
 def _attend(query_BHSD, key_BKTD, value_BKTD, causal, scale):
-    """Output and log-sum-exp (B, H, S)."""
+    """Compute output and log-sum-exp (B, H, S)."""
     operator = torch.ops.aten._scaled_dot_product_cudnn_attention  # the public one keeps the log-sum-exp for itself
     output, lse = operator(query_BHSD, key_BKTD, value_BKTD, None, True, 0.0, causal, False, scale=scale)[:2]
     return output, lse.view(query_BHSD.shape[:3])

@@ -1,4 +1,4 @@
-"""What kernels ask of a device: which kernels run on it, its sizes, and how to hand it something without waiting."""
+"""A device as kernels see it: which kernels run on it, its sizes, and how to hand it something without waiting."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (16, 32, 64, 128, 256)
 
 
 def on_device(states: torch.Tensor):
-    """A context in which Triton launches, streams and graphs are those of the GPU that holds ``states``."""
+    """Return a context in which Triton launches, streams and graphs are those of the GPU that holds ``states``."""
     return torch.cuda.device(states.device) if states.is_cuda else nullcontext()
 
 
 def index_on(device: torch.device, values: list[int]) -> torch.Tensor:
-    """int64 ``values`` on ``device``; the host does not wait for a GPU to take them."""
+    """Put int64 ``values`` on ``device``; the host does not wait for a GPU to take them."""
     index = torch.tensor(values)
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
@@ -38,19 +38,19 @@ def has_triton(device: torch.device) -> bool:
 
 @lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability."""
+    """Return the compute capability."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @lru_cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors (SMs)."""
+    """Count the streaming multiprocessors (SMs)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @lru_cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a thread block may use."""
+    """Return the bytes of shared memory that a thread block may use."""
     if device.type != "cuda":
         return 2**20
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -12,7 +12,7 @@ from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_o
 
 
 def _triton_prefill(query_BHSD: torch.Tensor):
-    """The Triton prefill kernels' module, where they can take these states."""
+    """Return the Triton prefill kernels' module, where they can take these states."""
     if query_BHSD.dtype not in DTYPES or query_BHSD.shape[-1] not in HEAD_DIMS or not has_triton(query_BHSD.device):
         return None
     from flux_attention.kernels import triton_prefill  # only where Triton is installed

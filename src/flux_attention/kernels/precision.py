@@ -1,4 +1,4 @@
-"""Which dtype a model is loaded in where the user leaves it open."""
+"""The dtype that a model is loaded in where the user leaves it open."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fast_bfloat16() -> bool:
 
 def load_dtype(dtype: str, device: str | torch.device) -> str:
     """
-    What ``from_pretrained`` is given as ``dtype``.
+    Return what ``from_pretrained`` is given as ``dtype``.
 
     Parameters
     ----------

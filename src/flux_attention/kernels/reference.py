@@ -18,7 +18,7 @@ MASK_SIZE = 2**24
 
 
 def _masked(query_BHSD, key_BKTD, value_BKTD, mask, scale):
-    """SDPA with a bool mask, broadcastable to (B, 1, S, T); KV heads are not expanded: groups become queries."""
+    """Run SDPA with a bool mask, broadcastable to (B, 1, S, T); KV heads are not expanded: groups become queries."""
     batch, heads, length, dim = query_BHSD.shape
     kv_heads = key_BKTD.shape[1]
     groups = heads // kv_heads
@@ -31,7 +31,7 @@ def _masked(query_BHSD, key_BKTD, value_BKTD, mask, scale):
 
 
 def full(query_BHSD, key_BKTD, value_BKTD, scale):
-    """Causal attention of the last S of T positions. See ``kernels.full``."""
+    """Compute causal attention of the last S of T positions. See ``kernels.full``."""
     length, keys = query_BHSD.shape[2], key_BKTD.shape[2]
     if length == keys:
         return F.scaled_dot_product_attention(
@@ -52,7 +52,7 @@ def full(query_BHSD, key_BKTD, value_BKTD, scale):
 
 
 def streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale):
-    """Sink + window attention of the last S of T positions. See ``kernels.streaming``."""
+    """Compute sink + window attention of the last S of T positions. See ``kernels.streaming``."""
     length, keys = query_BHSD.shape[2], key_BKTD.shape[2]
     device = query_BHSD.device
     # Larger blocks compute more masked-out pairs, smaller ones launch more; half the window wastes a quarter.
@@ -76,7 +76,7 @@ def streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale):
 
 
 def decode(query_BH1D, key_BKTD, value_BKTD, lengths_B, scale):
-    """One query a row over the row's first ``lengths`` keys. See ``kernels.decode``."""
+    """Compute attention of one query a row over the row's first ``lengths`` keys. See ``kernels.decode``."""
     mask = None
     if lengths_B is not None:
         mask = (torch.arange(key_BKTD.shape[2], device=query_BH1D.device) < lengths_B[:, None])[:, None, None, :]

@@ -112,10 +112,10 @@ def _decode(
                 for other in tl.range(0, active):
                     row = ((first + other) * tl.num_programs(0) + kv_head) * GROUP + groups
                     share_G = tl.exp2(tl.load(top_ptr + row, cache_modifier=".cg") - best)
-                    piece = tl.load(
+                    state = tl.load(
                         state_ptr + row[:, None] * D + columns[None, :], mask=real, other=0.0, cache_modifier=".cg"
                     )
-                    acc += piece * share_G[:, None]
+                    acc += state * share_G[:, None]
                 tl.store(output, (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=real)
                 tl.store(count_ptr + place, 0)
 

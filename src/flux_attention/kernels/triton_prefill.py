@@ -34,8 +34,9 @@ def _mask(i_M, j_N, sink, window, T):
 @triton.jit
 def _blocks(first, last, sink, window, N: tl.constexpr):
     """
-    The key blocks of the queries at positions first … last − 1: ``sinks`` blocks from key 0 on, then others from key
-    ``start`` on, ``count`` in all.
+    Return the key blocks of the queries at positions first … last − 1.
+
+    They are ``sinks`` blocks from key 0 on, then others from key ``start`` on, ``count`` in all.
     """
     start = tl.maximum(first - window + 1, 0)
     apart = start > sink
@@ -46,7 +47,7 @@ def _blocks(first, last, sink, window, N: tl.constexpr):
 
 @triton.jit
 def _block(n, sinks, start, first, last, sink, window, N: tl.constexpr):
-    """First key and end of the n-th block, and whether some of its keys are hidden from some of the queries."""
+    """Return first key and end of the n-th block, and whether some of its keys are hidden from some of the queries."""
     is_sink = n < sinks
     begin = tl.where(is_sink, n * N, start + (n - sinks) * N)
     end = tl.where(is_sink, sink, last)
@@ -56,7 +57,7 @@ def _block(n, sinks, start, first, last, sink, window, N: tl.constexpr):
 
 @triton.jit
 def _load(pointer, start, stride, T, N: tl.constexpr, D: tl.constexpr):
-    """Rows start … start + N − 1 of a (T, D) tensor whose rows are ``stride`` apart; zeros behind its end."""
+    """Load rows start … start + N − 1 of a (T, D) tensor whose rows are ``stride`` apart; zeros behind its end."""
     rows, columns = tl.arange(0, N), tl.arange(0, D)
     pointers = pointer + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     return tl.load(pointers, mask=(start + rows < T)[:, None], other=0.0)
@@ -64,7 +65,7 @@ def _load(pointer, start, stride, T, N: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _tile(S, T, G: tl.constexpr, M: tl.constexpr, PACK: tl.constexpr):
-    """A program's batch and KV head; head and position of each row; the first position and the one behind the last."""
+    """Return a program's batch and KV head, each row's head and position, and the first position and the end."""
     rows, pack = tl.arange(0, M), tl.program_id(1)
     first = T - S + tl.program_id(0) * (M // PACK)
     last = tl.minimum(first + M // PACK, T)
@@ -74,7 +75,7 @@ def _tile(S, T, G: tl.constexpr, M: tl.constexpr, PACK: tl.constexpr):
 
 @triton.jit
 def _rows(pointer, batch, head_M, row_M, stride_b, stride_h, stride_s, D: tl.constexpr):
-    """Addresses of a tile's rows in a (B, H, S, D) tensor."""
+    """Return the addresses of a tile's rows in a (B, H, S, D) tensor."""
     offsets = head_M.to(tl.int64) * stride_h + row_M.to(tl.int64) * stride_s
     return pointer + batch * stride_b + offsets[:, None] + tl.arange(0, D)[None, :]
 
@@ -86,7 +87,7 @@ def _forward(
     S, T, sink, window, scale_log2,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """``TMA``: keys and values are descriptors of blocks, which the tensor memory accelerator loads; else addresses."""
+    """Compute a tile's output; with ``TMA`` keys and values are descriptors of blocks, else addresses."""
     batch, kv_head, head_M, i_M, first, last = _tile(S, T, G, M, PACK)
     row_M = i_M - (T - S)
     real_M = i_M < T
@@ -173,8 +174,10 @@ def _key_gradient(
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """
-    Gradients of a block of keys and values: from the queries whose window reaches it, or (``FAR``) from a split of
-    the later queries, which only see its sink keys.
+    Compute the gradients of a block of keys and values.
+
+    They come from the queries whose window reaches it, or (``FAR``) from a split of the later queries, which only see
+    its sink keys.
     """
     batch, kv_head = (tl.program_id(2) // splits).to(tl.int64), tl.program_id(1).to(tl.int64)
     split = tl.program_id(2) % splits
@@ -223,7 +226,7 @@ def _delta(
     output_ptr, grad_ptr, delta_ptr, output_b, output_h, output_s, grad_b, grad_h, grad_s, S,
     D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Sum over D of output × its gradient."""
+    """Sum output × its gradient over D."""
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * M
     output = _load(output_ptr + batch * output_b + head * output_h, start, output_s, S, M, D)

@@ -1,4 +1,4 @@
-"""Which keys a layer may see: one file a pattern, and the registry by which configurations name them."""
+"""Patterns, which say what keys a layer may see: one file each, and the registry by which configurations name them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ MAX_TOKENS = 2**28
 
 class Pattern(ABC):
     """
-    Which keys each query of a layer sees; subclasses are frozen dataclasses whose fields are the pattern's sizes.
+    The keys that each query of a layer sees; subclasses are frozen dataclasses whose fields are the pattern's sizes.
 
     A field's metadata may hold ``min``, the least size; the greatest is ``MAX_TOKENS``.
     """
@@ -26,14 +26,14 @@ class Pattern(ABC):
 
     def __post_init__(self):
         for size in fields(self):
-            value, least = getattr(self, size.name), size.metadata.get("min", 0)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise FluxConfigError(f"{size.name} is {value!r}, expected a whole number, at least {least}")
+            value, minimum = getattr(self, size.name), size.metadata.get("min", 0)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise FluxConfigError(f"{size.name} is {value!r}, expected a whole number, at least {minimum}")
             if value > MAX_TOKENS:
                 raise FluxConfigError(f"{size.name} is {value}, expected at most {MAX_TOKENS} tokens")
 
     def to_dict(self) -> dict[str, Any]:
-        """The pattern's name and sizes, as a configuration holds them."""
+        """Return the pattern's name and sizes, as a configuration holds them."""
         return {"pattern": self.name, **{size.name: getattr(self, size.name) for size in fields(self)}}
 
     @abstractmethod

@@ -16,7 +16,7 @@ __all__ = ["BACKBONE", "ROUTERS", "load_shipped"]
 
 def load_shipped():
     """
-    The shipped model, its tokenizer, and its routers attached.
+    Load the shipped model and its tokenizer, and attach its routers.
 
     Returns
     -------

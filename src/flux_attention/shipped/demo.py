@@ -172,7 +172,7 @@ def run_demo(count: int, length: int, seed: int | None, console: Console) -> lis
 
 
 def _answer_all(workers: Workers, samples: list[Sample], console: Console) -> list[tuple[dict[str, Any], Any]]:
-    """Each sample's results and routes, by method; the first sample of each family is shown when it is answered."""
+    """Return each sample's results by method, and its routes; show the first sample of each family when answered."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     answers: list[tuple[dict[str, Any], Any]] = []
     with Progress(*columns, console=console, transient=True) as progress:
@@ -192,7 +192,7 @@ def _answer_all(workers: Workers, samples: list[Sample], console: Console) -> li
 
 
 def _rows(samples: list[Sample], answers: list[tuple[dict[str, Any], Any]]) -> list[dict[str, Any]]:
-    """One row a family and method: means over its samples."""
+    """Make a row for each family and method: means over its samples."""
     rows = []
     for family, method in itertools.product(FAMILIES, METHODS):
         of_family = [answer for sample, answer in zip(samples, answers, strict=True) if sample.family == family]

@@ -41,7 +41,7 @@ class Episode:
 
 
 def needles(words: Words, keys: int = 1, values: int = 1, questions: int = 1) -> Episode:
-    """``keys`` keys with one code each, but the first ``questions`` with ``values`` codes."""
+    """Make ``keys`` keys with one code each, but the first ``questions`` with ``values`` codes."""
     facts, asked = [], []
     for index in range(keys):
         key = words.key()
@@ -60,7 +60,7 @@ def needles(words: Words, keys: int = 1, values: int = 1, questions: int = 1) ->
 
 
 def two_hop(words: Words, pairs: int = 6, questions: int = 1, hint: float = 0.0) -> Episode:
-    """Hosts live in cities; guests stay with hosts. ``hint`` is the share of guest lines that name the city."""
+    """Make hosts in cities, and guests who stay with them; ``hint`` is the share of guest lines that name the city."""
     hosts = [(words.draw("person"), words.draw("city")) for _ in range(pairs)]
     guests = [(words.draw("person"), *words.rng.choice(hosts)) for _ in range(pairs)]
     facts = [f"{host} lives in {city}." for host, city in hosts]
@@ -70,11 +70,11 @@ def two_hop(words: Words, pairs: int = 6, questions: int = 1, hint: float = 0.0)
     return Episode(facts, asked)
 
 
-def count(words: Words, questions: int = 1, most: int = 8) -> Episode:
-    """Two bells, each ringing one to ``most`` times."""
+def count(words: Words, questions: int = 1, max_rings: int = 8) -> Episode:
+    """Make two bells, each ringing one to ``max_rings`` times."""
     facts, asked = [], []
     for index in range(2):
-        city, times = words.draw("city"), words.rng.randint(1, most)
+        city, times = words.draw("city"), words.rng.randint(1, max_rings)
         facts += [f"The bell of {city} rings."] * times
         if index < questions:
             asked.append((f"How many times does the bell of {city} ring?", str(times)))
@@ -83,7 +83,7 @@ def count(words: Words, questions: int = 1, most: int = 8) -> Episode:
 
 
 def copy(words: Words, length: int = 48, questions: int = 1) -> Episode:
-    """Two passages of ``length`` random words."""
+    """Make two passages of ``length`` random words."""
     facts, asked = [], []
     for index in range(2):
         title, passage = words.key(), " ".join(words.any_words(length))
@@ -95,7 +95,7 @@ def copy(words: Words, length: int = 48, questions: int = 1) -> Episode:
 
 
 def multi_query(words: Words, keys: int = 16, asked: int = 4) -> Episode:
-    """``keys`` keys with one code each, ``asked`` of which one question asks for."""
+    """Make ``keys`` keys with one code each, ``asked`` of which one question asks for."""
     pairs = [(words.key(), words.code()) for _ in range(keys)]
     facts = [f"The secret code of the {key} is {code}." for key, code in pairs]
     words.rng.shuffle(facts)
@@ -104,7 +104,7 @@ def multi_query(words: Words, keys: int = 16, asked: int = 4) -> Episode:
 
 
 def variable_tracking(words: Words, chains: int = 3, hops: int = 4) -> Episode:
-    """Chains of variables that take each other's value; one question asks for all that have one chain's."""
+    """Make chains of variables that take each other's value; one question asks for all that have one chain's."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     names = iter({"".join(words.rng.choices(letters, k=5)): None for _ in range(2 * chains * (hops + 1) + 20)})
     told = []
@@ -129,7 +129,7 @@ def _word_lists(words: Words, counts: dict[str, int], question: str, answer: Seq
 
 
 def common_words(words: Words, length: int, common: int = 5) -> Episode:
-    """Lists in which ``common`` words occur ten times as often as all others."""
+    """Make lists in which ``common`` words occur ten times as often as all others."""
     pool = words.distinct()
     often = 0.3 * length / (common + (len(pool) - common) / 10)  # a word and its share of a line take about 1.5 tokens
     counts = {word: max(1, round(often if place < common else often / 10)) for place, word in enumerate(pool)}
@@ -139,7 +139,7 @@ def common_words(words: Words, length: int, common: int = 5) -> Episode:
 
 
 def frequent_words(words: Words, length: int, asked: int = 3) -> Episode:
-    """Lists of thirty words, whose counts fall with the square of their rank."""
+    """Make lists of thirty words, whose counts fall with the square of their rank."""
     pool = words.distinct()[:30]
     first = 0.3 * length / sum(1 / rank**2 for rank in range(1, len(pool) + 1))
     # In the shortest lists too, the words asked for differ in how often they occur.

@@ -45,7 +45,7 @@ class Haystack:
         self.ends = np.flatnonzero(ends_line[self.tokens]) + 1
 
     def window(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """``length`` consecutive tokens that end with a line, and the offsets in them at which lines end."""
+        """Return ``length`` consecutive tokens that end with a line, and the offsets in them at which lines end."""
         first = int(np.searchsorted(self.ends, length))
         if first >= len(self.ends):
             raise ValueError(f"the text has {len(self.tokens)} tokens, fewer than the {length} asked for")
@@ -132,7 +132,7 @@ def compose(
 
 def make_sample(family: str, haystack: Haystack, tokenizer, length: int, seed: int, held_out: bool = True) -> Sample:
     """
-    One sample of ``family``, the same for the same seed.
+    Make one sample of ``family``, the same for the same seed.
 
     For ``plain`` the "answer" is the second half of the text: the first half is the prompt.
     """
@@ -156,7 +156,7 @@ def training_sample(
     held_out: bool = False,
 ) -> Sample:
     """
-    A sample with many episodes and questions of ``families``: dense supervision for training a backbone.
+    Make a sample with many episodes and questions of ``families``: dense supervision for training a backbone.
 
     ``single_needle`` and ``multi_key`` are one here, with one to sixteen keys. ``hint`` is as in ``two_hop``,
     ``held_out`` as in ``Words``.

@@ -94,7 +94,7 @@ def check_head(routing) -> None:
 
 def answer_losses(model, samples: Sequence[Sample], **kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
-    Loss of each sample's answer tokens, and whether each is the most likely one.
+    Compute the loss of each sample's answer tokens, and whether each is the most likely one.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ def iter_files(roots: list[Path], held_out: bool) -> Iterator[Path]:
 
 
 def read_text(path: Path) -> str | None:
-    """The text of ``path``, or None if it is too large, too small, not UTF-8, or a data table."""
+    """Return the text of ``path``, or None if it is too large, too small, not UTF-8, or a data table."""
     size = path.stat().st_size
     if not 500 <= size <= MAX_FILE_BYTES:
         return None
@@ -53,7 +53,7 @@ def read_text(path: Path) -> str | None:
 
 
 def python_roots(site_packages: bool = False) -> list[Path]:
-    """The folder of the standard library, and of the installed packages if asked for."""
+    """Return the folder of the standard library, and of the installed packages if asked for."""
     paths = sysconfig.get_paths()
     roots = [Path(paths["stdlib"])]
     if site_packages:
@@ -62,13 +62,13 @@ def python_roots(site_packages: bool = False) -> list[Path]:
 
 
 def long_lines(text: str) -> list[str]:
-    """The lines by which a copy of ``text`` can be told."""
+    """Return the lines by which a copy of ``text`` can be told."""
     return [line for line in map(str.strip, text.split("\n")) if len(line) >= LONG_LINE_CHARS]
 
 
 @lru_cache(maxsize=2)
 def _training_lines(site_packages: bool) -> frozenset[int]:
-    """Hashes of the long lines of all training files; hashes, for the lines would fill a gigabyte."""
+    """Hash the long lines of all training files, as the lines would fill a gigabyte."""
     texts = map(read_text, iter_files(python_roots(site_packages), held_out=False))
     return frozenset(hash(line) for text in texts if text is not None for line in long_lines(text))
 
@@ -83,7 +83,7 @@ def is_copied(text: str, site_packages: bool) -> bool:
 @lru_cache(maxsize=4)
 def local_texts(held_out: bool, site_packages: bool = False, max_chars: int | None = None) -> tuple[str, ...]:
     """
-    The local Python installation's text files of one split.
+    Read the local Python installation's text files of one split.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ Stockholm Sydney Tallinn Tampa Tokyo Toronto Tunis Turin Utrecht Venice Vienna V
 
 
 def split_words(words: list[str], held_out: bool, fraction: float = 0.25) -> list[str]:
-    """The part of ``words`` that belongs to the training split, or to the held-out one."""
+    """Return the part of ``words`` that belongs to the training split, or to the held-out one."""
     return [word for word in words if is_held_out(word, fraction) == held_out]
 
 
@@ -85,11 +85,11 @@ class Words:
         self.taken: set[str] = set()
 
     def draw(self, kind: str) -> str:
-        """A person or a city that was not drawn yet."""
+        """Draw a person or a city that was not drawn yet."""
         return self.pools[kind].pop()
 
     def key(self) -> str:
-        """An adjective and a noun that were not drawn together yet."""
+        """Draw an adjective and a noun that were not drawn together yet."""
         if len(self.taken) == len(self.adjectives) * len(self.nouns):
             raise IndexError("all keys are drawn")
         while True:
@@ -99,19 +99,19 @@ class Words:
                 return key
 
     def code(self) -> str:
-        """Five digits."""
+        """Draw a code of five digits."""
         while True:
             code = f"{self.rng.randrange(100_000):05d}"
             if is_held_out(code, 0.2) == self.held_out:
                 return code
 
     def distinct(self) -> list[str]:
-        """All names of one word of this part, in random order."""
+        """Return all names of one word of this part, in random order."""
         pool = sorted(
             {word for words in (ADJECTIVES, NOUNS, PEOPLE, CITIES) for word in split_words(words, self.held_out)}
         )
         return self.rng.sample(pool, len(pool))
 
     def any_words(self, count: int) -> list[str]:
-        """Words of all lists and both splits, with repetition."""
+        """Draw words of all lists and both splits, with repetition."""
         return [self.rng.choice(self.rng.choice((ADJECTIVES, NOUNS, PEOPLE, CITIES))) for _ in range(count)]

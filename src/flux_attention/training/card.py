@@ -17,12 +17,12 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def _last(rows: list[dict[str, float]], name: str) -> list[dict[str, float]]:
-    """The rows of a task class that stand for what training reached: as many as a tenth of all."""
+    """Return the rows of a task class that stand for what training reached: as many as a tenth of all."""
     return [row for row in rows if f"{name}/msr" in row][-max(1, len(rows) // 10) :]
 
 
 def plot(rows: list[dict[str, float]], recipe: Recipe, units: list[str], path: Path) -> None:
-    """Ω_MSR, loss and multipliers of each class over the steps; how often each layer or head ran full at the end."""
+    """Plot each class's Ω_MSR, loss, multipliers over the steps; how often each layer or head ran full in the end."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -63,7 +63,7 @@ def plot(rows: list[dict[str, float]], recipe: Recipe, units: list[str], path: P
 
 
 def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamples) -> ModelCard:
-    """The adapter's model card with what training reached, and how."""
+    """Make the adapter's model card with what training reached, and how."""
     recipe, routing = trainer.recipe, trainer.routing
     classes = []
     for name, target in recipe.targets.items():

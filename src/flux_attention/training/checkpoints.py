@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: routers and multipliers alone, whole even where FSDP has sharded them."""
+"""Checkpoints of a run, which hold routers and multipliers alone, whole even where FSDP has sharded them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP may have sharded; every process takes part."""
+    """Gather a tensor that FSDP may have sharded; every process takes part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint: a run that was killed while it wrote one goes on from the one before."""
+    """Find the newest complete checkpoint: a run that was killed while it wrote one goes on from the one before."""
     found = []
     for path in Path(folder).glob("checkpoint-*"):
         # The trainer's state is what is written last, but a full disk or a crash can cut any file.

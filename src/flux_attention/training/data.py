@@ -44,7 +44,7 @@ def check_sources(recipe: Recipe) -> None:
 
 def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
     """
-    All sources of a recipe.
+    Load all sources of a recipe.
 
     Raises
     ------

@@ -64,7 +64,7 @@ class Generated(Sequence):
         return len(self.lengths)
 
     def task(self, index: int) -> str:
-        """The task class of a sequence."""
+        """Return the task class of a sequence."""
         return self.tasks[self.families[index % len(self.families)]]
 
     def __getitem__(self, index: int) -> Example:
@@ -78,7 +78,7 @@ class Generated(Sequence):
 
 def generate(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> Generated:
     """
-    The questions that a recipe's source asks for.
+    Make the questions that a recipe's source asks for.
 
     Raises
     ------

@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 class SaveOnInterrupt(TrainerCallback):
     """
-    What makes the Trainer save and stop at the end of the step in which Ctrl-C comes.
+    A callback that makes the Trainer save and stop at the end of the step in which Ctrl-C comes.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class SaveOnInterrupt(TrainerCallback):
         self.release()
 
     def release(self) -> None:
-        """As ``on_train_end``, for training that failed."""
+        """Leave signals as ``on_train_end`` does, also where training failed."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None

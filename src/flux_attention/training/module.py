@@ -31,7 +31,7 @@ CHUNK = 2048
 
 def keep_attention():
     """
-    What makes gradient checkpointing keep the outputs of attention, both branches', and compute all else again.
+    Return what makes gradient checkpointing keep the outputs of attention, both branches', and compute all else again.
 
     They take as little memory as the hidden states between layers, and of a long pack's work they are most.
     """
@@ -45,7 +45,7 @@ def keep_attention():
 
 def label_losses(head: nn.Module, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
     """
-    Loss in nats at the positions that carry a label: the language-model head runs there only, some at a time.
+    Compute the loss in nats at the positions that carry a label: the head runs there only, some at a time.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class RoutedTraining(nn.Module):
 
     @property
     def config(self):
-        """The backbone's."""
+        """The backbone's configuration."""
         return self.backbone.config
 
     def forward(
@@ -123,7 +123,7 @@ class RoutedTraining(nn.Module):
         progress: float,
     ) -> dict[str, torch.Tensor]:
         """
-        The objective of one pack (see ``packing.collate``).
+        Compute the objective of one pack (see ``packing.collate``).
 
         Returns
         -------
@@ -159,7 +159,7 @@ class RoutedTraining(nn.Module):
 
 
 def noise_of(seed: int, step: int, numbers: list[int], layers: int) -> torch.Tensor:
-    """The Gumbel noise (N, L, 2) of these sequences in this step, whatever the pack or the process they are in."""
+    """Draw the Gumbel noise (N, L, 2) of these sequences in this step, whatever the pack or the process they are in."""
     noise = []
     for number in numbers:
         digest = hashlib.sha256(f"{seed}-{step}-{number}".encode()).digest()

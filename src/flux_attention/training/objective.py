@@ -1,4 +1,4 @@
-"""What router training optimises: the language-modelling loss under a sparsity target for each task class.
+"""The objective of router training: it is the language-modelling loss under a sparsity target for each task class.
 
 Shape suffixes: B batch, L routed layers, C task classes.
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 def temperature(progress: float, start: float = 1.5, end: float = 1.0, until: float = 0.6) -> float:
     """
-    Gumbel-Softmax temperature τ: a cosine from ``start`` to ``end`` over the first ``until`` of training.
+    Return the Gumbel-Softmax temperature τ: a cosine from ``start`` to ``end`` over the first ``until`` of training.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class SparsityObjective(nn.Module):
         self, lm_loss_B: torch.Tensor, gates_BL: torch.Tensor, classes: list[str], progress: float = 1.0
     ) -> torch.Tensor:
         """
-        The batch's mean loss.
+        Compute the batch's mean loss.
 
         Parameters
         ----------

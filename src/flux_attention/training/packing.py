@@ -17,7 +17,7 @@ from flux_attention.training.records import Example
 
 def pack(lengths: Sequence[int], budget: int, seed: int = 0) -> list[list[int]]:
     """
-    Which sequences go together: each pack has at most ``budget`` tokens (or one longer sequence).
+    Choose which sequences go together: each pack has at most ``budget`` tokens (or one longer sequence).
 
     Sequences are shuffled, then each goes into the first of the latest packs that has room.
     """
@@ -53,7 +53,7 @@ class PackedExamples(Dataset):
         return len(self.packs)
 
     def hash(self) -> str:
-        """SHA-256 of what the packs hold: of generated sources, of their text and sizes."""
+        """Hash what the packs hold (SHA-256): of generated sources, their text and sizes."""
         digest = hashlib.sha256(json.dumps(self.packs).encode())
         for some in self.sources:
             if isinstance(some, Generated):
@@ -97,7 +97,7 @@ class Steps(Dataset):
 
 def collate(packs: list[list[tuple[int, Example]]], classes: dict[str, int]) -> dict[str, torch.Tensor]:
     """
-    One row of sequences behind one another.
+    Put sequences behind one another in one row.
 
     Returns
     -------

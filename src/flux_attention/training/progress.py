@@ -1,4 +1,4 @@
-"""What a run shows while it trains."""
+"""Progress that a run shows while it trains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Progress(ProgressCallback):
             self.training_bar.refresh()
 
     def _left(self, state) -> str:
-        """About how long the steps left take."""
+        """Estimate how long the steps left take."""
         then, first = self.began
         seconds = (time.monotonic() - then) / max(1, state.global_step - first) * (state.max_steps - state.global_step)
         return str(timedelta(seconds=round(seconds)))

@@ -213,7 +213,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """
-        The recipe that ``to_dict`` described, or that a YAML file holds.
+        Make the recipe that ``to_dict`` described, or that a YAML file holds.
 
         Raises
         ------
@@ -244,7 +244,7 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of plain values; ``from_dict`` of it is equal to this recipe."""
+        """Return a dict of plain values; ``from_dict`` of it is equal to this recipe."""
         return asdict(self)
 
     def to_yaml(self, path: str | Path) -> None:
@@ -254,7 +254,7 @@ class Recipe:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """As ``to_dict``, with the defaults within ``routers`` and ``training`` written out."""
+        """The recipe as ``to_dict`` gives it, with the defaults within ``routers`` and ``training`` written out."""
         routers = {name: value for name, value in self.flux_config.to_dict().items() if name != "base_model"}
         routers = routers if self.start is None else {}
         return {**self.to_dict(), "routers": routers, "training": self.training_arguments}

@@ -48,7 +48,7 @@ class Example:
 @dataclass
 class Report:
     """
-    What reading a source found.
+    Counts of what reading a source found.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class Report:
 
 def read_records(source: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """
-    The records of a source, with where each stands; a line that is not JSON comes as the error that it raised.
+    Yield the records of a source, with where each stands; a line that is not JSON comes as the error that it raised.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def read_records(source: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _problem(record: Any, targets: dict[str, float]) -> str | None:
-    """What is wrong with a record."""
+    """Say what is wrong with a record."""
     if isinstance(record, (ValueError, RecursionError)):
         return f"not JSON ({record})"
     if not isinstance(record, dict):
@@ -169,7 +169,7 @@ def encode_record(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Example, bool]:
     """
-    A well-formed record as a sequence, and whether it was shortened to fit.
+    Encode a well-formed record as a sequence, and say whether it was shortened to fit.
 
     A prompt loses its middle; plain text and, beyond half of ``max_length``, an answer lose their ends.
 
@@ -213,7 +213,7 @@ def encode_record(
 def load_records(
     source: dict[str, Any], tokenizer, max_length: int, targets: dict[str, float], report: Report
 ) -> list[Example]:
-    """All usable records of a source as sequences; ``report`` counts the others."""
+    """Load all usable records of a source as sequences; ``report`` counts the others."""
     from tqdm.auto import tqdm
 
     chat = source.get("chat_template")

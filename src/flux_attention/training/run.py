@@ -64,7 +64,7 @@ def check_model(recipe: Recipe) -> None:
 
 def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
     """
-    The recipe's model with routers, fresh ones or those that it starts from; loaded in what ``device`` is fast in.
+    Load the recipe's model with routers, fresh ones or those that it starts from; loaded in what ``device`` is fast in.
 
     Raises
     ------
@@ -220,7 +220,7 @@ def finish(trainer: RouterTrainer, folder: Path, data: PackedExamples) -> None:
 
 
 def _model_config(recipe: Recipe):
-    """The model's configuration: its own, or where that does not lie on this machine, the recipe's ``shape``."""
+    """Return the model's configuration: its own, or where that does not lie on this machine, the recipe's ``shape``."""
     if recipe.shape not in {None, *SHAPES}:
         raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
     path = names.model_path(recipe.model)
@@ -235,7 +235,7 @@ def _model_config(recipe: Recipe):
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """
-    What a run would take, by arithmetic: the model is built without memory for its weights, no data is read.
+    Count what a run would take, by arithmetic: the model is built without memory for its weights, no data is read.
 
     Returns
     -------

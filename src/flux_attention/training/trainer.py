@@ -98,7 +98,7 @@ class RouterTrainer(Trainer):
     # Optimizer: descent on the routers, ascent on the multipliers.
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """AdamW with a group for each; the multipliers' maximises, and keeps them at zero or above."""
+        """Make AdamW with a group for each; the multipliers' maximises, and keeps them at zero or above."""
         if self.optimizer is None:
             args, module = self.args, self.model
             groups = [
@@ -117,7 +117,7 @@ class RouterTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """The recipe's schedule for the routers; the multipliers' learning rate is constant."""
+        """Make the recipe's schedule for the routers; the multipliers' learning rate is constant."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             scheduler.lr_lambdas[1] = lambda _: 1.0
@@ -127,7 +127,7 @@ class RouterTrainer(Trainer):
     # The loss: a mean over the sequences of all packs of a step, on all processes.
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The packs of a step, and how many sequences they hold on all processes."""
+        """Return the packs of a step, and how many sequences they hold on all processes."""
         packs, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = torch.tensor(sum(len(pack["sequence_lengths"]) for pack in packs), device=device)
         return packs, self.accelerator.reduce(count, "sum")
@@ -233,7 +233,7 @@ class RouterTrainer(Trainer):
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """
-    A recipe's ``TrainingArguments``.
+    Make a recipe's ``TrainingArguments``.
 
     Raises
     ------
