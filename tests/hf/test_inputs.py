@@ -66,6 +66,15 @@ BAD_CALLS = {
         UnsupportedModelError,
         "packed into a single row",
     ),
+    "packed beside padding": (
+        dict(
+            input_ids=ids(1, 8),
+            position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]),
+            attention_mask=torch.tensor([[1] * 7 + [0]]),
+        ),
+        UnsupportedModelError,
+        "without padding",
+    ),
     "positions that jump": (
         dict(input_ids=ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 5, 6, 7, 8, 9]])),
         UnsupportedModelError,
@@ -255,3 +264,15 @@ def test_a_mask_hides_no_tokens_in_the_middle_later():
                 model(ids(2, 3), attention_mask=mask, past_key_values=cache)
         mask = torch.tensor([[1] * 13, [0] * 2 + [1] * 11])
         assert model(ids(2, 3), attention_mask=mask, past_key_values=cache).logits.isfinite().all()
+
+
+def test_positions_behind_a_cache_go_on():
+    model = tiny_model("llama")
+    attach(model, CONFIG)
+    with torch.no_grad():
+        cache = model(ids(1, 8)).past_key_values
+        with pytest.raises(UnsupportedModelError, match="neither consecutive"):
+            model(ids(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]), past_key_values=cache)
+        expected = model(torch.cat([ids(1, 8), ids(1, 4, 5)], 1)).logits[:, 8:]
+        later = dict(position_ids=torch.arange(8, 12)[None], past_key_values=cache)
+        torch.testing.assert_close(model(ids(1, 4, 5), **later).logits, expected, atol=1e-4, rtol=1e-3)

@@ -189,19 +189,21 @@ class InputReader:
         if ends is not None:  # DataCollatorWithFlattening
             return torch.as_tensor(ends).diff().tolist()
         positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        if positions is None or positions.ndim != 2 or width == 1:
+            return None
+        real_BS = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask[:, -width:] != 0
+        # From one real token to the next the position grows by one, where there is one sequence in a row.
+        offset_BS = positions.to(real_BS.device) - real_BS.cumsum(1)
+        first, last = offset_BS.masked_fill(~real_BS, 2**40).amin(1), offset_BS.masked_fill(~real_BS, -(2**40)).amax(1)
+        if not bool((first < last).any()):
+            return None
+        starts = [0, *((positions[0].diff() != 1).nonzero()[:, 0] + 1).tolist(), width]
         is_continued = type(cache) is DynamicCache and cache.get_seq_length() > 0
-        if positions is None or positions.ndim != 2 or width == 1 or is_continued:
-            return None
-        if mask is not None and not bool((mask != 0).all()):  # positions of padding are anything
-            return None
-        restarts = positions.diff(dim=1) != 1
-        if not bool(restarts.any()):
-            return None
-        starts = [0, *(restarts[0].nonzero()[:, 0] + 1).tolist(), width]
-        if batch > 1 or len(positions) > 1 or bool((positions[0, starts[:-1]] != 0).any()):
+        is_packed = batch == 1 and bool(real_BS.all()) and not is_continued
+        if not is_packed or bool((positions[0, starts[:-1]] != 0).any()):
             raise UnsupportedModelError(
-                "position_ids are neither consecutive nor those of sequences packed into a single row, each from 0 on; "
-                "routed layers support no others"
+                "position_ids are neither consecutive from each real token to the next nor those of sequences packed "
+                "into a single row without padding, each from 0 on; routed layers support no others"
             )
         return torch.tensor(starts).diff().tolist()
 
