@@ -17,10 +17,8 @@ import torch
 
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.router import LayerRouter, Pooling, hard_route, soft_route
-from flux_attention.routes import unit_name
+from flux_attention.routes import Unit, unit_name
 
-#: A routed layer's index in the model, or (layer, KV head).
-Unit = int | tuple[int, int]
 #: What ``Routing.force`` takes.
 RouteSpec = str | float | Sequence[int] | torch.Tensor
 
@@ -188,10 +186,13 @@ class Routed(_ByRouters):
         self._copies: dict[Unit, _LogitsCopy] = {}
 
     def observe(self, unit: Unit, query_BSHD: torch.Tensor) -> None:
-        """See ``Decision.observe``."""
+        """See ``Decision.observe``; layers that gradient checkpointing computes again are not read again."""
+        if self.finished:
+            return
         if unit in self._copies or unit in self._routes:
             raise UnsupportedModelError(f"layer {unit_name(unit)} computes its query twice, so it cannot be routed")
-        self._copies[unit] = _LogitsCopy(self._read(unit, query_BSHD).detach())
+        with torch.no_grad():  # a hard route has no gradient, and checkpointing would count what its graph keeps
+            self._copies[unit] = _LogitsCopy(self._read(unit, query_BSHD))
 
     def routes(self, unit: Unit) -> list[bool]:
         """See ``Decision.routes``; waits for the router if need be."""
@@ -208,6 +209,7 @@ class Routed(_ByRouters):
 
     def finish(self) -> Decided:
         """See ``Decision.finish``."""
+        self.finished = True
         routes_BU = torch.tensor([self.routes(unit) for unit in self.units]).T
         return Decided(routes_BU, self._all_logits())
 
@@ -339,7 +341,7 @@ def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[Unit]) -> torch.T
         For anything else, with what was expected.
     """
     count = len(layers)
-    routes = torch.zeros(batch, count, dtype=torch.bool)
+    routes = torch.zeros(batch, count, dtype=torch.bool, device="cpu")
     if isinstance(spec, torch.Tensor):
         rows = {1: 1, 2: len(spec)}.get(spec.ndim, 0) if spec.shape[-1:] == (count,) else 0
         if rows == 0 or batch % rows:
@@ -360,6 +362,8 @@ def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[Unit]) -> torch.T
         routes[:, [int((index + 0.5) * count / full) for index in range(full)]] = True
         return routes
     if isinstance(spec, Sequence):
+        if any(isinstance(layer, bool) for layer in spec) or len(set(spec)) < len(spec):
+            raise ValueError(f"cannot force {spec!r}: a list names each full layer once; bits are forced by a tensor")
         unknown = [layer for layer in spec if layer not in layers]
         if unknown:
             raise ValueError(f"cannot force layers {unknown} to full attention; routed layers are {list(layers)}")

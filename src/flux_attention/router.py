@@ -6,6 +6,7 @@ Shape suffixes: B batch, S query length, H query heads, D head dim, N pooled tok
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed
@@ -96,7 +97,7 @@ class Pooling:
         """Return ``x_BD``, float32; see ``pool_query``."""
         device = query_BSHD.device
         if device not in self._read:
-            slots, weights = pooled_slots(torch.tensor(self.lengths), self.pool_size)
+            slots, weights = pooled_slots(torch.tensor(self.lengths, device="cpu"), self.pool_size)
             columns = slots if self.columns is None else self.columns(slots)
             self._read[device] = columns.to(device), weights.to(device)
         x_BD = pool_query(query_BSHD, *self._read[device])
@@ -122,19 +123,18 @@ class LayerRouter(nn.Module):
     def __init__(self, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.encoder = nn.Sequential(
-            nn.Linear(head_dim, 8 * head_dim), nn.SiLU(), nn.Linear(8 * head_dim, 2 * head_dim)
-        )
+        linear = partial(nn.Linear, dtype=torch.float32, device="cpu")  # whatever PyTorch's defaults are
+        self.encoder = nn.Sequential(linear(head_dim, 8 * head_dim), nn.SiLU(), linear(8 * head_dim, 2 * head_dim))
         self.head = nn.Sequential(
-            nn.Linear(2 * head_dim, 4 * head_dim),
+            linear(2 * head_dim, 4 * head_dim),
             nn.SiLU(),
-            nn.Linear(4 * head_dim, head_dim),
+            linear(4 * head_dim, head_dim),
             nn.SiLU(),
-            nn.Linear(head_dim, 2),
+            linear(head_dim, 2),
         )
         nn.init.zeros_(self.head[-1].weight)
         with torch.no_grad():
-            self.head[-1].bias.copy_(torch.tensor(INITIAL_BIAS))
+            self.head[-1].bias.copy_(torch.tensor(INITIAL_BIAS, device="cpu"))
 
     def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
         """Return ``logits_B2`` in float32 from pooled query states; index 1 is full attention, index 0 sparse."""

@@ -13,6 +13,9 @@ from rich.text import Text
 
 from flux_attention.patterns import Full, Pattern
 
+#: What is decided on: a routed layer's index in the model, or (layer, KV head).
+Unit = int | tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -36,7 +39,7 @@ class Routes:
 
     routes_BL: torch.Tensor
     logits_BL2: torch.Tensor | None
-    layers: tuple[int, ...]
+    layers: tuple[Unit, ...]
     lengths: tuple[int, ...]
     sparse: Pattern
     full: Pattern
@@ -94,6 +97,6 @@ def _strip(row_L: torch.Tensor) -> str:
     return "".join("F" if full else "S" for full in row_L.tolist())
 
 
-def unit_name(unit: int | tuple[int, int]) -> str:
+def unit_name(unit: Unit) -> str:
     """Name what is decided on, for people: a layer ``3``, a KV head ``3.1``."""
     return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))

@@ -196,3 +196,10 @@ def test_products_of_a_decode_step_read_what_is_in_memory():
         again(torch.randn(1, 7, model.config.hidden_size))
     assert [len(nodes) for nodes in materialized] == [2, 0]
     torch._dynamo.reset()
+
+
+def test_hidden_states_of_compiled_layers_are_refused():
+    model = tiny_model("qwen3")
+    attach(model, CONFIG, compile=True)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="compiled layers give no hidden states"):
+        model(ids(1, 8), output_hidden_states=True)

@@ -7,7 +7,10 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flux_attention import attach, decision
+from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.layer import RoutedLayer
+from flux_attention.hf.cache.size import dense_kv_bytes, kv_bytes
+from flux_attention.hf.context import current, enclosing
 from flux_attention.hf.forward import ForwardPass, Inputs
 from flux_attention.hf.layout import BatchLayout
 from flux_attention.patterns import Full
@@ -177,3 +180,95 @@ def test_a_prompt_filled_in_inference_mode_can_be_decoded_outside():
             cache = model(ids(2, 30)).past_key_values
         with torch.no_grad():
             torch.testing.assert_close(model(ids(2, 1), past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_vl"])
+def test_ctrl_c_leaves_nothing_behind(family):
+    """PyTorch does not call hooks behind a KeyboardInterrupt."""
+    model = tiny_model(family)
+    routing = attach(model, CONFIG)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        cache = model(ids(1, 20)).past_key_values
+        for _ in range(3):
+            hook = model.get_decoder().layers[1].register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids(1, 20))
+            hook.remove()
+            assert current.get() is None and enclosing.get() == ()
+        routing.detach()
+        with pytest.raises(RuntimeError, match="attach the routers again"):
+            model(ids(1, 1), past_key_values=cache)
+
+
+def test_a_reroute_that_failed_is_decided_again(monkeypatch):
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG, keep_full_kv=True)
+    with torch.no_grad():
+        cache = model(ids(1, 30)).past_key_values
+        routing.reroute(cache)
+        with monkeypatch.context() as patched, routing.force("sparse"):
+            patched.setattr(ForwardPass, "_by_group", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+            with pytest.raises(torch.OutOfMemoryError):
+                model(ids(1, 3), past_key_values=cache)
+        with routing.force("sparse"):
+            model(ids(1, 3), past_key_values=cache)
+    assert [cache.layers[layer].routes for layer in routing.layers] == [[False]] * 3
+
+
+def test_a_cache_of_a_first_call_that_failed_holds_nothing(monkeypatch):
+    model, cache = tiny_model("qwen3"), DynamicCache()
+    attach(model, CONFIG)
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(ForwardPass, "_by_group", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        with pytest.raises(torch.OutOfMemoryError):
+            model(ids(1, 8), past_key_values=cache)
+    assert kv_bytes(cache) == dense_kv_bytes(cache) == 0
+    with torch.no_grad():
+        assert model(ids(1, 8), past_key_values=cache).logits.isfinite().all()
+
+
+def test_gradients_through_a_cache_are_refused_not_lost():
+    model = tiny_model("qwen3")
+    attach(model, CONFIG)
+    cache = DynamicCache()
+    model(ids(1, 12), past_key_values=cache)
+    for width in (1, 3):  # a forward call alone is fine
+        loss = model(ids(1, width), past_key_values=cache).logits.sum()
+        with pytest.raises(UnsupportedModelError, match="do not flow through a routed KV cache"):
+            loss.backward()
+    model(ids(1, 12)).logits.sum().backward()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_rows_of_unlike_routes_under_autocast(soft):
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+    routes = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    noise = 100.0 * torch.stack([1 - routes, routes], -1).float()
+    with torch.autocast("cpu", torch.bfloat16), routing.soft(1.0, noise) if soft else routing.force(routes):
+        together = model(ids(2, 30), use_cache=False).logits
+    for row in range(2):
+        deciding = routing.soft(1.0, noise[row : row + 1]) if soft else routing.force(routes[row])
+        with torch.autocast("cpu", torch.bfloat16), deciding:
+            alone = model(ids(2, 30)[row : row + 1], use_cache=False).logits
+        assert (together[row] - alone[0]).norm() < 0.05 * alone.norm()
+
+
+def test_checkpointed_layers_of_routed_prompts_are_not_read_again():
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        routing = attach(model, CONFIG)
+        with torch.no_grad():
+            for number, router in enumerate(routing.routers.values()):
+                router.head[-1].bias.copy_(torch.tensor([float(number == 1), 0.5]))
+        model(ids(2, 30), use_cache=False).logits.square().sum().backward()
+        assert routing.routes.msr == pytest.approx([1 / 3] * 2)
+        grads.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(*grads)

@@ -115,9 +115,9 @@ def test_threads_share_a_model():
 def test_an_attached_model_is_not_copied_by_halves():
     model = tiny_model("qwen3")
     routing = attach(model, CONFIG)
-    with pytest.raises(RuntimeError, match="cannot be copied: detach"):
+    with pytest.raises(RuntimeError, match="cannot be copied or pickled: detach"):
         copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match="cannot be pickled: detach"):
+    with pytest.raises(RuntimeError, match="cannot be copied or pickled: detach"):
         pickle.dumps(routing)
 
 
@@ -202,3 +202,32 @@ def test_a_tasks_force_is_its_own():
         return found
 
     assert asyncio.run(both()) == ([1.0] * 3, [0.0] * 3)
+
+
+def test_blocks_of_generators_end_in_any_order():
+    routing = attach(tiny_model("qwen3"), CONFIG)
+
+    def forced(spec):
+        with routing.force(spec):
+            yield
+
+    first, second = forced("sparse"), forced("full")
+    next(first)
+    next(second)
+    assert routing.settings.forced == "full"
+    first.close()
+    assert routing.settings.forced == "full"
+    second.close()
+    assert routing.settings.forced is None
+
+
+def test_soft_decisions_of_forced_routes_are_refused():
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+    with routing.force("sparse"), routing.soft(1.0), pytest.raises(ValueError, match="carry no gradients"):
+        model(ids(1, 20))
+    with routing.force("sparse"), routing.force(None), routing.soft(1.0):
+        model(ids(1, 20))
+    assert routing.gates.requires_grad
+    routing.detach()
+    assert routing.routes is not None and routing.gates is None

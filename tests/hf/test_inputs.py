@@ -51,6 +51,11 @@ BAD_CALLS = {
         UnsupportedModelError,
         "padding mask",
     ),
+    "narrow mask with positions": (
+        dict(input_ids=ids(1, 8), attention_mask=torch.ones(1, 7), position_ids=torch.arange(8)[None]),
+        ValueError,
+        r"shape \(1, 7\), expected \(1, 8\)",
+    ),
     "wrong mask": (
         dict(input_ids=ids(1, 8), attention_mask=torch.ones(1, 7)),
         ValueError,
@@ -197,7 +202,13 @@ def test_padding_that_no_mask_announces_is_refused():
         torch.testing.assert_close(routing.routes.logits_BL2[1:2], alone)
         with routing.force("sparse"):  # where it does not matter
             model(right)
-        model(right[1:2])  # one sequence may end in any token
+        for padded in (right[1:2], right[1:2].repeat(2, 1)):  # alone, or all padded alike
+            with pytest.raises(ValueError, match="end in token 0"):
+                model(padded)
+        model(right[1:2, :15])  # a single one may be text
+        model.config.eos_token_id = [0, 5]  # and so may several, where texts end in it
+        model(right[1:2])
+        model.config.eos_token_id = None
         model.config.pad_token_id = 7
         right[1, 14:] = 7
         with pytest.raises(ValueError, match="end in token 7"):
@@ -276,3 +287,20 @@ def test_positions_behind_a_cache_go_on():
         expected = model(torch.cat([ids(1, 8), ids(1, 4, 5)], 1)).logits[:, 8:]
         later = dict(position_ids=torch.arange(8, 12)[None], past_key_values=cache)
         torch.testing.assert_close(model(ids(1, 4, 5), **later).logits, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_call_that_is_refused_leaves_the_cache_as_it_was():
+    model = tiny_model("qwen3")
+    attach(model, CONFIG)
+    mask = torch.ones(1, 12, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(ids(1, 10)).past_key_values
+        hiding = mask.clone()
+        hiding[0, 7:10] = 0
+        with pytest.raises(ValueError, match="prompt_lengths"):
+            model(ids(1, 2), attention_mask=hiding, past_key_values=cache, prompt_lengths=[5])
+        assert cache.layers[0].lengths == [10]
+        expected = model(torch.cat([ids(1, 10), ids(1, 2)], 1)).logits[:, 10:]
+        torch.testing.assert_close(
+            model(ids(1, 2), attention_mask=mask, past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-3
+        )

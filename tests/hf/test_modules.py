@@ -181,3 +181,68 @@ def test_a_config_copied_from_an_attached_model_is_a_config():
         other.detach()
         torch.testing.assert_close(second(ids(2, 30)).logits, expected)
     assert first.config._attn_implementation == "flux" and second.config._attn_implementation == "sdpa"
+
+
+def test_a_models_generate_within_peft_knows_the_prompt():
+    model = tiny_model("llama")
+    wrapped = lora(model)
+    routing = randomize(attach(wrapped, CONFIG))
+    prompt = ids(1, 40)
+    with pytest.raises(UnsupportedModelError, match="prefill_chunk_size is 7"):
+        wrapped.generate(input_ids=prompt, max_new_tokens=2, do_sample=False, prefill_chunk_size=7)
+    wrapped.generate(input_ids=prompt, routes="sparse", max_new_tokens=2, do_sample=False)
+    assert routing.routes.msr == [1.0]
+    routing.detach()
+    assert type(model) is type(tiny_model("llama"))
+
+
+def test_layers_copied_while_attached_run_elsewhere_and_afterwards():
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    with torch.no_grad():
+        routing = attach(model, CONFIG)
+        other.model.layers[1] = copy.deepcopy(model.model.layers[1])
+        other(ids(1, 20))
+        model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+        routing.detach()
+        torch.testing.assert_close(model(ids(1, 20)).logits, tiny_model("llama")(ids(1, 20)).logits)
+
+
+def test_another_model_of_the_attached_ones_class_is_its_own():
+    model = tiny_model("llama")
+    attach(model, CONFIG)
+    other = type(model)(copy.deepcopy(model.config)).eval()
+    with pytest.raises(ValueError, match="no routers attached"):
+        other.generate(ids(1, 8), routes="sparse", max_new_tokens=2, do_sample=False)
+    twin = copy.deepcopy(other)
+    assert torch.equal(*(each.generate(ids(1, 8), max_new_tokens=3, do_sample=False) for each in (other, twin)))
+
+
+def test_a_users_hook_on_the_query_comes_before_the_router():
+    models = [tiny_model("llama") for _ in range(2)]
+
+    def steer(module, args, output):
+        return output + 3.0
+
+    routings = []
+    for model, first in zip(models, (True, False), strict=True):
+        if first:
+            model.model.layers[1].self_attn.q_proj.register_forward_hook(steer)
+        routings.append(randomize(attach(model, CONFIG)))
+        if not first:
+            model.model.layers[1].self_attn.q_proj.register_forward_hook(steer)
+    routings[1].routers.load_state_dict(routings[0].routers.state_dict())
+    found = [decided(model, routing) for model, routing in zip(models, routings, strict=True)]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_routers_are_made_in_float32_whatever_the_defaults():
+    model = tiny_model("llama")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            routing = attach(model, CONFIG)
+    finally:
+        torch.set_default_dtype(before)
+    assert decided(model, routing)[1].dtype == torch.float32

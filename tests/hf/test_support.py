@@ -260,6 +260,8 @@ def test_image_tokens_that_attend_both_ways_are_refused():
     types = torch.zeros_like(prompt)
     expected = model(prompt).logits
     torch.testing.assert_close(model(prompt, token_type_ids=types).logits, expected)  # text alone
+    greedy = dict(max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(prompt, token_type_ids=types, **greedy), model.generate(prompt, **greedy))
     types[0, 3:7] = 1
     with pytest.raises(UnsupportedModelError, match="not plainly causal"):
         model(prompt, token_type_ids=types)

@@ -7,23 +7,30 @@ cache layers of our own in the cache that the caller or ``generate`` made. On th
 
 from __future__ import annotations
 
-import inspect
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from flux_attention import adapters
 from flux_attention.config import FluxConfig
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.compiled import compiled_layer, materialize_input, readers
-from flux_attention.hf.context import COMPILED, CONTEXT, NAME, EnclosingCall, current, enclosing
+from flux_attention.hf.context import NAME, ForwardContext
 from flux_attention.hf.generation.install import install_generation
 from flux_attention.hf.handle import Routing
+from flux_attention.hf.hooks import (
+    QueryHooks,
+    enter_attention,
+    refuse_copies,
+    routed_decoder,
+    show_query,
+    telling_model,
+)
 from flux_attention.hf.interface import register
 from flux_attention.hf.mlp import in_pieces, mlps
 from flux_attention.hf.modules import replace_forward
@@ -32,16 +39,13 @@ from flux_attention.hf.support import (
     base_model,
     find_decoder,
     full_attention_layers,
-    query_module,
+    tensor_parallel_group,
 )
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter
 
-#: Where the handle stands on an attached decoder, and a layer's index on its query module.
-HANDLE, LAYER = "flux_routing", "flux_layer"
-#: Arguments of models around a decoder that tell which tokens are text, and inputs that are not.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs")
+#: Where the handle stands on an attached decoder.
+HANDLE = "flux_routing"
 #: The configurations of attached models: two models that share one cannot be told apart by transformers.
 _attached_configs: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -60,13 +64,15 @@ def attach(
     Attach layer routers to a frozen causal language model.
 
     Every layer with full attention gets a router; sliding-window and linear layers are left alone. The model's own
-    API stays as it is: ``forward``, ``generate``, ``pipeline``. Each sequence's routes are decided by the first
-    forward call with an empty cache, the prompt, and kept for the cache's life, further turns included.
+    API stays as it is: ``forward``, ``generate``, ``pipeline``. Each sequence's routes are decided by its prompt (what
+    ``generate`` is given; in a loop of one's own, the first forward call with an empty cache) and kept for the cache's
+    life, further turns included.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A decoder-only causal LM, or a vision-language model with such a text decoder. fp32, bf16 or fp16.
+        A decoder-only causal LM, or a vision-language model with such a text decoder. fp32, bf16 or fp16. The model
+        that generates, not its decoder alone: ``generate`` knows what is prompt.
     routers : str, os.PathLike or FluxConfig, optional
         Trained routers as a directory or a Hub id, or a configuration for fresh ones, which route everything to
         full attention. Default: ``FluxConfig()``.
@@ -123,6 +129,8 @@ def attach(
         )
     else:
         config, modules = adapters.load(routers, base, revision)
+    if config.granularity == "head" and tensor_parallel_group(decoder) is not None:
+        raise UnsupportedModelError("routers of granularity 'head' are not for tensor parallelism: use one process")
     for index, attention in attentions.items():
         weight = next(attention.parameters(), None)  # quantised layers may have none
         if weight is not None and weight.device.type != "meta":
@@ -149,17 +157,32 @@ def _install(routing: Routing, model: nn.Module, decoder: nn.Module, attentions:
         for index in attentions:
             undo.callback(replace_forward(decoder.layers[index], compiled_layer))
             for module in readers(decoder.layers[index]):
-                routing.add_hook(module.register_forward_pre_hook(materialize_input))
-    undo.callback(install_generation(model, routing))
-    for module in model.modules():
+                _hook(routing, module.register_forward_pre_hook, materialize_input)
+    for module in model.modules():  # the model itself, and what generates within a wrapper such as PEFT's
+        if module is model or (isinstance(module, GenerationMixin) and _holds(module, decoder)):
+            undo.callback(install_generation(module, routing))
         if module is not decoder and isinstance(module, PreTrainedModel) and _is_around(module, decoder):
-            routing.add_hook(module.register_forward_pre_hook(_enter_enclosing, with_kwargs=True))
-            routing.add_hook(module.register_forward_hook(_leave_enclosing, always_call=True))
-    query_hooks = QueryHooks(routing, attentions)
-    routing.hooks += len(attentions)
-    _hook_decoder(routing, decoder, query_hooks)
+            undo.callback(replace_forward(module, telling_model))
+    query_hooks = QueryHooks(attentions)
+    undo.callback(query_hooks.remove)
+    routing.own_hooks.add(show_query)
+
+    def begin(kwargs: dict[str, Any]) -> ForwardContext:
+        context = routing.begin(kwargs)
+        if context.reads_queries:
+            query_hooks.renew()
+        return context
+
+    undo.callback(replace_forward(decoder, routed_decoder(begin, routing.publish, lambda: routing.is_attached)))
+    _hook(routing, decoder.register_forward_pre_hook, refuse_copies(decoder))
     for attention in attentions.values():
-        routing.add_hook(attention.register_forward_pre_hook(_enter_attention, with_kwargs=True))
+        _hook(routing, attention.register_forward_pre_hook, enter_attention, with_kwargs=True)
+
+
+def _hook(routing: Routing, register: Callable, hook: Callable, **options: Any) -> None:
+    """Register a hook that ``detach`` removes, and that is known as ours."""
+    routing.own_hooks.add(hook)
+    routing.undo.callback(register(hook, **options).remove)
 
 
 def _use_attention(undo, decoder: nn.Module) -> None:
@@ -175,128 +198,8 @@ def _use_attention(undo, decoder: nn.Module) -> None:
 def _is_around(module: nn.Module, decoder: nn.Module) -> bool:
     """Whether a model holds the decoder beside encoders of other kinds of input, and so may make masks for it."""
     config = module.config
-    return config.get_text_config() is not config and any(inner is decoder for inner in module.modules())
+    return config.get_text_config() is not config and _holds(module, decoder)
 
 
-# --- Hooks ----------------------------------------------------------------------------------------------------------
-
-
-def _enter_enclosing(module, args, kwargs):
-    named = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-    types = {name: named[name] for name in TOKEN_TYPES if named.get(name) is not None}
-    text_only = all(named.get(name) is None for name in OTHER_INPUTS)
-    text_only = text_only and not any(bool((kinds != 0).any()) for kinds in types.values())
-    outer = enclosing.get()
-    call = EnclosingCall(named.get("attention_mask"), named.get("input_ids"), text_only)
-    if outer and call.input_ids is None:  # called by another enclosing model, which has told what it was given
-        call = EnclosingCall(call.attention_mask, outer[-1].input_ids, text_only and outer[-1].text_only)
-    enclosing.set((*outer, call))
-    if text_only:  # types of which all are text would have masks made for images, in which windows cannot be told
-        kwargs = {name: value for name, value in kwargs.items() if name not in types}
-    return args, kwargs
-
-
-def _leave_enclosing(module, args, output):
-    enclosing.set(enclosing.get()[:-1])
-
-
-def _enter_attention(module, args, kwargs):
-    if kwargs.get(COMPILED):
-        return
-    if CONTEXT not in kwargs:
-        raise UnsupportedModelError(
-            f"the decoder does not pass keyword arguments on to its attention layers ({type(module).__name__}), so "
-            "they cannot be routed; call detach() to use the model as it was"
-        )
-    current.set(kwargs[CONTEXT])
-
-
-def _hook_decoder(routing: Routing, decoder: nn.Module, query_hooks: QueryHooks) -> None:
-    names = list(inspect.signature(decoder.forward).parameters)
-
-    def before_forward(module, args, kwargs):
-        if module is not decoder:
-            raise UnsupportedModelError(
-                f"a copy of the {type(decoder).__name__} that has routers attached was called (nn.DataParallel makes "
-                "such); attach to each copy, and use one process a GPU"
-            )
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if CONTEXT not in kwargs:  # a decode step brings its own
-            kwargs[CONTEXT] = routing.begin(kwargs)
-            if kwargs[CONTEXT].reads_queries:
-                query_hooks.renew()
-        current.set(kwargs[CONTEXT])
-        return (), kwargs
-
-    def after_forward(module, args, output):
-        context = current.get()
-        current.set(None)
-        if output is not None and context is not None:  # None: the forward raised
-            finished = context.finish()
-            if finished is not None:
-                routing.publish(finished)
-
-    routing.add_hook(decoder.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True))
-    routing.add_hook(decoder.register_forward_hook(after_forward, always_call=True))
-
-
-class QueryHooks:
-    """
-    The hooks on query modules, which go along when such a module is put around, taken away or replaced.
-
-    PEFT does so when an adapter is added, merged or unloaded, and quantisers when they convert a model.
-
-    Parameters
-    ----------
-    routing : Routing
-    attentions : dict of int to torch.nn.Module
-        The routed layers' attention modules.
-    """
-
-    def __init__(self, routing: Routing, attentions: dict[int, nn.Module]):
-        self.routing, self.attentions = routing, attentions
-        self.hooked: dict[int, nn.Module] = {}
-        routing.undo.callback(self.remove)
-        self.renew()
-
-    def renew(self) -> None:
-        """Hook the modules that shape the queries now."""
-        for layer, attention in self.attentions.items():
-            module = query_module(attention)
-            if self.hooked.get(layer) is module:
-                continue
-            if module is None:
-                raise UnsupportedModelError(
-                    f"the query module of layer {layer} was taken away while routers were attached; detach, and attach "
-                    "again"
-                )
-            if layer in self.hooked:
-                _unhook(self.hooked[layer])
-            _unhook(module)  # a quantiser copies hooks to the module that it puts in another's place
-            # The layer's index comes from the module: compiled layers share one graph, and so this hook.
-            setattr(module, LAYER, layer)
-            module.register_forward_hook(_after_query)
-            self.hooked[layer] = module
-
-    def remove(self) -> None:
-        """Remove all hooks."""
-        for layer, attention in self.attentions.items():
-            for module in (self.hooked.pop(layer, None), query_module(attention)):
-                if module is not None:
-                    _unhook(module)
-
-
-def _unhook(module: nn.Module) -> None:
-    for key in [key for key, hook in module._forward_hooks.items() if hook is _after_query]:
-        del module._forward_hooks[key]
-    vars(module).pop(LAYER, None)
-
-
-def _after_query(module, args, output):
-    layer = getattr(module, LAYER)
-    if torch.compiler.is_compiling():
-        torch.ops.flux_attention.observe(output, args[0], layer)
-        return
-    context = current.get()
-    if context is not None and context.reads_queries:
-        context.observe(layer, output, args[0])
+def _holds(module: nn.Module, decoder: nn.Module) -> bool:
+    return any(inner is decoder for inner in module.modules())

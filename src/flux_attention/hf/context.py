@@ -7,11 +7,15 @@ it; within a layer a context variable holds it, so that threads do not mix.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from flux_attention.config import FluxConfig
+from flux_attention.patterns import Pattern
 
 #: The name under which attention and mask functions are registered with transformers.
 NAME = "flux"
@@ -47,6 +51,26 @@ class ForwardContext(Protocol):
         """End the forward call; returns what is to be published, or None."""
 
 
+class AttachedModel(Protocol):
+    """What generation knows of the handle (``handle.Routing``)."""
+
+    model: Any
+    config: FluxConfig
+    layers: tuple[int, ...]
+    sparse: Pattern
+    cuda_graphs: bool
+    steps: Any
+    own_hooks: set
+    is_attached: bool
+    is_tensor_parallel: bool
+
+    def force(self, routes: Any) -> AbstractContextManager:
+        """Force the routes of prefills within a ``with`` block."""
+
+    def needs_whole_prompt(self, lengths: list[int]) -> bool:
+        """Whether prompts of these lengths have to come in one call."""
+
+
 @dataclass(frozen=True)
 class EnclosingCall:
     """
@@ -71,5 +95,6 @@ class EnclosingCall:
 current: ContextVar[ForwardContext | None] = ContextVar("flux_context", default=None)
 #: The calls around the decoder's, outermost first.
 enclosing: ContextVar[tuple[EnclosingCall, ...]] = ContextVar("flux_enclosing", default=())
-#: Columns of the prompt that this thread generates from: a forward call may hold drafted tokens behind them.
-prompt_columns: ContextVar[int | None] = ContextVar("flux_prompt_columns", default=None)
+#: The KV cache that this thread generates with, and the columns of the prompt: a forward call with that cache may hold
+#: drafted tokens behind them.
+generated_prompt: ContextVar[tuple[Any, int] | None] = ContextVar("flux_generated_prompt", default=None)

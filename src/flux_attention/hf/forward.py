@@ -14,52 +14,10 @@ from flux_attention.decision import Decision, Unit
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.buffers import take_rows
 from flux_attention.hf.cache.groups import AttentionGroup, prompt_groups
-from flux_attention.hf.cache.layer import RoutedLayer
-from flux_attention.hf.layout import BatchLayout
+from flux_attention.hf.inputs import Inputs
 from flux_attention.hf.support import QueryShape
 from flux_attention.patterns import Pattern
 from flux_attention.routes import Routes
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """
-    What a forward call was given, checked.
-
-    Attributes
-    ----------
-    layout : BatchLayout
-        Which of the call's tokens are real.
-    prompt_lengths : list of int
-        Of each row's real tokens so many, from the first on, are prompt.
-    layers : dict of int to RoutedLayer
-        The routed layers of the KV cache; empty without a cache.
-    """
-
-    layout: BatchLayout
-    prompt_lengths: list[int]
-    layers: dict[int, RoutedLayer]
-
-    @property
-    def past(self) -> list[int]:
-        """Real tokens of each row in the cache."""
-        first = next(iter(self.layers.values()), None)
-        return list(first.lengths) if first and first.seen else [0] * len(self.layout.lengths)
-
-    @property
-    def is_prompt(self) -> bool:
-        """Whether the cache is empty, or there is none."""
-        return not any(layer.seen for layer in self.layers.values())
-
-    @property
-    def decides(self) -> bool:
-        """Whether the call's routes are to be decided; else the cache has them."""
-        return not self.layers or next(iter(self.layers.values())).is_undecided
-
-    @property
-    def contexts(self) -> list[int]:
-        """Of each row, the tokens that its routes are about."""
-        return [old + new for old, new in zip(self.past, self.prompt_lengths, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -68,6 +26,20 @@ class Finished:
 
     routes: Routes
     gates_BU: torch.Tensor | None
+
+
+class _RefuseGradients(torch.autograd.Function):
+    """Passes attention over cached keys on, and refuses gradients: what is cached has none."""
+
+    @staticmethod
+    def forward(ctx, output):
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise UnsupportedModelError(
+            "gradients do not flow through a routed KV cache: call the model on the whole sequence with use_cache=False"
+        )
 
 
 class ForwardPass:
@@ -153,6 +125,8 @@ class ForwardPass:
         states = tuple(self.layout.left_align(states) for states in (query_BHSD, key_BKSD, value_BKSD))
         if unit in self.layers:
             output = self._through_cache(unit, *states, scale)
+            if output.requires_grad and not self.is_prompt:
+                output = _RefuseGradients.apply(output)
         else:
             output = self._by_route(self.decision.routes(unit), *states, scale)
             gate = self.decision.gate(unit)
@@ -184,11 +158,13 @@ class ForwardPass:
     def _by_group(self, groups: list[AttentionGroup], query: torch.Tensor, scale: float) -> torch.Tensor:
         if len(groups) == 1 and groups[0].queries == query.shape[2] and len(groups[0].rows) == self.batch:
             return self._one(groups[0], query, scale)
-        output = torch.zeros_like(query)
+        output = None
         for group in groups:
             part = self._one(group, take_rows(query, group.rows)[:, :, : group.queries], scale)
+            if output is None:  # of the dtype that attention gives, which autocast may have chosen
+                output = torch.zeros(query.shape, dtype=part.dtype, device=query.device)
             output[kernels.index_on(query.device, group.rows), :, : group.queries] = part
-        return output
+        return torch.zeros_like(query) if output is None else output
 
     def _by_sequence(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
         """Attend in sequences packed into one row, each alone; those of one route and length together."""

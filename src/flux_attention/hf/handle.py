@@ -6,12 +6,11 @@ Shape suffixes: B batch, L routed layers, U units.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Mapping
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,10 +23,10 @@ from flux_attention.decision import Decision, Forced, Routed, RouteSpec, Soft, S
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.layer import RoutedLayer
 from flux_attention.hf.context import NAME, ForwardContext
-from flux_attention.hf.forward import Finished, ForwardPass, Inputs
+from flux_attention.hf.forward import Finished, ForwardPass
 from flux_attention.hf.generation.step import CapturedSteps
 from flux_attention.hf.heads import HeadForwardPass
-from flux_attention.hf.inputs import InputReader
+from flux_attention.hf.inputs import InputReader, Inputs
 from flux_attention.hf.support import QueryShape, tensor_parallel_group
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter, Pooling
@@ -54,8 +53,9 @@ class Settings:
     noise: torch.Tensor | None = None
 
 
-#: Of each handle, by its id. A context variable, so that a request's ``force`` is no other one's: threads and tasks.
-_settings: ContextVar[Mapping[int, Settings]] = ContextVar("flux_settings", default=MappingProxyType({}))
+#: What the ``with`` blocks that are open say: (the block, the handle's id, its changes), outermost first. A context
+#: variable, so that a request's ``force`` is no other one's: threads and tasks.
+_settings: ContextVar[tuple[tuple[object, int, dict[str, Any]], ...]] = ContextVar("flux_settings", default=())
 
 
 class Routing(AdapterMixin):
@@ -107,11 +107,13 @@ class Routing(AdapterMixin):
             tuple((layer, head) for layer in self.layers for head in heads) if self.by_head else self.layers
         )
         self.steps = CapturedSteps()
-        self.hooks = 0  # of ours on modules
+        self.own_hooks: set[Any] = set()  # functions of ours that are hooks of modules
         self._shapes = {index: QueryShape.of(decoder.config, attention) for index, attention in attentions.items()}
         self._group = tensor_parallel_group(decoder)
         self._decoder = decoder
         self._reader = InputReader(decoder, self.layers, self.sparse.later, keep_full_kv)
+        self._pass_type = HeadForwardPass if self.by_head else ForwardPass
+        # By thread, where ``force`` is by task, too: a task reads what its own call published before any other runs.
         self._published = threading.local()
         self._latest: Finished | None = None
         self.is_attached = True
@@ -158,16 +160,17 @@ class Routing(AdapterMixin):
     @property
     def settings(self) -> Settings:
         """What the ``with`` blocks of this thread, or task, ask for."""
-        return _settings.get().get(id(self), Settings())
+        mine = [changes for _, handle, changes in _settings.get() if handle == id(self)]
+        return replace(Settings(), **dict(itertools.chain.from_iterable(changes.items() for changes in mine)))
 
     @contextlib.contextmanager
     def _set(self, **changes: Any):
-        before = _settings.get()
-        _settings.set({**before, id(self): replace(self.settings, **changes)})
+        block = object()
+        _settings.set((*_settings.get(), (block, id(self), changes)))
         try:
             yield self
-        finally:
-            _settings.set(before)
+        finally:  # blocks of generators may end in another order than they began
+            _settings.set(tuple(entry for entry in _settings.get() if entry[0] is not block))
 
     def force(self, routes: RouteSpec | None):
         """
@@ -252,22 +255,23 @@ class Routing(AdapterMixin):
                 "detach first, and attach again after changing it"
             )
         settings = self.settings
-        soft = settings.temperature is not None and settings.forced is None
+        soft = settings.temperature is not None
+        if soft and settings.forced is not None:
+            raise ValueError("soft decisions within force: forced routes carry no gradients; leave one of the two")
+        if soft and kwargs.get("past_key_values") is not None:
+            raise ValueError("soft routing is for training and keeps no KV cache; pass use_cache=False")
         if self.by_head and kwargs.get("past_key_values") is not None:
             raise UnsupportedModelError(
                 "routers of granularity 'head' are for comparison: they score and train without a KV cache, and cannot "
                 "generate; attach routers of granularity 'layer'"
             )
-        keeps_cache = not (
-            self.by_head or settings.temperature is not None or (self._decoder.training and self._checkpoints())
-        )
-        tells_padding = settings.forced is None or self.sparse.later != self.sparse
-        inputs = self._reader.read(kwargs, keeps_cache, tells_padding)
-        if soft and inputs.layers:
-            raise ValueError("soft routing is for training and keeps no KV cache; pass use_cache=False")
+        keeps_cache = not (self.by_head or soft or (self._decoder.training and self._checkpoints()))
+        if self.compile and (kwargs.get("output_hidden_states") or self._decoder.config.output_hidden_states):
+            raise UnsupportedModelError("compiled layers give no hidden states: attach without compile=True")
+        # Routers wait for the device anyway, as telling padding does.
+        inputs = self._reader.read(kwargs, keeps_cache, tells_padding=settings.forced is None)
         decision = self._decision(inputs, settings) if inputs.decides else None
-        kind = HeadForwardPass if self.by_head else ForwardPass
-        return kind(inputs, decision, self.units, self._shapes, self.sparse, self.full)
+        return self._pass_type(inputs, decision, self.units, self._shapes, self.sparse, self.full)
 
     def _decision(self, inputs: Inputs, settings: Settings) -> Decision:
         batch = len(inputs.layout.lengths)
@@ -294,15 +298,13 @@ class Routing(AdapterMixin):
 
     # Attaching and detaching.
 
-    def add_hook(self, handle: Any) -> None:
-        """Count a hook on a module, and have ``detach`` remove it."""
-        self.hooks += 1
-        self.undo.callback(handle.remove)
-
     def release(self) -> None:
         """Let go of what belongs to the attached model."""
         self.is_attached = False
         self.steps.clear()
+        self._published = threading.local()
+        if self._latest is not None:  # gates hold the graph that they came from
+            self._latest = Finished(self._latest.routes, None)
 
     def detach(self) -> None:
         """
@@ -312,8 +314,8 @@ class Routing(AdapterMixin):
         """
         self.undo.close()
 
-    def __deepcopy__(self, memo):
-        raise RuntimeError("a model with routers attached cannot be copied: detach, copy, attach to both")
-
     def __reduce__(self):
-        raise RuntimeError("a model with routers attached cannot be pickled: detach first, save routers as an adapter")
+        raise RuntimeError(
+            "a model with routers attached cannot be copied or pickled: detach first, save routers as an adapter, and "
+            "attach to each copy"
+        )

@@ -6,6 +6,7 @@ Shape suffixes: B batch, S columns, C columns in the KV cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,51 @@ from transformers.cache_utils import DynamicLayer
 
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.layer import RoutedLayer
-from flux_attention.hf.context import enclosing, prompt_columns
-from flux_attention.hf.forward import Inputs
+from flux_attention.hf.context import enclosing, generated_prompt
 from flux_attention.hf.layout import BatchLayout
 from flux_attention.hf.support import hides_nothing
 from flux_attention.patterns import Streaming
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """
+    What a forward call was given, checked.
+
+    Attributes
+    ----------
+    layout : BatchLayout
+        Which of the call's tokens are real.
+    prompt_lengths : list of int
+        Of each row's real tokens so many, from the first on, are prompt.
+    layers : dict of int to RoutedLayer
+        The routed layers of the KV cache; empty without a cache.
+    """
+
+    layout: BatchLayout
+    prompt_lengths: list[int]
+    layers: dict[int, RoutedLayer]
+
+    @property
+    def past(self) -> list[int]:
+        """Real tokens of each row in the cache."""
+        first = next(iter(self.layers.values()), None)
+        return list(first.lengths) if first and first.seen else [0] * len(self.layout.lengths)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the cache is empty, or there is none."""
+        return not any(layer.seen for layer in self.layers.values())
+
+    @property
+    def decides(self) -> bool:
+        """Whether the call's routes are to be decided; else the cache has them."""
+        return not self.layers or any(layer.is_undecided for layer in self.layers.values())
+
+    @property
+    def contexts(self) -> list[int]:
+        """Of each row, the tokens that its routes are about."""
+        return [old + new for old, new in zip(self.past, self.prompt_lengths, strict=True)]
 
 
 class InputReader:
@@ -73,65 +114,65 @@ class InputReader:
         batch, width = inputs.shape[:2]
         if batch == 0 or width == 0:
             raise ValueError(f"the input is empty: {batch} sequences of {width} tokens; expected at least one token")
-        mask = self._padding_mask(kwargs)
-        packed = self._sequence_lengths(kwargs, mask, batch, width)
+        seen = self._seen(kwargs)
+        mask = self._padding_mask(kwargs, batch, seen + width)
+        packed = self._sequence_lengths(kwargs, mask, batch, width, seen)
+        cache = None
         if packed is not None:
-            self._check_packed(packed, kwargs, batch, width)
-            layout, cache = BatchLayout.packed(packed), None
+            self._check_packed(packed, kwargs, mask, batch, width)
+            layout = BatchLayout.packed(packed)
         else:
             cache = self._cache(kwargs, keeps_cache)
-            layout = self._layout(mask, batch, width, cache)
+            layout = self._layout(mask, batch, width, seen, inputs.device)
         layers = {} if cache is None else {index: cache.layers[index] for index in self.routed}
-        seen = 0 if cache is None else layers[self.routed[0]].seen
+        if seen and len(layers[self.routed[0]].lengths) != batch:
+            raise ValueError(f"the KV cache holds {len(layers[self.routed[0]].lengths)} sequences, the input {batch}")
         if self.window and seen + width > self.window:
             raise UnsupportedModelError(
                 f"the sequence has {seen + width} tokens, more than the model's sliding window of {self.window}, up to "
                 "which its layers are full attention and can be routed"
             )
         given = kwargs.pop("prompt_lengths", None)
-        prompt_lengths = self._prompt_lengths(given, layout, seen)
-        found = Inputs(layout, prompt_lengths, layers)
-        if tells_padding and found.is_prompt and packed is None and mask is None and given is None:
-            self._refuse_unannounced_padding(kwargs, batch)
-        return found
+        prompt_lengths = self._prompt_lengths(given, kwargs.get("past_key_values"), layout, seen)
+        if tells_padding and not seen and packed is None and mask is None and given is None:
+            self._refuse_unannounced_padding(kwargs)
+        if seen and mask is not None:
+            self._hide(list(layers.values()), mask[:, :seen])
+        return Inputs(layout, prompt_lengths, layers)
 
     # Which tokens are real.
 
-    def _padding_mask(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Return the mask (B, C + S) that the call was given, also if a model around the decoder made others of it."""
+    def _seen(self, kwargs: dict[str, Any]) -> int:
+        cache = kwargs.get("past_key_values")
+        if type(cache) is not DynamicCache or len(cache.layers) <= self.routed[0]:
+            return 0
+        return cache.layers[self.routed[0]].get_seq_length()
+
+    def _padding_mask(self, kwargs: dict[str, Any], batch: int, columns: int) -> torch.Tensor | None:
+        """Return the call's mask, bool (B, C + S) on the CPU, also if a model around the decoder made others of it."""
         mask = kwargs.get("attention_mask")
         if isinstance(mask, dict) and enclosing.get():
             mask = enclosing.get()[-1].attention_mask
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+        if mask is None:
+            return None
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             kind = f"a tensor of {mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise UnsupportedModelError(
                 f"attention_mask is {kind}; routed layers support a padding mask (batch, tokens) only, 1 = real"
             )
-        return mask
+        if mask.shape != (batch, columns):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {columns}): a column for each "
+                "cached and each new token"
+            )
+        return (mask != 0).cpu()
 
-    def _layout(self, mask: torch.Tensor | None, batch: int, width: int, cache: DynamicCache | None) -> BatchLayout:
-        first = None if cache is None else cache.layers[self.routed[0]]
-        seen = 0 if first is None else first.seen
-        if seen and len(first.lengths) != batch:
-            raise ValueError(f"the KV cache holds {len(first.lengths)} sequences, the input {batch}")
+    def _layout(
+        self, mask: torch.Tensor | None, batch: int, width: int, seen: int, device: torch.device
+    ) -> BatchLayout:
         if mask is None:
             return BatchLayout.all_real(batch, width)
-        if mask.shape != (batch, seen + width):
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {seen + width}): a column for each "
-                f"of the {seen} cached and {width} new tokens"
-            )
-        mask = mask != 0
-        # Single tokens, of which there are many, are spared the comparison of each column.
-        if seen and (width > 1 or mask[:, :seen].sum(1).tolist() != first.lengths):
-            known = mask[:, :seen].cpu()
-            if not torch.equal(known, first.real_columns()):  # an answer's padding, told by the next turn
-                layers, counts = [cache.layers[index] for index in self.routed], first.hidden_tokens(known)
-                for layer in layers:
-                    layer.check_take_back(counts, "mask")
-                for layer in layers:
-                    layer.hide(known)
-        layout = BatchLayout.from_mask(mask[:, seen:])
+        layout = BatchLayout.from_mask(mask[:, seen:], device)
         if not seen and min(layout.lengths) == 0:
             raise ValueError(
                 f"attention_mask hides every token of sequence {layout.lengths.index(0)} in the first call, so it "
@@ -140,34 +181,50 @@ class InputReader:
             )
         return layout
 
-    def _refuse_unannounced_padding(self, kwargs: dict[str, Any], batch: int) -> None:
-        """Refuse a batch without a mask whose rows begin or end in unlike runs of the pad token, or end so in 0."""
+    def _hide(self, layers: list[RoutedLayer], known_BC: torch.Tensor) -> None:
+        """Turn cached tokens into padding that this call's mask hides: behind an answer, told by the next turn."""
+        if torch.equal(known_BC, layers[0].real_columns()):
+            return
+        counts = layers[0].hidden_tokens(known_BC)
+        for layer in layers:
+            layer.check_take_back(counts, "mask")
+        for layer in layers:
+            layer.hide(known_BC)
+
+    def _refuse_unannounced_padding(self, kwargs: dict[str, Any]) -> None:
+        """
+        Refuse a call without a mask whose rows look padded.
+
+        That is, runs of the pad token at an end that are not equally long in all rows, or of two and more where texts
+        do not begin or end in it; and unlike runs of 0 behind texts, which lm-eval fills with whatever the pad token.
+        """
         ids = kwargs.get("input_ids")
         if ids is None and enclosing.get():
             ids = enclosing.get()[-1].input_ids
-        if batch == 1 or ids is None:
+        if ids is None:
             return
-        ids = ids.cpu()
-        pad = getattr(self.decoder.config, "pad_token_id", None)
-        # lm-eval fills with 0 behind its texts, whatever the pad token.
+        ids, config = ids.cpu(), self.decoder.config
+        pad = getattr(config, "pad_token_id", None)
+        ends = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")]
+        is_text = pad in ends or any(isinstance(end, list) and pad in end for end in ends)
         for side, rows, token in (("end", ids.flip(1), pad), ("begin", ids, pad), ("end", ids.flip(1), 0)):
             runs = [] if token is None else (rows == token).long().cumprod(1).sum(1).tolist()
-            if len(set(runs)) > 1:
+            if len(set(runs)) > 1 or (token == pad and not is_text and max(runs, default=0) > 1):
                 raise ValueError(
-                    f"some of the batch's sequences {side} in token {token}, {max(runs)} of them in sequence "
+                    f"some of the call's sequences {side} in token {token}, {max(runs)} of them in sequence "
                     f"{runs.index(max(runs))}, which looks like padding, and there is no attention_mask: pass one "
                     "(1 = real token), as routers read each prompt's first and last tokens"
                 )
 
     # Which are prompt.
 
-    def _prompt_lengths(self, given: Any, layout: BatchLayout, seen: int) -> list[int]:
+    def _prompt_lengths(self, given: Any, cache: Any, layout: BatchLayout, seen: int) -> list[int]:
         if given is None:
-            columns = prompt_columns.get()
-            if columns is None or layout.starts is not None or columns - seen >= layout.width:
+            generated, columns = generated_prompt.get() or (None, 0)
+            if cache is None or generated is not cache or columns - seen >= layout.width:
                 return layout.lengths
             return layout.prompt_tokens(max(0, columns - seen))  # what is behind is drafted
-        lengths = [int(length) for length in given]
+        lengths = torch.as_tensor(given).reshape(-1).tolist()
         if len(lengths) != len(layout.lengths) or any(
             not 1 <= length <= most for length, most in zip(lengths, layout.lengths, strict=False)
         ):
@@ -180,7 +237,7 @@ class InputReader:
     # Packed sequences.
 
     def _sequence_lengths(
-        self, kwargs: dict[str, Any], mask: torch.Tensor | None, batch: int, width: int
+        self, kwargs: dict[str, Any], mask: torch.Tensor | None, batch: int, width: int, seen: int
     ) -> list[int] | None:
         """Return packed sequences' lengths, by ``sequence_lengths``, ``cu_seq_lens_q`` or positions that restart."""
         given, ends = kwargs.pop("sequence_lengths", None), kwargs.get("cu_seq_lens_q")
@@ -188,18 +245,20 @@ class InputReader:
             return [int(length) for length in given]
         if ends is not None:  # DataCollatorWithFlattening
             return torch.as_tensor(ends).diff().tolist()
-        positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.ndim == 3 and len(positions) == 4:  # M-RoPE's, with the text's own first
+            positions = positions[0]
         if positions is None or positions.ndim != 2 or width == 1:
             return None
-        real_BS = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask[:, -width:] != 0
+        positions = positions.cpu()
+        real_BS = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask[:, seen:]
         # From one real token to the next the position grows by one, where there is one sequence in a row.
-        offset_BS = positions.to(real_BS.device) - real_BS.cumsum(1)
+        offset_BS = positions - real_BS.cumsum(1)
         first, last = offset_BS.masked_fill(~real_BS, 2**40).amin(1), offset_BS.masked_fill(~real_BS, -(2**40)).amax(1)
         if not bool((first < last).any()):
             return None
         starts = [0, *((positions[0].diff() != 1).nonzero()[:, 0] + 1).tolist(), width]
-        is_continued = type(cache) is DynamicCache and cache.get_seq_length() > 0
-        is_packed = batch == 1 and bool(real_BS.all()) and not is_continued
+        is_packed = batch == 1 and bool(real_BS.all()) and not seen
         if not is_packed or bool((positions[0, starts[:-1]] != 0).any()):
             raise UnsupportedModelError(
                 "position_ids are neither consecutive from each real token to the next nor those of sequences packed "
@@ -207,7 +266,9 @@ class InputReader:
             )
         return torch.tensor(starts).diff().tolist()
 
-    def _check_packed(self, lengths: list[int], kwargs: dict[str, Any], batch: int, width: int) -> None:
+    def _check_packed(
+        self, lengths: list[int], kwargs: dict[str, Any], mask: torch.Tensor | None, batch: int, width: int
+    ) -> None:
         if batch != 1 or min(lengths, default=0) < 1 or sum(lengths) != width:
             raise ValueError(
                 f"sequence_lengths is {lengths} for an input of {batch} rows of {width} tokens, expected one row that "
@@ -215,11 +276,9 @@ class InputReader:
             )
         if kwargs.get("position_ids") is None:
             raise ValueError("packed sequences need position_ids that start at 0 in each")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and bool((mask != 0).all()):
-            mask = kwargs["attention_mask"] = None
-        if mask is not None or kwargs.get("past_key_values") is not None:
+        if (mask is not None and not bool(mask.all())) or kwargs.get("past_key_values") is not None:
             raise UnsupportedModelError("packed sequences take no attention_mask and no past_key_values")
+        kwargs["attention_mask"] = None  # with which layers that are not routed would mix them
         types = getattr(self.decoder.config, "layer_types", None) or []
         if len(lengths) > 1 and set(types) - {"full_attention", "sliding_attention"}:
             raise UnsupportedModelError(

@@ -50,15 +50,14 @@ class BatchLayout:
         return cls(ends[-1], lengths, starts=[0, *ends[:-1]])
 
     @classmethod
-    def from_mask(cls, real_BS: torch.Tensor) -> BatchLayout:
-        """Describe a call by its bool mask, True = real. One host synchronisation."""
-        real = real_BS.cpu()
-        batch, width = real.shape
-        if real.all():
+    def from_mask(cls, real_BS: torch.Tensor, device: torch.device | str = "cpu") -> BatchLayout:
+        """Describe a call by its bool mask on the CPU, True = real, for states on ``device``."""
+        batch, width = real_BS.shape
+        if real_BS.all():
             return cls.all_real(batch, width)
-        columns = torch.argsort(~real, dim=1, stable=True)
-        identity = bool((columns == torch.arange(width)).all())
-        return cls(width, real.sum(1).tolist(), None if identity else columns.to(real_BS.device), real)
+        columns = torch.argsort(~real_BS, dim=1, stable=True)
+        identity = bool((columns == torch.arange(width, device="cpu")).all())
+        return cls(width, real_BS.sum(1).tolist(), None if identity else columns.to(device), real_BS)
 
     @property
     def is_uniform(self) -> bool:
@@ -82,7 +81,7 @@ class BatchLayout:
     def columns(self, slots_BN: torch.Tensor) -> torch.Tensor:
         """Return the columns at which tokens stand that are numbered from each sequence's start."""
         if self.starts is not None:
-            return slots_BN + torch.tensor(self.starts)[:, None]
+            return slots_BN + torch.tensor(self.starts, device="cpu")[:, None]
         if self.columns_BS is not None:
             return self.columns_BS.cpu().gather(1, slots_BN)
         return slots_BN

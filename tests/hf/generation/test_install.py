@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.models import CONFIG, FAMILIES, PATTERNS, TRIANGLE, VOCAB, ids, randomize, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TextStreamer, pipeline
+from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TextStreamer, pipeline
 
 from flux_attention import UnsupportedModelError, attach, kv_bytes
 from flux_attention.shipped import load_shipped
@@ -321,3 +321,42 @@ def test_a_vision_language_model_sees_its_image():
         assert model.model.visual.config._attn_implementation != "flux"
         with routing.force("sparse"):
             assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
+
+
+def test_another_prompt_within_a_generation_is_read_whole():
+    """A negative prompt for guidance, and another model's prompt, called from a logits processor."""
+    model, other = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
+    routing, second = randomize(attach(model, CONFIG)), randomize(attach(other, CONFIG))
+    negative, seen = ids(1, 60, 3), []
+
+    def ask(input_ids, scores):
+        with torch.no_grad():
+            other(ids(1, 50, 4))
+        seen.append(second.routes.lengths)
+        return scores
+
+    published = []
+    model.generate(ids(1, 20), max_new_tokens=2, do_sample=False, logits_processor=LogitsProcessorList([ask]))
+    assert set(seen) == {(50,)}
+    routing.detach()
+    routing = randomize(attach(model, CONFIG))
+    with torch.no_grad():
+        model(negative)
+    alone = routing.routes
+    handle = routing._pass_type.finish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing._pass_type, "finish", lambda self: published.append(handle(self)) or published[-1])
+        model.generate(ids(1, 20), negative_prompt_ids=negative, guidance_scale=1.5, max_new_tokens=2, do_sample=False)
+    decided = [finished.routes for finished in published if finished is not None]
+    assert [routes.lengths for routes in decided] == [(20,), (60,)]
+    torch.testing.assert_close(decided[1].logits_BL2, alone.logits_BL2)
+
+
+def test_routes_for_a_model_without_routers_are_refused():
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+    model.__class__ = type("Other", (type(model),), {})  # as FSDP2 does
+    routing.detach()
+    with pytest.raises(ValueError, match="no routers attached"):
+        model.generate(ids(1, 8), routes="sparse", max_new_tokens=2, do_sample=False)
+    assert model.generate(ids(1, 8), max_new_tokens=2, do_sample=False).shape == (1, 10)

@@ -344,4 +344,5 @@ class RoutedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that are kept; buffers are a little larger."""
-        return sum(buffer.nbytes([self.lengths[row] for row in buffer.rows]) for buffer in self.buffers.values())
+        held = self.buffers.values() if self.seen else ()
+        return sum(buffer.nbytes([self.lengths[row] for row in buffer.rows]) for buffer in held)

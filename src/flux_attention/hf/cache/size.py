@@ -32,7 +32,7 @@ def dense_kv_bytes(cache: Cache) -> int:
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):
             buffer = next(iter(layer.buffers.values()), None)
-            if buffer is not None:
+            if layer.seen and buffer is not None:
                 _, heads, _, dim = buffer.key_RKCD.shape
                 total += 2 * sum(layer.lengths) * heads * dim * buffer.key_RKCD.element_size()
         else:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from flux_attention.errors import UnsupportedModelError
-from flux_attention.hf.context import prompt_columns
+from flux_attention.hf.context import AttachedModel, generated_prompt
 from flux_attention.hf.generation import loop
-
-if TYPE_CHECKING:
-    from flux_attention.hf.handle import Routing
 
 #: The methods that ``generate`` decodes with, which first of all compute the prompt.
 DECODING_METHODS = ("_sample", "_beam_search", "_assisted_decoding")
 
 
-def install_generation(model: PreTrainedModel, routing: Routing) -> Callable[[], None]:
+def install_generation(model: PreTrainedModel, routing: AttachedModel) -> Callable[[], None]:
     """
     Make a model's class a subclass, of the same name, that generates with routes.
 
@@ -34,18 +31,20 @@ def install_generation(model: PreTrainedModel, routing: Routing) -> Callable[[],
         Undoes it, unless the class was changed again meanwhile.
     """
     stock = type(model)
-    names: dict[str, Any] = {
-        "__deepcopy__": lambda self, memo: routing.__deepcopy__(memo),
-        "__reduce_ex__": lambda self, protocol: routing.__reduce__(),
-        "__module__": stock.__module__,
-        "__doc__": stock.__doc__,
-    }
+
+    def is_ours(self) -> bool:  # not another object of the class, nor after ``detach``
+        return self is model and routing.is_attached
+
+    def __reduce_ex__(self, protocol):  # by which both copy and pickle take an object apart
+        return routing.__reduce__() if is_ours(self) else stock.__reduce_ex__(self, protocol)
+
+    names: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "__module__": stock.__module__, "__doc__": stock.__doc__}
     if isinstance(model, GenerationMixin):
-        names["generate"] = _generate(stock.generate, routing)
+        names["generate"] = _generate(stock.generate, routing, is_ours)
         for name in DECODING_METHODS:
             method = getattr(stock, name, None)
             if method is not None:
-                names[name] = _decoding_method(method, routing)
+                names[name] = _decoding_method(method, routing, is_ours)
     ours = model.__class__ = type(stock.__name__, (stock,), names)
 
     def undo() -> None:
@@ -55,10 +54,12 @@ def install_generation(model: PreTrainedModel, routing: Routing) -> Callable[[],
     return undo
 
 
-def _generate(stock: Callable, routing: Routing) -> Callable:
+def _generate(stock: Callable, routing: AttachedModel, is_ours: Callable) -> Callable:
     @functools.wraps(stock)
     def generate(self, *args, routes=None, **kwargs):
-        if not routing.is_attached:
+        if not is_ours(self):
+            if routes is not None:
+                raise ValueError("routes were given, but this model has no routers attached; attach them, or again")
             return stock(self, *args, **kwargs)
         config = kwargs.get("generation_config") or self.generation_config
         early_exit = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
@@ -73,22 +74,22 @@ def _generate(stock: Callable, routing: Routing) -> Callable:
     return generate
 
 
-def _decoding_method(stock: Callable, routing: Routing) -> Callable:
+def _decoding_method(stock: Callable, routing: AttachedModel, is_ours: Callable) -> Callable:
     has_loop = stock is GenerationMixin._sample  # a model with a decode loop of its own keeps it
 
     @functools.wraps(stock)
     def decode(self, input_ids, *args, **kwargs):
-        if not routing.is_attached:
+        if not is_ours(self):
             return stock(self, input_ids, *args, **kwargs)
         columns = _prompt_columns(input_ids, **kwargs)
         _check_chunks(routing, input_ids, columns, **kwargs)
-        token = prompt_columns.set(columns)
+        token = generated_prompt.set((kwargs.get("past_key_values"), columns))
         try:
             if has_loop:
                 return loop.sample(routing, functools.partial(stock, self), input_ids, *args, **kwargs)
             return stock(self, input_ids, *args, **kwargs)
         finally:
-            prompt_columns.reset(token)
+            generated_prompt.reset(token)
 
     return decode
 
@@ -104,7 +105,7 @@ def _prompt_columns(input_ids: torch.Tensor, attention_mask=None, inputs_embeds=
 
 
 def _check_chunks(
-    routing: Routing,
+    routing: AttachedModel,
     input_ids,
     columns: int,
     generation_config=None,

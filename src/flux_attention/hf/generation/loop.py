@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -17,10 +17,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from flux_attention import kernels
+from flux_attention.hf.context import AttachedModel
 from flux_attention.hf.generation.step import unsupported
-
-if TYPE_CHECKING:
-    from flux_attention.hf.handle import Routing
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +38,7 @@ ARGUMENTS = {
 
 
 def sample(
-    routing: Routing,
+    routing: AttachedModel,
     stock: Callable,
     input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
@@ -58,7 +56,7 @@ def sample(
 
     Parameters
     ----------
-    routing : Routing
+    routing : AttachedModel
         Of the model that generates.
     stock : callable
         The model's own ``_sample``.
@@ -74,12 +72,14 @@ def sample(
         or stopping_criteria.max_length == input_ids.shape[1] + 1  # a single token, which no step decodes
         or not set(model_kwargs) <= ARGUMENTS
         or not _positions_count_tokens(**model_kwargs)
-        or unsupported(routing)
     ):
-        try:
-            step = routing.steps.get(routing, len(input_ids))
-        except ValueError as error:
-            logger.warning_once(f"decoding without a CUDA graph: {error}")
+        if reason := unsupported(routing):
+            logger.info_once(f"decoding without a CUDA graph: {reason}")
+        else:
+            try:
+                step = routing.steps.get(routing, len(input_ids))
+            except ValueError as error:
+                logger.warning_once(f"decoding without a CUDA graph: {error}")
     if step is None or not step.lock.acquire(blocking=False):  # another generation runs it
         return stock(
             input_ids,

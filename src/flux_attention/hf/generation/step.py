@@ -11,20 +11,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
 from flux_attention import kernels
 from flux_attention.hf.cache.layer import RoutedLayer
-from flux_attention.hf.context import CONTEXT
+from flux_attention.hf.context import CONTEXT, AttachedModel
 from flux_attention.kernels.split_table import FULL, split_table
-
-if TYPE_CHECKING:
-    from flux_attention.hf.handle import Routing
 
 #: Batch sizes whose steps are kept.
 MAX_STEPS = 8
@@ -38,7 +35,7 @@ class DecodeStep:
 
     Parameters
     ----------
-    routing : Routing
+    routing : AttachedModel
         Of a model that ``unsupported`` has nothing against.
     batch : int
         B.
@@ -59,7 +56,7 @@ class DecodeStep:
     finished = reads_queries = is_packed = False
 
     @torch.inference_mode(False)  # what is made here is written to in any mode later
-    def __init__(self, routing: Routing, batch: int):
+    def __init__(self, routing: AttachedModel, batch: int):
         from flux_attention.kernels import triton_decode  # only where Triton is installed
 
         began = time.perf_counter()
@@ -197,15 +194,15 @@ def _capturing():
                 raise
 
 
-def unsupported(routing: Routing) -> str | None:
+def unsupported(routing: AttachedModel) -> str | None:
     """Say why the routed model cannot decode by graph; None if it can."""
     model, base = routing.model, routing.config.base_model
     if model.training:
         return "it is in training mode"
     if routing.is_tensor_parallel:
         return "several processes share its heads"
-    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-    if hooks > routing.hooks:
+    hooks = [(*module._forward_hooks.values(), *module._forward_pre_hooks.values()) for module in model.modules()]
+    if not set(itertools.chain.from_iterable(hooks)) <= routing.own_hooks:
         return "its modules have forward hooks of others, which a graph would leave out"
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -239,7 +236,7 @@ class CapturedSteps:
         """Forget all steps."""
         self.made.clear()
 
-    def get(self, routing: Routing, batch: int) -> DecodeStep:
+    def get(self, routing: AttachedModel, batch: int) -> DecodeStep:
         """
         Return the step for ``batch`` sequences of a model that ``unsupported`` has nothing against.
 
@@ -268,7 +265,7 @@ class CapturedSteps:
         return step
 
 
-def decode_step(routing: Routing, batch: int) -> DecodeStep:
+def decode_step(routing: AttachedModel, batch: int) -> DecodeStep:
     """
     Return the captured step of ``routing`` for ``batch`` sequences.
 
