@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flux_attention.evaluation.results import write_results
 from flux_attention.hf.generation.step import decode_step
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 
 #: Kinds of kernels, by the first pattern that their name contains.
 KINDS = {

@@ -17,7 +17,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 
 # One process, no look-ups on the network, and a sampler that needs no compiler.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

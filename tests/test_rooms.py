@@ -15,7 +15,7 @@ LEVELS = [
     "errors files validation config router",
     "kernels",
     "patterns",
-    "decision routes adapters names",
+    "decision routes adapters names sizes",
     "hf | serving",
     "tasks calibration",
     "training | evaluation",

@@ -22,7 +22,7 @@ from flux_attention import kernels
 from flux_attention.kernels import dense as dense_kernel
 from flux_attention.kernels.split_table import FULL, RING, split_table
 from flux_attention.patterns import Full
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 from speed.timing import DTYPE, PATTERN, floor_ms, measure, measure_graph, measure_graphs, require_gpu, row
 
 BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}

@@ -11,7 +11,7 @@ from rich.table import Table
 from flux_attention.cli.arguments import Device, Dtype, Model, read_numbers, read_text
 from flux_attention.cli.console import UserError, err, out
 from flux_attention.cli.subject import Subject, check_precision
-from flux_attention.names import check_known, check_writable
+from flux_attention.files import check_writable
 
 
 def _names(listed: str | None, default: tuple[str, ...]) -> list[str]:
@@ -50,6 +50,7 @@ def evaluate(
     """Score a model on generated questions or lm-eval's tasks by every way of choosing full layers; write a report."""
     from flux_attention.evaluation.methods import DEFAULT_METHODS, METHODS, check_adapters, check_lengths
     from flux_attention.tasks.families import EVERY_FAMILY, FAMILIES
+    from flux_attention.validation import check_known
 
     if tasks and families:
         raise UserError(

@@ -99,7 +99,7 @@ class Subject:
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
 
-            from flux_attention.kernels.precision import load_dtype
+            from flux_attention.hf.precision import load_dtype
 
             logging.disable_progress_bar()
             dtype = load_dtype(self.dtype, self.device)

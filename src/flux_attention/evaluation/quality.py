@@ -37,12 +37,12 @@ import torch
 from flux_attention.evaluation.methods import DEFAULT_METHODS, EXHAUSTIVE, METHODS, check_adapters, check_lengths
 from flux_attention.evaluation.results import environment, write_results
 from flux_attention.hf.attach import attach
-from flux_attention.hf.support import max_positions
-from flux_attention.names import check_known
+from flux_attention.hf.support import check_head, max_positions
 from flux_attention.routes import unit_name
 from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.samples import Haystack, Sample, make_sample
-from flux_attention.tasks.scoring import Scores, check_head, evaluate
+from flux_attention.tasks.scoring import Scores, evaluate
+from flux_attention.validation import check_known
 
 #: Calibration samples start from this seed, the report's from 0.
 CALIBRATION_SEED = 10_000_000

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flux_attention.hf.handle import Routing
-from flux_attention.tasks.scoring import check_head
+from flux_attention.hf.support import check_head
 from flux_attention.training.objective import SparsityObjective
 
 #: The operations that compute attention, dense and by our own kernel.
