@@ -1,4 +1,4 @@
-"""Profiles of one prefill and one decode step: GPU milliseconds by kind of kernel.
+"""Profiles one prefill and one decode step: GPU milliseconds by kind of kernel.
 
 Run: ``python benchmarks/profile_speed.py`` on a GPU. Writes benchmarks/results/profile.json.
 """

@@ -1,4 +1,4 @@
-"""Pages and plots of the speed and memory results, which ``flux-attention bench`` writes to benchmarks/results/.
+"""Makes pages and plots of the speed and memory results that ``flux-attention bench`` writes to benchmarks/results/.
 
 Run by ``python benchmarks/show_pages.py``. What has not been measured is left out.
 """

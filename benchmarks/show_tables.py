@@ -1,4 +1,4 @@
-"""Helpers that the show scripts share: reading result files, markdown tables and generated pages."""
+"""Reads result files, writes markdown tables and generated pages, for all show scripts."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Prefill and decode of vLLM's dense engine on the same sizes, as a baseline for our own rows.
+"""Times prefill and decode of vLLM's dense engine on the same sizes, as a baseline for our own rows.
 
 Run: ``python benchmarks/vllm_dense.py --results DIR`` on a GPU with vLLM, right after ``flux-attention bench prefill``
 and ``bench decode`` with ``--output DIR``. Every row there of the same shape, batch and length gets a twin whose

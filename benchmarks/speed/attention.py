@@ -1,4 +1,4 @@
-"""One layer's attention on a GPU: own kernels against PyTorch's and FlexAttention, in one run, beside the floor.
+"""Times one layer's attention on a GPU: own kernels against PyTorch's and FlexAttention, in one run, beside the floor.
 
 Every function yields result rows (the contract of ``results``) as they are measured.
 
@@ -134,7 +134,7 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
 
 
 class _Rows:
-    """Random caches of some rows for the decode kernel, several of them so that none stays in the GPU's own cache."""
+    """Holds random caches for the decode kernel, several of them so that none stays in the GPU's own cache."""
 
     def __init__(self, lengths: Sequence[int], kinds: Sequence[int], heads: int, kv_heads: int, dim: int):
         from flux_attention.kernels.triton_decode import DecodeWorkspace

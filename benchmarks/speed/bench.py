@@ -1,4 +1,4 @@
-"""What ``flux-attention bench`` measures is listed here by name, and written into result files."""
+"""Lists by name what ``flux-attention bench`` measures, and writes result files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models on a GPU: prefill, decode steps and memory, by length and forced sparsity, with random weights.
+"""Measures whole models on a GPU: prefill, decode steps and memory, by length and forced sparsity, with random weights.
 
 Every function yields result rows (the contract of ``results``) as they are measured. The baseline is the same code with
 every layer full; its floor is what the hardware's ceilings allow.

@@ -1,4 +1,4 @@
-"""``bench``: speed and memory on this GPU."""
+"""``bench`` measures speed and memory on this GPU."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Quality of a model's answers under every way of choosing its full layers, on the generated families.
+"""Measures a model's answers under every way of choosing its full layers, on the generated families.
 
 Methods (all see the same samples):
 
@@ -116,7 +116,7 @@ def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int 
 
 class AdapterEvaluation:
     """
-    An evaluation of one model with several adapters and methods, which ``run`` runs once it has ``rows``.
+    Describes an evaluation of one model with several adapters and methods, which ``run`` runs once it has ``rows``.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ class AdapterEvaluation:
 
 class Evaluation(AdapterEvaluation):
     """
-    All methods on generated questions.
+    Measures all methods on generated questions.
 
     Parameters
     ----------

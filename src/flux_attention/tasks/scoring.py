@@ -1,4 +1,4 @@
-"""Score a model, routed or not, on generated samples.
+"""Scores a model, routed or not, on generated samples.
 
 A sample's answer is right if every one of its tokens is the most likely one given the tokens before it: exactly
 then greedy generation gives this answer. One forward pass scores prompt and answer; routes are decided by the
@@ -24,7 +24,7 @@ from flux_attention.tasks.samples import Sample
 @dataclass
 class Scores:
     """
-    Per-sample results, in order.
+    Holds per-sample results, in order.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The one module that a Trainer wraps: a frozen model with routers and multipliers, and the objective of a pack.
+"""Computes a pack's objective in the one module that a Trainer wraps: a frozen model with routers and multipliers.
 
 Shape suffixes: N sequences of a pack, S tokens of a pack, P labelled positions, L routed layers, D hidden size.
 """
@@ -69,7 +69,7 @@ def label_losses(head: nn.Module, hidden_PD: torch.Tensor, targets_P: torch.Tens
 
 class RoutedTraining(nn.Module):
     """
-    A frozen model with routers and multipliers, as the one module that a Trainer wraps.
+    Holds a frozen model with routers and multipliers, as the one module that a Trainer wraps.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A whole training run: from a recipe to an adapter; and a dry run that only counts."""
+"""Runs a whole training, from a recipe to an adapter; or a dry run that only counts."""
 
 from __future__ import annotations
 
