@@ -1,4 +1,4 @@
-"""Prefill time and KV bytes of the shipped model on a CPU, by prompt length and forced sparsity.
+"""Measures prefill time and KV bytes of the shipped model on a CPU, by prompt length and forced sparsity.
 
 Run: ``python benchmarks/cpu_prefill.py`` (seven minutes on two cores). Writes benchmarks/results/cpu_prefill.json.
 Random tokens, as speed does not depend on them; forced routes; the baseline is the same code with every layer full.

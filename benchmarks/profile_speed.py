@@ -1,4 +1,4 @@
-"""Profiles of one prefill and one decode step: GPU milliseconds by kind of kernel.
+"""Profiles one prefill and one decode step: GPU milliseconds by kind of kernel.
 
 Run: ``python benchmarks/profile_speed.py`` on a GPU. Writes benchmarks/results/profile.json.
 """
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flux_attention.evaluation.results import write_results
 from flux_attention.hf.generation.step import decode_step
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 
 #: Kinds of kernels, by the first pattern that their name contains.
 KINDS = {

@@ -1,4 +1,4 @@
-"""README's picture: two prompts, the layers that each needs, and the KV cache that each keeps.
+"""Draws README's picture: two prompts, the layers that each needs, and the KV cache that each keeps.
 
 Run by ``python benchmarks/show_pages.py``, from benchmarks/results/two_prompts.json, which ``two_prompts.py``
 writes. Two drawings, for light and dark pages, each on a ground of its own.

@@ -1,4 +1,4 @@
-"""Write all generated pages and images, from the files under benchmarks/results/.
+"""Writes all generated pages and images, from the files under benchmarks/results/.
 
 Run: ``python benchmarks/show_pages.py``. Writes a page beside each result file, the list of them, the tables between
 ``<!-- … -->`` marks in README and docs/, and docs/images/. Nothing is measured.

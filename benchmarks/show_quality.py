@@ -1,4 +1,4 @@
-"""Page, tables and plots of benchmarks/results/quality.json, the study's result.
+"""Makes page, tables and plots of benchmarks/results/quality.json, the study's result.
 
 Run by ``python benchmarks/show_pages.py``.
 """

@@ -1,4 +1,4 @@
-"""Pages and plot of what the shipped model's routers do, and of those that the quick start trains.
+"""Makes pages and plot of what the shipped model's routers do, and of those that the quick start trains.
 
 Run by ``python benchmarks/show_pages.py``.
 """

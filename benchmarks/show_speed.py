@@ -1,11 +1,11 @@
-"""Pages and plots of the speed and memory results, which ``flux-attention bench`` writes to benchmarks/results/.
+"""Makes pages and plots of the speed and memory results that ``flux-attention bench`` writes to benchmarks/results/.
 
 Run by ``python benchmarks/show_pages.py``. What has not been measured is left out.
 """
 
 import math
 
-from show_tables import SHAPES, label, load, page, row_of, save, table
+from show_tables import LABELS, label, load, page, row_of, save, table
 
 #: Lengths of single layers that the pages show.
 SHOWN = tuple(2**10 * thousands for thousands in (4, 32, 128, 256))
@@ -59,11 +59,11 @@ def prefill_page():
         up.
         """,
     ]
-    for shape in SHAPES:
+    for shape in LABELS:
         _, rows, speedups = of_shape("e2e_prefill", shape)
         for batch in sorted({key[1] for key in rows}):
             own = {key: row for key, row in rows.items() if key[1] == batch}
-            parts.append(f"## {SHAPES[shape]}'s sizes, {sequences(batch)}")
+            parts.append(f"## {LABELS[shape]}'s sizes, {sequences(batch)}")
             parts += prefill_tables(own, speedups)
     return page("e2e_prefill", "Prefill of whole models", *parts)
 
@@ -125,11 +125,11 @@ def decode_page():
         do not fit into the card.
         """,
     ]
-    for shape in SHAPES:
+    for shape in LABELS:
         _, rows, speedups = of_shape("e2e_decode", shape)
         found = {(key[1], key[0], key[2]): (row, speedups[key]) for key, row in rows.items()}
         for batch in sorted({key[0] for key in found}):
-            parts += [f"## {SHAPES[shape]}'s sizes, batch {batch}", decode_table(found, batch)]
+            parts += [f"## {LABELS[shape]}'s sizes, batch {batch}", decode_table(found, batch)]
     return page("e2e_decode", "Decode steps of whole models", *parts)
 
 
@@ -247,7 +247,7 @@ def memory_page():
             rows[0]["gpu_bytes"] / 1e9:.0f} GB.
         """
     ]
-    for shape in SHAPES:
+    for shape in LABELS:
         found = {(row["seq_len"], row["sparsity"]): row for row in rows if row["shape"] == shape}
         lengths, ratios = (sorted({key[place] for key in found}) for place in (0, 1))
         lines = [
@@ -255,7 +255,7 @@ def memory_page():
             for n in lengths
         ]
         longest = ["longest", *(f"{found[lengths[0], r]['longest_context'] / 1e6:.2f} M" for r in ratios)]
-        parts += [f"## {SHAPES[shape]}'s sizes", table(["tokens", *(f"Ω {r}, GB" for r in ratios)], [*lines, longest])]
+        parts += [f"## {LABELS[shape]}'s sizes", table(["tokens", *(f"Ω {r}, GB" for r in ratios)], [*lines, longest])]
     return page("memory", "Memory of the KV cache", *parts)
 
 

@@ -1,4 +1,4 @@
-"""Helpers that the show scripts share: reading result files, markdown tables and generated pages."""
+"""Reads result files, writes markdown tables and generated pages, for all show scripts."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 IMAGES = ROOT / "docs/images"
-SHAPES = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
+LABELS = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
 #: Plots have a white ground of their own, so that they are readable on light and dark pages.
 STYLE = {"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux"}
 

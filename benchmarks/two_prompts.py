@@ -1,4 +1,4 @@
-"""Routes and KV bytes of the shipped model on one text with two endings, a question and none.
+"""Finds routes and KV bytes of the shipped model on one text with two endings, a question and none.
 
 Run: ``python benchmarks/two_prompts.py`` (a minute on two cores). Writes benchmarks/results/two_prompts.json, which
 README's picture is drawn from. The text is the source of Python's argparse with a few facts written into it.

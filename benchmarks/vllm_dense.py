@@ -1,4 +1,4 @@
-"""Prefill and decode of vLLM's dense engine on the same sizes, as a baseline for our own rows.
+"""Times prefill and decode of vLLM's dense engine on the same sizes, as a baseline for our own rows.
 
 Run: ``python benchmarks/vllm_dense.py --results DIR`` on a GPU with vLLM, right after ``flux-attention bench prefill``
 and ``bench decode`` with ``--output DIR``. Every row there of the same shape, batch and length gets a twin whose
@@ -17,7 +17,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 
 # One process, no look-ups on the network, and a sampler that needs no compiler.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -61,22 +61,3 @@ def test_why_a_repository_cannot_be_had(monkeypatch):
     assert "HF_HUB_OFFLINE" in names.unreachable("owner/name", "config.json")
     monkeypatch.setattr(names, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
     assert names.unreachable("owner/name", "config.json") is None
-
-
-def test_folders_to_write(tmp_path):
-    names.check_writable(tmp_path / "a/b")
-    assert list((tmp_path / "a/b").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file/below"):
-        with pytest.raises(ValueError, match=r"cannot write into .*; name another folder"):
-            names.check_writable(folder)
-    if os.geteuid():
-        (tmp_path / "a").chmod(0o500)
-        with pytest.raises(ValueError, match="Permission denied"):
-            names.check_writable(tmp_path / "a")
-
-
-def test_known():
-    names.check_known("fruit", ["pear"], ["pear", "plum"])
-    with pytest.raises(ValueError, match=r"unknown fruit \['fig'\], expected some of \['pear', 'plum'\]"):
-        names.check_known("fruit", ["fig", "plum"], ["pear", "plum"])

@@ -15,7 +15,7 @@ LEVELS = [
     "errors files validation config router",
     "kernels",
     "patterns",
-    "decision routes adapters names",
+    "decision routes adapters names sizes",
     "hf | serving",
     "tasks calibration",
     "training | evaluation",
@@ -29,6 +29,7 @@ PLACES = {
     for room in some.split()
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
+ROOT = Path(__file__).parents[1]
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -58,6 +59,14 @@ def home(name: str) -> str | None:
     return parent if parent in MODULES else None
 
 
+#: What is to be short: the package, and the code beside it.
+FILES = {str(path.relative_to(PACKAGE.parent)): path for path in MODULES.values()} | {
+    str(path.relative_to(ROOT)): path
+    for folder in ("benchmarks", "examples", "tests")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+#: Those that may be longer.
+LONG_FILES = {"tests/hf/generation/test_loop.py"}  # one list of properties, each compared with stock generate
 GRAPH = {
     module: {home(name) for name in imported(ast.parse(path.read_text(encoding="utf-8")))} - {None, module}
     for module, path in MODULES.items()
@@ -91,12 +100,12 @@ def test_files_make_no_circle():
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_files_and_functions_are_short(module):
+@pytest.mark.parametrize("file", FILES)
+def test_files_and_functions_are_short(file):
     """A function may be longer if a comment ``# long: reason`` stands above it or in its first lines."""
-    source = MODULES[module].read_text(encoding="utf-8")
+    source = FILES[file].read_text(encoding="utf-8")
     lines = source.splitlines()
-    assert len(lines) <= MAX_FILE_LINES
+    assert len(lines) <= MAX_FILE_LINES or file in LONG_FILES
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue

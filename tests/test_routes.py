@@ -1,10 +1,11 @@
+"""What was decided: its ratios, and how it prints."""
+
 import io
 
 import pytest
 import torch
 from rich.console import Console
 
-from flux_attention.decision import parse_routes
 from flux_attention.patterns import Full, Streaming
 from flux_attention.routes import Routes
 
@@ -27,40 +28,3 @@ def test_ratios_and_rendering():
 
 def test_short_prompts_save_nothing():
     assert Routes(torch.zeros(1, 4, dtype=torch.bool), None, LAYERS, (20,), Streaming(4, 16), Full()).esr == [0.0]
-
-
-@pytest.mark.parametrize(
-    "spec, expected",
-    [
-        ("full", [1, 1, 1, 1]),
-        ("sparse", [0, 0, 0, 0]),
-        (0.0, [1, 1, 1, 1]),
-        (1, [0, 0, 0, 0]),
-        (0.75, [0, 0, 1, 0]),
-        (0.5, [0, 1, 0, 1]),
-        ([2, 6], [0, 1, 0, 1]),
-        ([], [0, 0, 0, 0]),
-        (torch.tensor([1, 0, 0, 1]), [1, 0, 0, 1]),
-    ],
-)
-def test_forcing(spec, expected):
-    assert parse_routes(spec, 2, LAYERS).long().tolist() == [expected] * 2
-
-
-def test_forcing_each_sequence_and_its_beams():
-    bits = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 1]])
-    assert torch.equal(parse_routes(bits, 2, LAYERS).long(), bits)
-    assert torch.equal(parse_routes(bits, 6, LAYERS).long(), bits.repeat_interleave(3, 0))
-
-
-@pytest.mark.parametrize("spec", ["dense", 1.5, -0.1, [1], [99], torch.ones(3), torch.ones(3, 4), None, True, {}])
-def test_wrong_requests_are_refused(spec):
-    with pytest.raises(ValueError, match="force"):
-        parse_routes(spec, 2, LAYERS)
-
-
-@pytest.mark.parametrize("count", range(1, 41))
-def test_a_ratio_gives_that_many_distinct_layers(count):
-    for sparse in range(count + 1):
-        routes = parse_routes(sparse / count, 1, range(count))
-        assert int((~routes).sum()) == sparse

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from flux_attention.validation import NO_OTHER_KEYS, Positive, Text, checked, expected, from_keys
+from flux_attention.validation import NO_OTHER_KEYS, Positive, Text, check_known, checked, expected, from_keys
 
 
 class OvenError(ValueError):
@@ -61,3 +61,9 @@ def test_what_fits_is_taken_as_given():
         Kitchen(None, 2, 3)
     with pytest.raises(OvenError, match=r"^unknown keys \['1'\] in oven"):
         Kitchen({1: 2, "name": "x"})
+
+
+def test_known():
+    check_known("fruit", ["pear"], ["pear", "plum"])
+    with pytest.raises(ValueError, match=r"unknown fruit \['fig'\], expected some of \['pear', 'plum'\]"):
+        check_known("fruit", ["fig", "plum"], ["pear", "plum"])

@@ -1,4 +1,4 @@
-"""One layer's attention on a GPU: own kernels against PyTorch's and FlexAttention, in one run, beside the floor.
+"""Times one layer's attention on a GPU: own kernels against PyTorch's and FlexAttention, in one run, beside the floor.
 
 Every function yields result rows (the contract of ``results``) as they are measured.
 
@@ -22,7 +22,7 @@ from flux_attention import kernels
 from flux_attention.kernels import dense as dense_kernel
 from flux_attention.kernels.split_table import FULL, RING, split_table
 from flux_attention.patterns import Full
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 from speed.timing import DTYPE, PATTERN, floor_ms, measure, measure_graph, measure_graphs, require_gpu, row
 
 BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
@@ -134,7 +134,7 @@ def _prefill_at(shape: str, length: int, sparsities: Sequence[float]) -> Iterato
 
 
 class _Rows:
-    """Random caches of some rows for the decode kernel, several of them so that none stays in the GPU's own cache."""
+    """Holds random caches for the decode kernel, several of them so that none stays in the GPU's own cache."""
 
     def __init__(self, lengths: Sequence[int], kinds: Sequence[int], heads: int, kv_heads: int, dim: int):
         from flux_attention.kernels.triton_decode import DecodeWorkspace

@@ -1,4 +1,4 @@
-"""What ``flux-attention bench`` measures is listed here by name, and written into result files."""
+"""Lists by name what ``flux-attention bench`` measures, and writes result files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_attention.evaluation.results import earlier_rows, merged, write_results
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 from speed import attention, model, timing
 
 

@@ -1,4 +1,4 @@
-"""Whole models on a GPU: prefill, decode steps and memory, by length and forced sparsity, with random weights.
+"""Measures whole models on a GPU: prefill, decode steps and memory, by length and forced sparsity, with random weights.
 
 Every function yields result rows (the contract of ``results``) as they are measured. The baseline is the same code with
 every layer full; its floor is what the hardware's ceilings allow.
@@ -28,7 +28,7 @@ from flux_attention.hf.generation.step import decode_step, without_collection
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.layout import BatchLayout
 from flux_attention.patterns import Full
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 from speed.timing import DTYPE, PATTERN, floor_ms, measure, measure_in_turn, require_gpu, row
 
 #: By whether layers are compiled.

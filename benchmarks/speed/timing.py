@@ -1,4 +1,4 @@
-"""Timing on a GPU: runs in turn, by device events or in CUDA graphs; the hardware's ceilings; result rows."""
+"""Times runs in turn on a GPU, by device events or in CUDA graphs; knows the hardware's ceilings; makes result rows."""
 
 from __future__ import annotations
 

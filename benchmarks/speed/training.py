@@ -1,4 +1,4 @@
-"""Router training on a GPU: one pack forward and backward through a whole frozen model, with random weights."""
+"""Times router training on a GPU: one pack forward and backward through a whole frozen model, with random weights."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-Context-aware hybrid attention for frozen Hugging Face language models: full or sparse, per input and layer.
+Gives frozen Hugging Face language models context-aware hybrid attention: full or sparse, per input and layer.
 
 Names are imported when first used, so importing the package costs nothing; PyTorch and transformers load with the
 first name.

@@ -1,4 +1,4 @@
-"""Routers on disk and on the Hub: a directory with ``flux_config.json``, ``routers.safetensors`` and a model card."""
+"""Adapters hold routers on disk and on the Hub: ``flux_config.json``, ``routers.safetensors`` and a model card."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
 
 
 class AdapterMixin:
-    """Methods that save and upload the adapter of an object with ``config`` and ``routers``."""
+    """Saves and uploads the adapter of an object with ``config`` and ``routers``."""
 
     config: FluxConfig
     routers: nn.ModuleDict

@@ -1,21 +1,21 @@
-"""All error classes: each message says what was wrong, what was expected and what to do."""
+"""Defines all error classes: each message says what was wrong, what was expected and what to do."""
 
 
 class FluxConfigError(ValueError):
-    """A configuration value, or a configuration file, that cannot be used."""
+    """Refuses a configuration value, or a configuration file, that cannot be used."""
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be used: missing, damaged, or made for another model."""
+    """Refuses an adapter that is missing, damaged, or made for another model."""
 
 
 class UnsupportedModelError(ValueError):
-    """A model or a call that routing cannot serve."""
+    """Refuses a model or a call that routing cannot serve."""
 
 
 class RecipeError(ValueError):
-    """A training recipe that cannot be run."""
+    """Refuses a training recipe that cannot be run."""
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on."""
+    """Refuses data that cannot be trained on."""

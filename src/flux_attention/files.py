@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes files whole or not at all, into folders that are checked before."""
 
 from __future__ import annotations
 
@@ -21,3 +21,20 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as scratch:
         yield Path(scratch) / path.name
         os.replace(Path(scratch) / path.name, path)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """
+    Make a folder, and a file in it for a moment: what cannot be written is known before hours of work.
+
+    Raises
+    ------
+    ValueError
+        With the system's reason.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror or error}; name another folder") from None

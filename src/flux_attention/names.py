@@ -1,10 +1,8 @@
-"""Names that a user gives: ``shipped``, folders, Hub repositories, words of a list; checked before things load."""
+"""Tells what the name of a model or an adapter stands for: ``shipped``, a folder or a Hub repository."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -83,33 +81,3 @@ def unreachable(repo_id: str, filename: str, revision: str | None = None) -> str
     except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
         return f"no such folder, and the Hub cannot be reached: {type(error).__name__}"
     return None
-
-
-def check_writable(folder: str | os.PathLike) -> None:
-    """
-    Make a folder, and a file in it for a moment: what cannot be written is known before hours of work.
-
-    Raises
-    ------
-    ValueError
-        With the system's reason.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write into {folder}: {error.strerror or error}; name another folder") from None
-
-
-def check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
-    """
-    Refuse names that are not among the known ones.
-
-    Raises
-    ------
-    ValueError
-        With the unknown ones and all known ones.
-    """
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}")

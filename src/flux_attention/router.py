@@ -1,4 +1,4 @@
-"""The layer router: reads the prompt's query states of one layer and decides full or sparse attention.
+"""The layer router reads the prompt's query states of one layer and decides full or sparse attention.
 
 Shape suffixes: B batch, S query length, H query heads, D head dim, N pooled tokens.
 """

@@ -1,9 +1,9 @@
-"""Pydantic dataclasses whose errors are of this library's classes and in its words."""
+"""Checks what users give: makes pydantic dataclasses speak by this library's own errors, and refuses unknown names."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -104,3 +104,16 @@ def _explained(problems: list[dict[str, Any]], cls: type, within: str) -> str:
         name = known[name]
     name = ": ".join([f"{within}.{name}" if within else name, *map(repr, inner)])
     return f"{name} is {problems[0]['input']!r}, {problems[0]['msg']}"
+
+
+def check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """
+    Refuse names that are not among the known ones.
+
+    Raises
+    ------
+    ValueError
+        With the unknown ones and all known ones.
+    """
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}")

@@ -6,7 +6,7 @@ from speed import model, timing
 
 from flux_attention import kv_bytes
 from flux_attention.patterns import Streaming
-from flux_attention.training.sizes import SHAPES
+from flux_attention.sizes import SHAPES
 
 SIZES = dict(
     vocab_size=500,

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.command import flux, write_prompt
 
-from flux_attention.kernels import precision
+from flux_attention.hf import precision
 
 
 @pytest.fixture(scope="module")

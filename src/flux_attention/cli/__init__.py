@@ -1,4 +1,4 @@
-"""The command line: thin, every command calls public functions. Heavy imports happen inside commands."""
+"""The command line is thin: every command calls public functions. Heavy imports happen inside commands."""
 
 from flux_attention.cli.app import app, run
 

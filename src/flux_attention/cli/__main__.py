@@ -1,4 +1,4 @@
-"""The command line as a module, ``python -m flux_attention.cli``, as torchrun starts it."""
+"""Runs the command line as a module, ``python -m flux_attention.cli``, as torchrun starts it."""
 
 from flux_attention.cli import run
 

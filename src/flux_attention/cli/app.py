@@ -1,4 +1,4 @@
-"""The application: its commands are listed here, and its errors end here."""
+"""Lists the application's commands, and ends its errors."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ app.command()(demo)
 
 @dataclass
 class Settings:
-    """Options that stand before a command."""
+    """Holds the options that stand before a command."""
 
     debug: bool = False
 

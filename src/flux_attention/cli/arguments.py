@@ -1,4 +1,4 @@
-"""Arguments that several commands take, read and checked before anything is loaded."""
+"""Reads and checks arguments that several commands take, before anything is loaded."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``bench``: speed and memory on this GPU."""
+"""``bench`` measures speed and memory on this GPU."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 import flux_attention
 from flux_attention.cli.arguments import read_numbers
 from flux_attention.cli.console import UserError, out
-from flux_attention.names import check_writable
+from flux_attention.files import check_writable
 
 WHAT = ("attention", "prefill", "decode", "training", "memory")
 

@@ -1,4 +1,4 @@
-"""The consoles that commands print to, and the error that a user can mend."""
+"""Holds the consoles that commands print to, and the error that a user can mend."""
 
 from rich.console import Console
 
@@ -6,4 +6,4 @@ out, err = Console(), Console(stderr=True)
 
 
 class UserError(Exception):
-    """Something that the user can mend."""
+    """Tells of something that the user can mend."""

@@ -1,4 +1,4 @@
-"""``demo``: the shipped model at work."""
+"""``demo`` shows the shipped model at work."""
 
 import json
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""``eval``: scores of a model by every way of choosing full layers."""
+"""``eval`` scores a model by every way of choosing full layers."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,7 @@ from rich.table import Table
 from flux_attention.cli.arguments import Device, Dtype, Model, read_numbers, read_text
 from flux_attention.cli.console import UserError, err, out
 from flux_attention.cli.subject import Subject, check_precision
-from flux_attention.names import check_known, check_writable
+from flux_attention.files import check_writable
 
 
 def _names(listed: str | None, default: tuple[str, ...]) -> list[str]:
@@ -50,6 +50,7 @@ def evaluate(
     """Score a model on generated questions or lm-eval's tasks by every way of choosing full layers; write a report."""
     from flux_attention.evaluation.methods import DEFAULT_METHODS, METHODS, check_adapters, check_lengths
     from flux_attention.tasks.families import EVERY_FAMILY, FAMILIES
+    from flux_attention.validation import check_known
 
     if tasks and families:
         raise UserError(
@@ -72,35 +73,25 @@ def evaluate(
     if not tasks:
         check_lengths(sizes, subject.positions)
 
-    from flux_attention.evaluation import quality
-    from flux_attention.evaluation.report import write_report
-    from flux_attention.tasks.samples import Haystack
-    from flux_attention.tasks.text import local_texts
+    from flux_attention.evaluation.run import run_evaluation
 
     loaded, tokenizer = subject.load(), subject.tokenizer
     with err.status("reading text") as status:
-
-        def generated() -> quality.Evaluation:
-            texts = [given] if given else local_texts(True, site_packages=True, max_chars=5_000_000)
-            found = Haystack(texts, tokenizer)
-            return quality.Evaluation(
-                loaded, tokenizer, subject.adapters, found, named, sizes, chosen, samples, calibration, batch_size
-            )
-
-        def static(routing, count, tell):
-            found = generated()
-            choose = found.static_heads if routing.config.granularity == "head" else found.static_layers
-            return choose(routing, sizes[0], count, tell)
-
-        if tasks:
-            from flux_attention.evaluation.lm_harness import TaskEvaluation
-
-            asked = tasks.split(",")
-            evaluation = TaskEvaluation(
-                loaded, tokenizer, subject.adapters, asked, chosen, samples, batch_size, static, include_path
-            )
-        else:
-            evaluation = generated()
-        rows = quality.run(evaluation, output, restart, lambda text: status.update(escape(text)))
-        page, _ = write_report(output / "quality.json", output)
+        rows, page = run_evaluation(
+            loaded,
+            tokenizer,
+            subject.adapters,
+            output,
+            tasks=tasks.split(",") if tasks else None,
+            include_path=include_path,
+            text=given,
+            families=named,
+            lengths=sizes,
+            methods=chosen,
+            samples=samples,
+            calibration=calibration,
+            batch_size=batch_size,
+            restart=restart,
+            tell=lambda text: status.update(escape(text)),
+        )
     _print(rows, page)

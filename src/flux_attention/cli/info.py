@@ -1,4 +1,4 @@
-"""``info``: what this machine has."""
+"""``info`` tells what this machine has."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""``inspect`` and ``generate``: one prompt."""
+"""``inspect`` and ``generate`` run one prompt."""
 
 import json
 from typing import Annotated
@@ -73,8 +73,10 @@ def generate(
     status = err.status(f"prefilling {ids.shape[1]} tokens")
 
     class Streamer(TextStreamer):
+        """Prints text as it comes; the first stops the spinner."""
+
         def on_finalized_text(self, text: str, stream_end: bool = False):
-            status.stop()  # the first text is there
+            status.stop()
             super().on_finalized_text(text, stream_end)
 
     streamer = None if as_json else Streamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)

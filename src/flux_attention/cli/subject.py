@@ -1,4 +1,4 @@
-"""The model and the adapters that a command is about: found and checked at once, loaded when all else is checked."""
+"""Finds and checks the model and the adapters that a command is about; loads them when all else is checked."""
 
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from flux_attention.names import check_folder, unreachable
 
 class Subject:
     """
-    A model with its adapters, as the user names them.
+    Finds, checks and loads a model with its adapters, as the user names them.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class Subject:
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
 
-            from flux_attention.kernels.precision import load_dtype
+            from flux_attention.hf.precision import load_dtype
 
             logging.disable_progress_bar()
             dtype = load_dtype(self.dtype, self.device)

@@ -1,4 +1,4 @@
-"""``train``: routers by a recipe."""
+"""``train`` trains routers by a recipe."""
 
 import json
 import os

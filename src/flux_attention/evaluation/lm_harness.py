@@ -1,4 +1,4 @@
-"""Routed models in lm-evaluation-harness (the package ``lm-eval``), as its model ``flux``; and its tasks by method.
+"""Runs routed models in lm-evaluation-harness (``lm-eval``) as its model ``flux``, and its tasks by method.
 
 lm-eval finds models of other packages only once they are imported. In Python, import this module; on the command line,
 run this module instead of ``lm_eval``, with the same arguments::
@@ -49,7 +49,7 @@ logger = logging.getLogger("lm_eval.flux_attention")
 @register_model("flux")
 class FluxLM(HFLM):
     """
-    A Hugging Face model with routers attached; loaded, batched and scored by lm-eval's ``hf`` model.
+    Serves a model with routers attached to lm-eval, whose own ``hf`` model loads, batches and scores it.
 
     ``loglikelihood`` and multiple choice: routes are decided by the context alone, as lm-eval splits and truncates it,
     so all continuations of a context get the same routes, and the continuation's tokens see what they would in decode.
@@ -209,7 +209,7 @@ def _parse_force(force: Any) -> RouteSpec | None:
 
 class TaskEvaluation(AdapterEvaluation):
     """
-    Some methods on lm-eval's tasks.
+    Measures some methods on lm-eval's tasks.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Ways of choosing full layers, by name (``quality`` says what they are), and checks that need no model."""
+"""Names the ways of choosing full layers, which ``quality`` explains, and makes the checks that need no model."""
 
 from __future__ import annotations
 

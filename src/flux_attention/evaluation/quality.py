@@ -1,4 +1,4 @@
-"""Quality of a model's answers under every way of choosing its full layers, on the generated families.
+"""Measures a model's answers under every way of choosing its full layers, on the generated families.
 
 Methods (all see the same samples):
 
@@ -37,12 +37,12 @@ import torch
 from flux_attention.evaluation.methods import DEFAULT_METHODS, EXHAUSTIVE, METHODS, check_adapters, check_lengths
 from flux_attention.evaluation.results import environment, write_results
 from flux_attention.hf.attach import attach
-from flux_attention.hf.support import max_positions
-from flux_attention.names import check_known
+from flux_attention.hf.support import check_head, max_positions
 from flux_attention.routes import unit_name
 from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.samples import Haystack, Sample, make_sample
-from flux_attention.tasks.scoring import Scores, check_head, evaluate
+from flux_attention.tasks.scoring import Scores, evaluate
+from flux_attention.validation import check_known
 
 #: Calibration samples start from this seed, the report's from 0.
 CALIBRATION_SEED = 10_000_000
@@ -116,7 +116,7 @@ def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int 
 
 class AdapterEvaluation:
     """
-    An evaluation of one model with several adapters and methods, which ``run`` runs once it has ``rows``.
+    Describes an evaluation of one model with several adapters and methods, which ``run`` runs once it has ``rows``.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ class AdapterEvaluation:
 
 class Evaluation(AdapterEvaluation):
     """
-    All methods on generated questions.
+    Measures all methods on generated questions.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A report of quality results: one HTML page that needs nothing else, and the same as markdown."""
+"""Writes a report of quality results: one HTML page that needs nothing else, and the same as markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Result files: what was measured, where, and with which versions."""
+"""Result files say what was measured, where, and with which versions."""
 
 from __future__ import annotations
 

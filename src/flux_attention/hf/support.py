@@ -193,3 +193,25 @@ class QueryShape:
         else:
             heads_first = output.shape[2] == length
         return output.transpose(1, 2) if heads_first else output
+
+
+@torch.no_grad()
+def check_head(routing) -> None:
+    """
+    Check that the model's logits are its output embedding's, as scoring takes them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For models that scale or cap their logits afterwards.
+    """
+    model = routing.model
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with routing.force("full"):
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    if not torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-2, rtol=1e-2):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} scales or caps its logits after the output embedding, which training and scoring "
+            "do not compute"
+        )

@@ -1,5 +1,5 @@
 """
-Kernels, which compute attention: one file each, chosen in ``dispatch``.
+Kernels compute attention: one file each, chosen in ``dispatch``.
 
 All functions take query states after rotary embedding and grouped KV heads (GQA), which are never expanded. Rows are
 left-aligned: a shorter sequence has its padding at the end, where causality hides it from every real query.

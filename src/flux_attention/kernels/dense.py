@@ -1,4 +1,4 @@
-"""Dense causal attention by PyTorch's SDPA: the order of its backends, and long prompts by several calls of cuDNN's.
+"""Computes dense causal attention by PyTorch's SDPA: orders its backends, splits long prompts into calls of cuDNN's.
 
 Long prompts take a block of queries after another. A block's own keys need the causal mask; all earlier ones do not,
 and are read by a call of their own; the two attention states are merged by their log-sum-exps. One causal call over

@@ -1,4 +1,4 @@
-"""A device as kernels see it: which kernels run on it, its sizes, and how to hand it something without waiting."""
+"""Tells of a device what kernels need: which of them run on it, its sizes, how to hand it something without waiting."""
 
 from __future__ import annotations
 

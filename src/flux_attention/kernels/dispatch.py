@@ -1,4 +1,4 @@
-"""The choice of a kernel: by device, dtype, head dim and length.
+"""Chooses a kernel by device, dtype, head dim and length.
 
 Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, D head dim.
 """

@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, for any device, differentiable.
+"""Computes attention in plain PyTorch, on any device, differentiably.
 
 Dense attention goes through PyTorch's scaled_dot_product_attention (SDPA); the streaming pattern is computed
 block by block, so nothing of the size of S × T is ever made.

@@ -1,4 +1,4 @@
-"""How the decode kernel's work is split: which program reads which keys of which row.
+"""Splits the decode kernel's work: says which program reads which keys of which row.
 
 In plain Python, as it is made once for many steps and needs no GPU.
 """

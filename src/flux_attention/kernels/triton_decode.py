@@ -1,4 +1,4 @@
-"""One decode step of a layer as one Triton kernel, for NVIDIA GPUs: store the new token, attend over what is kept.
+"""Computes a layer's decode step by one Triton kernel, for NVIDIA GPUs: stores a token, attends over what is kept.
 
 Rows differ in length, in what they keep and in where it lies, and all of that is read from device memory: a CUDA graph
 of the launch serves every step, every generation and every mix of full and sparse rows. Keys are split over programs
@@ -122,7 +122,7 @@ def _decode(
 
 class DecodeWorkspace:
     """
-    Scratch memory that launches of the decode kernel share: programs leave their splits' attention states in it.
+    Holds scratch memory that launches of the decode kernel share: programs leave their splits' attention states in it.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The merge of two attention states by their log-sum-exps: one Triton kernel that reads and writes each once.
+"""Merges two attention states by their log-sum-exps: one Triton kernel reads and writes each once.
 
 By PyTorch's operations it would take five, with float32 in memory between them.
 

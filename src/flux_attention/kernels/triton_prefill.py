@@ -1,4 +1,4 @@
-"""Sink + window attention as Triton kernels, forward and backward, for NVIDIA GPUs.
+"""Computes sink + window attention by Triton kernels, forward and backward, for NVIDIA GPUs.
 
 A program computes a tile of query rows: some positions of some heads that share a KV head. It visits only the blocks
 of keys that the pattern needs, and masks only those at the pattern's edges; nothing is built ahead of a call. With a

@@ -1,4 +1,4 @@
-"""Patterns, which say what keys a layer may see: one file each, and the registry by which configurations name them."""
+"""Patterns say what keys a layer may see: one file each, and the registry by which configurations name them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol of a pattern: which keys a layer may see, how they are attended to, what is kept, and what it costs."""
+"""A pattern says which keys a layer may see, how they are attended to, what is kept, and what it costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_TOKENS = 2**28
 
 class Pattern(ABC):
     """
-    The keys that each query of a layer sees; subclasses are frozen dataclasses whose fields are the pattern's sizes.
+    Says which keys each query of a layer sees; subclasses are frozen dataclasses whose fields are the pattern's sizes.
 
     A field's metadata may hold ``min``, the least size; the greatest is ``MAX_TOKENS``.
     """

@@ -1,4 +1,4 @@
-"""Full attention: every query sees every key up to its own position."""
+"""Full attention lets every query see every key up to its own position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flux_attention.patterns.base import Pattern
 
 @dataclass(frozen=True)
 class Full(Pattern):
-    """Causal attention over the whole context."""
+    """Lets each query see the whole context before it."""
 
     name: ClassVar[str] = "full"
 

@@ -1,4 +1,4 @@
-"""Streaming attention: the first tokens (sink) and the latest ones (window)."""
+"""Streaming attention sees the first tokens (sink) and the latest ones (window)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flux_attention.patterns.base import Pattern
 @dataclass(frozen=True)
 class Streaming(Pattern):
     """
-    Sink + window: key j is seen by query i if j ≤ i and (j < sink or i − j < window). Exact token counts.
+    Sees sink + window: key j is seen by query i if j ≤ i and (j < sink or i − j < window). Exact token counts.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Triangle attention: streaming, but the prompt's last tokens attend fully."""
+"""Triangle attention is streaming, but the prompt's last tokens attend fully."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flux_attention.patterns.streaming import Streaming
 @dataclass(frozen=True)
 class Triangle(Streaming):
     """
-    ``Streaming`` for all queries but the last ``last_n`` of the prompt, which see every key.
+    Is ``Streaming`` for all queries but the last ``last_n`` of the prompt, which see every key.
 
     Tokens behind the prompt attend to sink and window only, as the other keys are no longer kept.
     """

@@ -1,4 +1,4 @@
-"""The model that comes with the package: a small Qwen3 trained from scratch, and routers trained on it.
+"""Loads the model that comes with the package: a small Qwen3 trained from scratch, and routers trained on it.
 
 How both were made: recipes/shipped/ in the repository.
 """

@@ -1,4 +1,4 @@
-"""The demo: the shipped model on text of the local Python installation, three ways."""
+"""The demo runs the shipped model on text of the local Python installation, three ways."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _answer(model, tokenizer, sample: Sample) -> dict[str, Any]:
 
 class Workers:
     """
-    Threads with a model each, which answer samples at the same time.
+    Answers samples at the same time, by threads with a model each.
 
     A model as small as this one gains little from several cores in one call, and in decode nothing: a sample a core is
     about twice as fast on two cores, and much faster where others are at work on them.

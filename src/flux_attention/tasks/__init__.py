@@ -1,1 +1,1 @@
-"""Generated questions in real text, and how one answer is scored: for training and evaluation alike."""
+"""Makes questions in real text, and scores one answer: for training and evaluation alike."""

@@ -1,4 +1,4 @@
-"""Generated long-context tasks: facts hidden in real source text, questions at the end, exact answers.
+"""Makes long-context tasks: facts hidden in real source text, questions at the end, exact answers.
 
 Each *family* makes a different demand on attention, so that different inputs can need different layers:
 
@@ -34,7 +34,7 @@ from flux_attention.tasks.words import Words
 
 @dataclass(frozen=True)
 class Episode:
-    """Lines to hide in the text, in this order, and questions about them with their answers."""
+    """Holds lines to hide in the text, in this order, and questions about them with their answers."""
 
     facts: list[str]
     questions: list[tuple[str, str]]

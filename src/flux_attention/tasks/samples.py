@@ -1,4 +1,4 @@
-"""Samples: an episode's facts hidden in real text, its questions at the end, all as tokens of one length.
+"""Makes samples: an episode's facts hidden in real text, its questions at the end, all as tokens of one length.
 
 For evaluation a sample asks one question, for training a backbone as many as there is room for.
 """
@@ -27,7 +27,7 @@ from flux_attention.tasks.words import Words
 
 class Haystack:
     """
-    Real text as tokens, cut at line ends.
+    Holds real text as tokens, cut at line ends.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class Haystack:
 @dataclass(frozen=True)
 class Sample:
     """
-    One prompt with its answers.
+    Holds one prompt with its answers.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Score a model, routed or not, on generated samples.
+"""Scores a model, routed or not, on generated samples.
 
 A sample's answer is right if every one of its tokens is the most likely one given the tokens before it: exactly
 then greedy generation gives this answer. One forward pass scores prompt and answer; routes are decided by the
@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from flux_attention.decision import RouteSpec
-from flux_attention.errors import UnsupportedModelError
 from flux_attention.tasks.samples import Sample
 
 
 @dataclass
 class Scores:
     """
-    Per-sample results, in order.
+    Holds per-sample results, in order.
 
     Attributes
     ----------
@@ -68,28 +67,6 @@ class Scores:
         """95 % interval of the perplexity, from the spread of the samples' losses."""
         error = 1.96 * stdev(self.nats) / math.sqrt(len(self.nats)) if len(self.nats) > 1 else math.inf
         return math.exp(fmean(self.nats) - error), math.exp(fmean(self.nats) + error)
-
-
-@torch.no_grad()
-def check_head(routing) -> None:
-    """
-    Check that the model's logits are its output embedding's, as scoring takes them.
-
-    Raises
-    ------
-    UnsupportedModelError
-        For models that scale or cap their logits afterwards.
-    """
-    model = routing.model
-    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with routing.force("full"):
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    if not torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-2, rtol=1e-2):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} scales or caps its logits after the output embedding, which training and scoring "
-            "do not compute"
-        )
 
 
 def answer_losses(model, samples: Sequence[Sample], **kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source code and documentation of the local Python installation.
+"""Finds real text that every machine has: the source code and documentation of the local Python installation.
 
 Nothing is downloaded. A file belongs to the ``held_out`` split if a hash of its path below the library folder says
 so, so the split is the same on every machine. Packages carry copies of each other's files: a held-out file is left out

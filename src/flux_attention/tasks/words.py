@@ -1,4 +1,4 @@
-"""Names and values for the generated tasks, each list cut into a training and a held-out part.
+"""Draws names and values for the generated tasks; each list is cut into a training and a held-out part.
 
 Every word is one token of the shipped model's tokenizer (with the space before it).
 """
@@ -54,7 +54,7 @@ def split_words(words: list[str], held_out: bool, fraction: float = 0.25) -> lis
 
 class Words:
     """
-    Names and values drawn without repetition, from the training or the held-out vocabulary.
+    Draws names and values without repetition, from the training or the held-out vocabulary.
 
     Held-out names are never keys or asked values in training. They do occur there in copied passages, as a token
     that was never read has no meaning to look up.

@@ -1,4 +1,4 @@
-"""Training routers on a frozen model: the method's objective, data, and transformers' Trainer around them."""
+"""Trains routers on a frozen model: the method's objective, data, and transformers' Trainer around them."""
 
 from flux_attention.errors import RecipeError
 from flux_attention.training.objective import SparsityObjective, temperature

@@ -1,4 +1,4 @@
-"""What training reached, for people: a section of the adapter's model card, and a plot."""
+"""Shows people what training reached: a section of the adapter's model card, and a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, which hold routers and multipliers alone, whole even where FSDP has sharded them."""
+"""Checkpoints of a run hold routers and multipliers alone, whole even where FSDP has sharded them."""
 
 from __future__ import annotations
 

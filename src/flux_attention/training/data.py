@@ -1,4 +1,4 @@
-"""A recipe's data: its sources, checked, read or generated, and packed."""
+"""Checks, reads or generates, and packs a recipe's data."""
 
 from __future__ import annotations
 

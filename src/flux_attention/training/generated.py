@@ -1,4 +1,4 @@
-"""Questions of ``tasks`` as training sequences, made when they are asked for."""
+"""Makes training sequences of the questions of ``tasks``, when they are asked for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GENERATED_TASKS = {
 
 class Generated(Sequence):
     """
-    Questions of ``tasks`` hidden in the source text of the local Python installation: no download.
+    Makes questions of ``tasks``, hidden in the source text of the local Python installation: no download.
 
     The sequence of one index is always the same; families take turns.
 

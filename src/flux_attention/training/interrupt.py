@@ -1,4 +1,4 @@
-"""Ctrl-C in training: the step at work is finished and saved, then training stops; a second one ends at once."""
+"""Ctrl-C stops training once the step at work is finished and saved; a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training that Ctrl-C stopped; says at which step, and where that is saved."""
+    """Says at which step Ctrl-C stopped training, and where that is saved."""
 
     def __init__(self, step: int, steps: int, checkpoint: Path):
         super().__init__(f"stopped after step {step} of {steps}, saved in {checkpoint}")
@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 class SaveOnInterrupt(TrainerCallback):
     """
-    A callback that makes the Trainer save and stop at the end of the step in which Ctrl-C comes.
+    Makes the Trainer save and stop at the end of the step in which Ctrl-C comes.
 
     Attributes
     ----------

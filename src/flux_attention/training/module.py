@@ -1,4 +1,4 @@
-"""The one module that a Trainer wraps: a frozen model with routers and multipliers, and the objective of a pack.
+"""Computes a pack's objective in the one module that a Trainer wraps: a frozen model with routers and multipliers.
 
 Shape suffixes: N sequences of a pack, S tokens of a pack, P labelled positions, L routed layers, D hidden size.
 """
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flux_attention.hf.handle import Routing
-from flux_attention.tasks.scoring import check_head
+from flux_attention.hf.support import check_head
 from flux_attention.training.objective import SparsityObjective
 
 #: The operations that compute attention, dense and by our own kernel.
@@ -69,7 +69,7 @@ def label_losses(head: nn.Module, hidden_PD: torch.Tensor, targets_P: torch.Tens
 
 class RoutedTraining(nn.Module):
     """
-    A frozen model with routers and multipliers, as the one module that a Trainer wraps.
+    Holds a frozen model with routers and multipliers, as the one module that a Trainer wraps.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Sequences packed to a budget of tokens, the packs of a whole run in their order, and packs as tensors."""
+"""Packs sequences to a budget of tokens, orders the packs of a whole run, and makes tensors of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pack(lengths: Sequence[int], budget: int, seed: int = 0) -> list[list[int]]:
 
 
 class PackedExamples(Dataset):
-    """Packs of sequences: each item is a list of (number of the sequence, Example)."""
+    """Holds packs of sequences: each item is a list of (number of the sequence, Example)."""
 
     def __init__(self, sources: list[Sequence[Example]], budget: int, seed: int = 0):
         self.sources = sources
@@ -75,7 +75,7 @@ class PackedExamples(Dataset):
 
 class Steps(Dataset):
     """
-    The packs of a whole run, in the order in which they are trained on: every pass over the data is shuffled anew.
+    Orders the packs of a whole run as they are trained on: every pass over the data is shuffled anew.
 
     One long epoch, so that no step is short and N processes share each step evenly.
     """

@@ -1,4 +1,4 @@
-"""Progress that a run shows while it trains."""
+"""Shows a run's progress while it trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import ProgressCallback
 
 
 class Progress(ProgressCallback):
-    """The Trainer's progress bar, and one line a log instead of all numbers."""
+    """Shows the Trainer's progress bar, and one line a log instead of all numbers."""
 
     def __init__(self, names: list[str]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A training run as a YAML file: the model, the data, the task classes' targets, and every knob of the method.
+"""A recipe describes a training run in YAML: model, data, the task classes' targets, and every knob of the method.
 
 The defaults are the paper's ("Training: soft to hard"; 300 steps of 48 sequences of up to 65,536 tokens).
 """
@@ -98,7 +98,7 @@ _Sources = Annotated[list[dict[str, Any]], _PLAIN, expected("a list of sources, 
 @dataclass(config=NO_OTHER_KEYS)
 class Objective:
     """
-    Knobs of ``SparsityObjective`` and of the relaxation.
+    Holds the knobs of ``SparsityObjective`` and of the relaxation.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ class Objective:
 @dataclass(config=NO_OTHER_KEYS)
 class Recipe:
     """
-    All that a training run depends on.
+    Says all that a training run depends on.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Records of question and answer, or of plain text, as token sequences.
+"""Reads records of question and answer, or of plain text, as token sequences.
 
 A record holds ``context``, ``question``, ``answer`` and ``metadata`` with ``task``, its task class, and ``is_prefix``,
 whether the question stands before the context (the format of the method's public data). A record with ``text`` alone is
@@ -25,7 +25,7 @@ PLAIN = "language modeling"
 @dataclass(frozen=True)
 class Example:
     """
-    One sequence.
+    Holds one sequence.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Example:
 @dataclass
 class Report:
     """
-    Counts of what reading a source found.
+    Counts what reading a source found.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""A whole training run: from a recipe to an adapter; and a dry run that only counts."""
+"""Runs a whole training, from a recipe to an adapter; or a dry run that only counts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from flux_attention import names
 from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.errors import RecipeError
+from flux_attention.files import check_writable
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
+from flux_attention.hf.precision import load_dtype
 from flux_attention.hf.support import max_positions
-from flux_attention.kernels.precision import load_dtype
-from flux_attention.names import check_folder, check_writable, unreachable
+from flux_attention.names import check_folder, unreachable
 from flux_attention.routes import unit_name
+from flux_attention.sizes import SHAPES
 from flux_attention.training.card import card, plot
 from flux_attention.training.checkpoints import last_checkpoint
 from flux_attention.training.data import check_sources, load_data
@@ -29,7 +31,6 @@ from flux_attention.training.interrupt import Interrupted, SaveOnInterrupt
 from flux_attention.training.module import CHUNK
 from flux_attention.training.packing import PackedExamples
 from flux_attention.training.recipe import Recipe
-from flux_attention.training.sizes import SHAPES
 from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.

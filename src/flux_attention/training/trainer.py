@@ -1,4 +1,4 @@
-"""Router training on transformers' Trainer: the backbone is frozen, routers and multipliers learn.
+"""Trains routers by transformers' Trainer: the backbone is frozen, routers and multipliers learn.
 
 Distribution, mixed precision, checkpoints, resuming and reporting are the Trainer's. What is ours: the module that it
 trains, the objective, the optimizer's two groups, and noise that depends on seed, step and sequence alone, so that a
@@ -39,7 +39,7 @@ from flux_attention.training.recipe import Recipe
 
 class RouterTrainer(Trainer):
     """
-    transformers' Trainer for routers.
+    Fits transformers' Trainer to routers.
 
     Parameters
     ----------

@@ -1,11 +1,11 @@
-"""The dtype that ``auto`` means."""
+"""What ``auto`` means as a dtype."""
 
 import types
 
 import pytest
 import torch
 
-from flux_attention.kernels import precision
+from flux_attention.hf import precision
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sizes of known models, for what needs no weights: dry runs and timing."""
+"""Lists the sizes of known models, for what needs no weights: dry runs and timing."""
 
 from __future__ import annotations
 

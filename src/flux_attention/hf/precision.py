@@ -1,4 +1,4 @@
-"""The dtype that a model is loaded in where the user leaves it open."""
+"""Chooses the dtype that a model is loaded in where the user leaves it open."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+"""Runs a whole evaluation: makes questions or takes lm-eval's tasks, measures every method and writes the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flux_attention.evaluation import quality
+from flux_attention.evaluation.methods import DEFAULT_METHODS
+from flux_attention.evaluation.report import write_report
+from flux_attention.tasks.families import EVERY_FAMILY
+from flux_attention.tasks.samples import Haystack
+from flux_attention.tasks.text import local_texts
+
+#: Characters of local text that questions are hidden in.
+MAX_CHARS = 5_000_000
+
+
+def run_evaluation(
+    model,
+    tokenizer,
+    adapters: Sequence[str],
+    folder: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    include_path: Path | None = None,
+    text: str | None = None,
+    families: Sequence[str] = tuple(EVERY_FAMILY),
+    lengths: Sequence[int] = (4096,),
+    methods: Sequence[str] = DEFAULT_METHODS,
+    samples: int = 100,
+    calibration: int = 8,
+    batch_size: int = 1,
+    restart: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[list[dict[str, Any]], Path]:
+    """
+    Evaluate a model with its adapters into ``folder``: quality.json, report.html and report.md.
+
+    Parameters
+    ----------
+    model, tokenizer, adapters, families, lengths, methods, samples, calibration, batch_size
+        As in ``quality.Evaluation``.
+    tasks, include_path : optional
+        As in ``lm_harness.TaskEvaluation``; default: generated questions. Of tasks, static layers and heads are chosen
+        on generated questions of the first of ``lengths``.
+    text : str, optional
+        What questions are hidden in; default: local source text.
+    restart : bool
+        Begin anew; else go on where a run stopped.
+    tell : callable
+        Told what is being done.
+
+    Returns
+    -------
+    rows : list of dict
+    page : Path
+        The report.
+    """
+
+    def generated() -> quality.Evaluation:
+        texts = [text] if text else local_texts(True, site_packages=True, max_chars=MAX_CHARS)
+        haystack = Haystack(texts, tokenizer)
+        return quality.Evaluation(
+            model, tokenizer, adapters, haystack, families, lengths, methods, samples, calibration, batch_size
+        )
+
+    def static(routing, count: int, tell: Callable[[str], None]):
+        questions = generated()
+        choose = questions.static_heads if routing.config.granularity == "head" else questions.static_layers
+        return choose(routing, lengths[0], count, tell)
+
+    if tasks:
+        from flux_attention.evaluation.lm_harness import TaskEvaluation  # lm-eval is optional
+
+        evaluation: quality.AdapterEvaluation = TaskEvaluation(
+            model, tokenizer, adapters, tasks, methods, samples, batch_size, static, include_path
+        )
+    else:
+        evaluation = generated()
+    rows = quality.run(evaluation, folder, restart, tell)
+    page, _ = write_report(folder / "quality.json", folder)
+    return rows, page

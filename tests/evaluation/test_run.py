@@ -1,0 +1,71 @@
+"""A whole evaluation: rows and report of questions; of tasks, where static layers come from."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from flux_attention.evaluation import quality, run
+from flux_attention.evaluation.run import run_evaluation
+from flux_attention.shipped import load_shipped
+
+TEXT = "def f(x):\n    return x\n" * 400
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The shipped model without routers."""
+    model, tokenizer, routing = load_shipped()
+    routing.detach()
+    return model, tokenizer
+
+
+def test_questions_are_measured_once_and_reported(shipped, short_adapter, tmp_path, monkeypatch):
+    sizes = dict(families=["plain"], lengths=[256], methods=["dense", "routed"], samples=2, text=TEXT)
+    told = []
+    rows, page = run_evaluation(*shipped, [short_adapter], tmp_path, **sizes, tell=told.append)
+    assert [(row["task"], row["method"], row["n"]) for row in rows] == [("plain", "dense", 2), ("plain", "routed", 2)]
+    assert json.loads((tmp_path / "quality.json").read_text())["rows"] == rows
+    assert page.read_text().startswith("<!") and page.parent == tmp_path and len(told) == 2
+    monkeypatch.setattr(quality, "evaluate", None)  # nothing is measured again
+    assert run_evaluation(*shipped, [short_adapter], tmp_path, **sizes)[0] == rows
+
+
+@pytest.mark.parametrize("granularity, chosen", [("layer", "layers"), ("head", "heads")])
+def test_static_layers_of_tasks_are_chosen_on_questions(shipped, tmp_path, monkeypatch, granularity, chosen):
+    lm_harness = pytest.importorskip("flux_attention.evaluation.lm_harness")
+    asked = []
+
+    class Tasks:
+        def __init__(self, model, tokenizer, adapters, tasks, methods, samples, batch_size, choose, include_path):
+            asked.append((tasks, methods, samples, batch_size, include_path))
+            self.choose = choose
+
+    def chooser(name):
+        def choose(questions, routing, length, count, tell):
+            return name, questions.families, length, count, questions.calibration
+
+        return choose
+
+    routing = SimpleNamespace(config=SimpleNamespace(granularity=granularity))
+    monkeypatch.setattr(lm_harness, "TaskEvaluation", Tasks)
+    monkeypatch.setattr(quality.Evaluation, "static_layers", chooser("layers"))
+    monkeypatch.setattr(quality.Evaluation, "static_heads", chooser("heads"))
+    monkeypatch.setattr(quality, "run", lambda evaluation, *_: evaluation.choose(routing, 3, print))
+    monkeypatch.setattr(run, "write_report", lambda results, folder: (folder / "report.html", None))
+    rows, _ = run_evaluation(
+        *shipped,
+        ["adapter"],
+        tmp_path,
+        tasks=["a task"],
+        include_path=tmp_path,
+        text=TEXT,
+        families=["copy"],
+        lengths=[512, 1024],
+        methods=["static"],
+        samples=4,
+        calibration=5,
+        batch_size=6,
+    )
+    assert asked == [(["a task"], ["static"], 4, 6, tmp_path)]
+    assert rows == (chosen, ["copy"], 512, 3, 5)
