@@ -33,8 +33,11 @@ def device(request, monkeypatch):
     return request.param
 
 
-def routed(family, device, vocabulary=VOCAB, **options):
-    model = tiny_model(family, hidden_size=64, vocab_size=vocabulary).to(device, torch.float16)
+def routed(family, device, vocabulary=VOCAB, kv_heads=1, **options):
+    """Most tests need one KV head only; the interpreter takes as long for each."""
+    heads = dict(num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads)
+    sizes = dict(hidden_size=32 * kv_heads, head_dim=16, vocab_size=vocabulary)
+    model = tiny_model(family, **heads, **sizes).to(device, torch.float16)
     return model, attach(model, CONFIG, **options)
 
 
