@@ -124,12 +124,11 @@ def test_what_cannot_be_compiled_is_named(backend):
 def test_many_models_are_compiled_in_one_process(backend):
     """All of them share the function that is compiled, and PyTorch's limit of its graphs is not theirs."""
     models = [tiny_model(family, num_hidden_layers=1) for family in ("llama", "qwen3", "phi3")]
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with torch._dynamo.config.patch(recompile_limit=1):
         for model in models:
             with attach(model, CONFIG, compile=True).force("sparse"):
-                for batch in (1, 3):
-                    model(ids(batch, 30))
-    assert backend.frame_count > 4
+                model(ids(1, 30))
+    assert backend.frame_count == len(models)
 
 
 def test_too_many_graphs_are_named(backend, monkeypatch):

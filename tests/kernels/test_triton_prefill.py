@@ -69,7 +69,7 @@ def check_prefill(
 
 
 @INTERPRETED
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems(dims=(16, 16, 32)), st.sampled_from([1, 1, 2]), st.booleans(), st.booleans())
 def test_prefill_by_the_interpreter(problem, batch, gradients, copied):
     """Its time goes by programs, of which every sequence has its own, and most of it into gradients."""
