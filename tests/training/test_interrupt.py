@@ -96,8 +96,7 @@ def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_end(recipe, tmp_pat
     assert not (stopped / "routers.safetensors").exists()
     if processes == 1:
         assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
-    if processes == 1:  # as the command does, but for the start of a process
-        said = []
+        said = []  # by what the command calls, which saves the start of a process
         train(Recipe.from_dict({**recipe.to_dict(), "output": str(stopped)}), say=said.append)
         assert f"going on from {checkpoint}" in said
     else:
