@@ -392,7 +392,7 @@ def test_rows_of_results():
     assert niah["metric"] == "4096" and niah["scores"] == [0, 1] and niah["metrics"] == {"4096": 1.0}
 
 
-def test_flux_attention_eval(tasks, tmp_path):
+def test_flux_attention_eval(tasks, tmp_path, own_tasks_only):
     command = ["eval", "shipped", "--tasks", "flux_choice", "--device", "cpu", "--dtype", "float32"]
     command += ["--include-path", str(tasks), "--samples", "2", "--methods", "dense,routed", "--output", str(tmp_path)]
     result = flux(*command)

@@ -46,7 +46,7 @@ def flux_process(*arguments, timeout=300):
 
 def write_prompt(path):
     """A prompt that asks for a fact behind the sink and before the window."""
-    lines = [f"x{i} = compute({i})" for i in range(400)]
-    lines.insert(50, "# The secret code of the silver whale is 48213.")
+    lines = [f"x{i} = compute({i})" for i in range(150)]
+    lines.insert(30, "# The secret code of the silver whale is 48213.")
     path.write_text("\n".join(lines) + "\n# Question: What is the secret code of the silver whale?\n# Answer:\n")
     return str(path)

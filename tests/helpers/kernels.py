@@ -13,9 +13,9 @@ HOPPER = pytest.mark.skipif(
 )
 
 
-def states(generator, heads, length, dim, dtype, layout):
-    """Random (B=2, heads, length, dim) in one of the layouts that models give: heads inside or outside positions."""
-    shape = (2, heads, length, dim) if layout == "BHSD" else (2, length, heads, dim)
+def states(generator, heads, length, dim, dtype, layout, batch=2):
+    """Random (batch, heads, length, dim) in one of the layouts that models give: heads inside or outside positions."""
+    shape = (batch, heads, length, dim) if layout == "BHSD" else (batch, length, heads, dim)
     tensor = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
     return tensor if layout == "BHSD" else tensor.transpose(1, 2)
 

@@ -1,6 +1,6 @@
 """A model sharded over two processes (gloo): prints, as JSON, what each decided and generated, and what it would alone.
 
-torchrun --nproc-per-node 2 tensor_parallel_on_cpu.py FOLDER, with a saved model in FOLDER.
+torchrun --nproc-per-node 2 tensor_parallel_on_cpu.py FOLDER..., with a saved model in each FOLDER.
 """
 
 import json
@@ -41,4 +41,5 @@ def main(folder):
     Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps([alone, shared]))
 
 
-main(sys.argv[1])
+for folder in sys.argv[1:]:
+    main(folder)

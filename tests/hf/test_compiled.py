@@ -81,7 +81,7 @@ def test_long_prompts_are_cut_into_as_many_pieces_whatever_their_length(backend,
     """A graph for short and one for long ones, of one sequence and of more."""
     monkeypatch.setattr(mlp, "PIECE_TOKENS", 8)
     monkeypatch.setattr(mlp, "ALIGNMENT", 4)
-    model = tiny_model("qwen3")
+    model = tiny_model("qwen3", num_hidden_layers=1)
     sizes = [(1, 20), (1, 33), (1, 75), (1, 160), (2, 10), (2, 17), (3, 50)]
     routing = attach(model, CONFIG)
     pieces = []
@@ -122,18 +122,18 @@ def test_what_cannot_be_compiled_is_named(backend):
 
 @torch.no_grad()
 def test_many_models_are_compiled_in_one_process(backend):
-    """All of them share the function that is compiled."""
-    models = [tiny_model(family) for family in ("llama", "mistral", "qwen2", "qwen3", "phi3")]
-    for model in models:
-        with attach(model, CONFIG, compile=True).force("sparse"):
-            for batch in (1, 3):
-                model(ids(batch, 30))
+    """All of them share the function that is compiled, and PyTorch's limit of its graphs is not theirs."""
+    models = [tiny_model(family, num_hidden_layers=1) for family in ("llama", "qwen3", "phi3")]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for model in models:
+            with attach(model, CONFIG, compile=True).force("sparse"):
+                model(ids(1, 30))
+    assert backend.frame_count == len(models)
 
 
 def test_too_many_graphs_are_named(backend, monkeypatch):
     monkeypatch.setattr(compiled, "MAX_GRAPHS", 1)
-    attach(tiny_model("qwen3"), CONFIG, compile=True)
-    attach(other := tiny_model("llama"), CONFIG, compile=True)
+    attach(other := tiny_model("llama", num_hidden_layers=1), CONFIG, compile=True)
     with torch.no_grad():
         other(ids(1, 30))
         with pytest.raises(UnsupportedModelError, match="attach without compile=True"):
@@ -144,7 +144,7 @@ def test_too_many_graphs_are_named(backend, monkeypatch):
 def test_generated_code():
     """The real compiler, once: for the CPU here, for the GPU in `make gpu-test`."""
     torch._dynamo.reset()
-    model = tiny_model("qwen3")
+    model = tiny_model("qwen3", num_hidden_layers=2)
     prompt = ids(2, 50)
     routing = randomize(attach(model, CONFIG))
     expected = model(prompt).logits
@@ -157,7 +157,8 @@ def test_generated_code():
 @torch.no_grad()
 def test_a_users_own_compile_still_works(family):
     torch._dynamo.reset()
-    model = tiny_model(family)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
+    model = tiny_model(family, num_hidden_layers=2, **kinds)
     with attach(model, CONFIG).force("sparse"):
         expected = model(ids(2, 30)).logits
         actual = torch.compile(model, backend="eager")(ids(2, 30)).logits

@@ -1,4 +1,7 @@
-"""Print, as JSON, the shared memory that kernels take on a GPU of some compute capability and limit; needs no GPU."""
+"""Print, as a line of JSON each, the shared memory that kernels take on GPUs; needs none.
+
+shared_memory.py CAPABILITY LIMIT ..., with the compute capability and the limit in bytes of each GPU.
+"""
 
 import json
 import sys
@@ -66,4 +69,6 @@ def main(capability, limit):
     print(json.dumps(used))
 
 
-main(*map(int, sys.argv[1:]))
+numbers = list(map(int, sys.argv[1:]))
+for gpu in zip(numbers[::2], numbers[1::2], strict=True):
+    main(*gpu)

@@ -66,10 +66,10 @@ def test_blocks_are_joined(heads, length, past, formula):
 
 @INTERPRETED
 @pytest.mark.parametrize("length, past, count", [(1, 40, 2), (5, 16, 4), (13, 59, 3)])
-def test_parts_are_joined(length, past, count, formula, monkeypatch):
+def test_splits_are_joined(length, past, count, formula, monkeypatch):
     monkeypatch.setattr(dense, "TILE", 8)
     monkeypatch.setattr(dense, "STEP", 4)
-    check_parts("cpu", (6, 2), length, past, 16, torch.float16, count)
+    check_splits("cpu", (6, 2), length, past, 16, torch.float16, count)
 
 
 @pytest.mark.gpu
@@ -83,11 +83,11 @@ def test_parts_are_joined(length, past, count, formula, monkeypatch):
     st.sampled_from([torch.float16, torch.bfloat16]),
     st.integers(2, 4),
 )
-def test_few_queries_by_parts(heads, length, past, dim, dtype, count):
-    check_parts("cuda", heads, length, past, dim, dtype, count)
+def test_few_queries_by_splits(heads, length, past, dim, dtype, count):
+    check_splits("cuda", heads, length, past, dim, dtype, count)
 
 
-def check_parts(device, heads, length, past, dim, dtype, count):
+def check_splits(device, heads, length, past, dim, dtype, count):
     generator = torch.Generator(device).manual_seed(length)
     query = states(generator, heads[0], length, dim, dtype, "BSHD")[:1]
     # In a cache that has room for more, as the routed one's blocks have.
@@ -146,7 +146,7 @@ def test_long_dense_prompts_are_read_in_blocks(monkeypatch):
         (2, 32, 128, 2**17, 1),
     ],
 )
-def test_parts_keep_all_multiprocessors_busy(batch, heads, length, keys, expected, monkeypatch):
+def test_splits_keep_all_sms_busy(batch, heads, length, keys, expected, monkeypatch):
     monkeypatch.setattr(dense, "_runs", lambda *states: True)
     query, key = (torch.empty(batch, heads, n, 0) for n in (length, keys))
     count = dense.num_splits(query, key, key)
@@ -155,7 +155,7 @@ def test_parts_keep_all_multiprocessors_busy(batch, heads, length, keys, expecte
 
 @pytest.mark.gpu
 @HOPPER
-def test_few_queries_behind_many_keys_are_read_by_parts(monkeypatch):
+def test_few_queries_behind_many_keys_are_read_by_splits(monkeypatch):
     torch.use_deterministic_algorithms(False)
     seen = []
     full_by_splits = dense.full_by_splits
@@ -165,7 +165,7 @@ def test_few_queries_behind_many_keys_are_read_by_parts(monkeypatch):
     monkeypatch.setattr(dense, "MIN_PROMPT", 20_000)
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count  # 132 of an H100
     query, key = (torch.randn(1, heads, 20_000, 64, device="cuda", dtype=torch.bfloat16) for heads in (32, 8))
-    for length in (1, 128, 129, 300, 20_000):  # 300 are too many for two parts
+    for length in (1, 128, 129, 300, 20_000):  # 300 are too many for two splits
         kernels.full(query[:, :, -length:], key, key, 0.1)
     kernels.full(query[:, :2, -5:], key[:, :2], key[:, :2], 0.1)  # of so few heads, as many as keys make worth it
     few = query[:, :, -128:]

@@ -12,20 +12,20 @@ def test_work_is_shared_by_what_there_is_to_read(kept, sizes, programs):
     table = [[7 * row, 7 * row + 1, 5, kind] for row, (_, kind) in enumerate(kept)]
     work = split_table(table, [1000 * length for length, _ in kept], *sizes, programs)
     assert len(work) == programs
-    parts = dict.fromkeys(range(len(kept)), 0)
-    for program, (*row, number, part, count) in enumerate(work):
+    splits = dict.fromkeys(range(len(kept)), 0)
+    for program, (*row, number, split, count) in enumerate(work):
         if count:
-            assert row == table[number] and part == parts[number] < count <= MAX_SPLITS
-            assert work[program - part][5] == 0  # the row's programs are neighbours
-            parts[number] += 1
+            assert row == table[number] and split == splits[number] < count <= MAX_SPLITS
+            assert work[program - split][5] == 0  # the row's programs are neighbours
+            splits[number] += 1
     blocks = {}
     for number, (length, kind) in enumerate(kept):
         keys = 1000 * length + 1 if kind == FULL else min(1000 * length + 1, sum(sizes))
         blocks[number] = -(-keys // 64)
-        assert 1 <= parts[number] <= max(1, blocks[number] // 2)
-    # No other sharing has a shorter longest part: one program fewer anywhere would make a part as long as it.
-    open_rows = [n for n in parts if parts[n] < min(MAX_SPLITS, blocks[n] // 2)]
+        assert 1 <= splits[number] <= max(1, blocks[number] // 2)
+    # No other sharing has a shorter longest split: one program fewer anywhere would make a split as long as it.
+    open_rows = [n for n in splits if splits[n] < min(MAX_SPLITS, blocks[n] // 2)]
     if open_rows:
-        assert sum(parts.values()) == programs
-        worst = max(blocks[n] / parts[n] for n in open_rows)
-        assert all(parts[n] == 1 or blocks[n] / (parts[n] - 1) >= worst for n in parts)
+        assert sum(splits.values()) == programs
+        worst = max(blocks[n] / splits[n] for n in open_rows)
+        assert all(splits[n] == 1 or blocks[n] / (splits[n] - 1) >= worst for n in splits)
