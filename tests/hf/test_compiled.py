@@ -79,7 +79,7 @@ def test_compiled_layers_compute_the_same(family, backend):
 @torch.no_grad()
 def test_long_prompts_are_cut_into_as_many_pieces_whatever_their_length(backend, monkeypatch):
     """A graph for short and one for long ones, of one sequence and of more."""
-    monkeypatch.setattr(mlp, "PIECE_TOKENS", 8)
+    monkeypatch.setattr(mlp, "CHUNK_TOKENS", 8)
     monkeypatch.setattr(mlp, "ALIGNMENT", 4)
     model = tiny_model("qwen3", num_hidden_layers=1)
     sizes = [(1, 20), (1, 33), (1, 75), (1, 160), (2, 10), (2, 17), (3, 50)]

@@ -15,6 +15,6 @@ def test_activations_in_pieces_change_nothing(model, monkeypatch):
     attach(model, CONFIG)
     with torch.no_grad():
         whole = model(prompt).logits
-        monkeypatch.setattr(mlp, "PIECE_TOKENS", 15)
+        monkeypatch.setattr(mlp, "CHUNK_TOKENS", 15)
         torch.testing.assert_close(model(prompt).logits, whole, atol=2e-5, rtol=1e-4)
     assert calls == [40, 7, 7, 7, 7, 7, 5]  # of two rows each

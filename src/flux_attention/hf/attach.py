@@ -32,7 +32,7 @@ from flux_attention.hf.hooks import (
     telling_model,
 )
 from flux_attention.hf.interface import register
-from flux_attention.hf.mlp import in_pieces, mlps
+from flux_attention.hf.mlp import in_chunks, mlps
 from flux_attention.hf.modules import replace_forward
 from flux_attention.hf.support import (
     QueryShape,
@@ -152,7 +152,7 @@ def _install(routing: Routing, model: nn.Module, decoder: nn.Module, attentions:
     undo.callback(vars(decoder).pop, HANDLE, None)
     _use_attention(undo, decoder)
     for module in mlps(decoder):
-        undo.callback(replace_forward(module, in_pieces))
+        undo.callback(replace_forward(module, in_chunks))
     if routing.compile:
         for index in attentions:
             undo.callback(replace_forward(decoder.layers[index], compiled_layer))

@@ -1,6 +1,6 @@
 """Decoder layers fused by ``torch.compile``, with routing and attention left outside of the compiled graphs.
 
-All layers share three graphs: of prompts, of prompts so long that their MLPs take them in pieces, and of decode steps.
+All layers share three graphs: of prompts, of prompts so long that their MLPs take them in chunks, and of decode steps.
 A layer's index and a prompt's length are symbols in them, not constants. Routers, KV cache and attention are operators
 that the compiler does not look into; they find the forward call that is running in ``context.current``.
 

@@ -1,4 +1,4 @@
-"""MLPs in pieces: a long prompt takes them some tokens at a time, so that their activations do not grow with it."""
+"""Chunked MLPs: a long prompt takes them some tokens at a time, so that their activations do not grow with it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 #: Tokens that an MLP takes at a time in prefill: enough to keep a GPU busy.
-PIECE_TOKENS = 16_384
-#: Where layers are compiled, each number of pieces is a graph of its own: a prompt longer than so many of
-#: ``PIECE_TOKENS`` is cut into so many, whatever its length, of a multiple of so many tokens each but for the last one.
-COMPILED_PIECES, ALIGNMENT = 4, 128
+CHUNK_TOKENS = 16_384
+#: Where layers are compiled, each number of chunks is a graph of its own: a prompt longer than so many of
+#: ``CHUNK_TOKENS`` is cut into so many, whatever its length, of a multiple of so many tokens each but for the last one.
+COMPILED_CHUNKS, ALIGNMENT = 4, 128
 
 
 def mlps(decoder: nn.Module) -> list[nn.Module]:
@@ -20,7 +20,7 @@ def mlps(decoder: nn.Module) -> list[nn.Module]:
     return [module for module in modules if isinstance(module, nn.Module)]
 
 
-def in_pieces(stock):
+def in_chunks(stock):
     """Make the forward of a position-wise module on some tokens at a time, where no gradient is asked for."""
 
     @functools.wraps(stock)
@@ -29,17 +29,17 @@ def in_pieces(stock):
             return stock(module, states, *args, **kwargs)
         batch, length = states.shape[:2]
         if torch.compiler.is_compiling():
-            whole = batch * length <= COMPILED_PIECES * PIECE_TOKENS or length < COMPILED_PIECES * ALIGNMENT
-            size = length // (COMPILED_PIECES * ALIGNMENT) * ALIGNMENT
-            sizes = [size] * (COMPILED_PIECES - 1) + [length - (COMPILED_PIECES - 1) * size]
+            whole = batch * length <= COMPILED_CHUNKS * CHUNK_TOKENS or length < COMPILED_CHUNKS * ALIGNMENT
+            size = length // (COMPILED_CHUNKS * ALIGNMENT) * ALIGNMENT
+            sizes = [size] * (COMPILED_CHUNKS - 1) + [length - (COMPILED_CHUNKS - 1) * size]
         else:
-            sizes = max(1, PIECE_TOKENS // batch)
+            sizes = max(1, CHUNK_TOKENS // batch)
             whole = length <= sizes
         if whole:
             return stock(module, states)
         results = []
-        for piece in states.split(sizes, dim=1):
-            results.append(stock(module, piece.contiguous()))
+        for chunk in states.split(sizes, dim=1):
+            results.append(stock(module, chunk.contiguous()))
             if not isinstance(results[-1], torch.Tensor):  # a mixture of experts that gives its router's logits too
                 return stock(module, states)
         return torch.cat(results, dim=1)
