@@ -1,54 +1,24 @@
 """Ctrl-C in training: saved at the step that was finished, and gone on from to the same end."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+import torch
 from helpers.command import COMMAND, ENVIRONMENT
-from transformers import AutoTokenizer
+from helpers.training import same_losses
+from safetensors.torch import load_file
 
-from flux_attention import shipped
 from flux_attention.training import Recipe, train
 from flux_attention.training.interrupt import SaveOnInterrupt
 
 #: More than a run makes between the line about the third of them and the interrupt that answers it.
 STEPS = 24
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    """Of a run that takes seconds, with no checkpoint of its own before the end."""
-    tokenizer = AutoTokenizer.from_pretrained(shipped.BACKBONE)
-    tiny_model("qwen3", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    records = [
-        {
-            "context": f"def f{i}(x):\n    return x + {i}\n" * (3 + i % 4),
-            "question": f"What does f{i} add?",
-            "answer": f"It adds {i}.",
-            "metadata": {"task": ("Single QA", "Code")[i % 2], "is_prefix": bool(i % 2)},
-        }
-        for i in range(24)
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return Recipe.from_dict(
-        dict(
-            model=str(tmp_path / "base"),
-            output=str(tmp_path / "whole"),
-            data=[{"path": str(tmp_path / "data.jsonl")}],
-            routers=dict(sink=4, window=12, pool_size=6),
-            targets={"Single QA": 0.3, "Code": 0.9},
-            max_length=192,
-            batch_size=2,
-            dtype="float32",
-            gradient_checkpointing=False,
-            training=dict(max_steps=STEPS, save_steps=STEPS, learning_rate=3e-3),
-        )
-    )
+#: How much routers differ at the end.
+EXACT, CLOSE = dict(atol=0, rtol=0), dict(atol=1e-4, rtol=1e-3)
 
 
 def take_interrupts():  # a job started in the background has them ignored
@@ -71,14 +41,12 @@ def wait_for(process, words):
     raise AssertionError(process.stderr.read())
 
 
-def losses(folder):
-    return [(row["step"], row["loss"]) for row in json.loads((folder / "training_log.json").read_text())]
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_end(recipe, tmp_path, processes):
+    """A run of one process, as it is without an interrupt; or of two processes."""
+    recipe.training = {**recipe.training, "max_steps": STEPS, "save_steps": STEPS}
     train(recipe)
-    path, stopped = tmp_path / "recipe.yaml", tmp_path / "stopped"
+    path, whole, stopped = tmp_path / "recipe.yaml", Path(recipe.output), tmp_path / "stopped"
     recipe.to_yaml(path)
     arguments = [str(path), "--output", str(stopped)]
     with start(*arguments, processes=processes) as process:
@@ -104,8 +72,11 @@ def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_end(recipe, tmp_pat
             assert f"going on from {checkpoint}" in wait_for(process, "going on")
             stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
-    for (step, loss), expected in zip(losses(stopped), losses(tmp_path / "whole"), strict=True):
-        assert (step, pytest.approx(loss, abs=0 if processes == 1 else 1e-4)) == expected
+    same_losses(whole, stopped, 0 if processes == 1 else 1e-4)
+    first, second = (load_file(folder / "routers.safetensors") for folder in (whole, stopped))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **(EXACT if processes == 1 else CLOSE))
 
 
 def test_a_second_interrupt_ends_at_once():

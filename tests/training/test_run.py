@@ -221,20 +221,19 @@ FSDP = {
 }
 
 
-@pytest.mark.parametrize("sharding", [{}, FSDP], ids=["ddp", "fsdp"])
-def test_two_processes_give_the_same_run_as_one(recipe, finished, tmp_path, sharding):
+def test_two_processes_that_share_the_model_give_the_same_run_as_one(recipe, finished, tmp_path):
+    """Those that have a copy each: see test_interrupt.py."""
     shared, earlier = Path(recipe.output), tmp_path / "first"
-    recipe.training = {**recipe.training, **sharding}
-    program = (str(Path(__file__).parent / "fsdp_on_cpu.py"),) if sharding else ("-m", "flux_attention.cli")
-    both = command(recipe, tmp_path, 2, program)
+    recipe.training = {**recipe.training, **FSDP}
+    both = command(recipe, tmp_path, 2, (str(Path(__file__).parent / "fsdp_on_cpu.py"),))
     done = subprocess.run(both, env={**environment(), "FIRST": str(earlier)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    if sharding:  # which names what it saves; a run that was stopped goes on to the same end
-        saved = torch.load(shared / "checkpoint-4/optimizer.pt", weights_only=True)
-        assert {name.split(".")[0] for name in saved["state"]} == {"routers", "objective"}
-        assert f"going on from {shared / 'checkpoint-4'}" in done.stdout
-        before, after = (load_file(folder / "routers.safetensors") for folder in (earlier, shared))
-        assert all(torch.equal(before[name], after[name]) for name in before)
+    # It names what it saves; a run that was stopped goes on to the same end.
+    saved = torch.load(shared / "checkpoint-4/optimizer.pt", weights_only=True)
+    assert {name.split(".")[0] for name in saved["state"]} == {"routers", "objective"}
+    assert f"going on from {shared / 'checkpoint-4'}" in done.stdout
+    before, after = (load_file(folder / "routers.safetensors") for folder in (earlier, shared))
+    assert all(torch.equal(before[name], after[name]) for name in before)
     same_losses(finished, shared, 1e-4)
     first, second = (load_file(folder / "routers.safetensors") for folder in (finished, shared))
     for name in first:
