@@ -21,7 +21,7 @@ collect_ignore = [
     if find_spec(package) is None
 ]
 #: Where fixtures that several folders share are.
-pytest_plugins = ["helpers.kernels", "helpers.shipped", "helpers.training"]
+pytest_plugins = ["helpers.decoding", "helpers.kernels", "helpers.shipped", "helpers.training"]
 
 
 @pytest.fixture(params=FAMILIES)

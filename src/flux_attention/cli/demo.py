@@ -12,7 +12,7 @@ from flux_attention.cli.console import out
 
 def demo(
     samples: Annotated[int, typer.Option(min=1, help="Samples of each kind of input.")] = 2,
-    length: Annotated[int, typer.Option(min=1024, max=8192, help="Tokens of each sample.")] = 3072,
+    length: Annotated[int, typer.Option(min=1024, max=8192, help="Tokens of each sample.")] = 2304,
     seed: Annotated[int | None, typer.Option(help="Default: a fresh sample each time.")] = None,
     as_json: Json = False,
 ):
