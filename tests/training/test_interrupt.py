@@ -79,8 +79,10 @@ def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_end(recipe, tmp_pat
         torch.testing.assert_close(first[name], second[name], **(EXACT if processes == 1 else CLOSE))
 
 
-def test_a_second_interrupt_ends_at_once():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_interrupt_ends_at_once(before):
+    """Whatever took interrupts before: jobs that a script starts in the background ignore them."""
+    whole = signal.signal(signal.SIGINT, before)
     interrupt = SaveOnInterrupt()
     interrupt.on_train_begin(None, None, None)
     try:
@@ -88,6 +90,7 @@ def test_a_second_interrupt_ends_at_once():
         assert interrupt.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    finally:
         interrupt.on_train_end(None, None, None)
-    assert signal.getsignal(signal.SIGINT) is before
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, whole)

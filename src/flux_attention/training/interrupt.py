@@ -35,7 +35,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def _handle(self, number, frame) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._before)  # the next one ends at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a job that had been started to ignore it
         print("\nsaving after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
