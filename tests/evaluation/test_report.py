@@ -100,6 +100,15 @@ def test_the_report_shows_every_number(tmp_path):
         write_report(path, tmp_path)
 
 
+def test_plain_text_alone_has_no_figure_of_accuracy(tmp_path, recwarn):
+    path = tmp_path / "quality.json"
+    rows = [row("plain", "dense", 3.125, sparsity=0.0), row("plain", "routed", 3.25, "a/x")]
+    path.write_text(json.dumps({"meta": {"device": "cpu", "settings": {"samples": 10}}, "rows": rows}))
+    page, _ = write_report(path, tmp_path / "out")
+    assert page.read_text().count("<svg") == 1  # the routers' heat map
+    assert not [str(each.message) for each in recwarn if "legend" in str(each.message)]
+
+
 def test_the_heat_map_of_heads_has_their_layers():
     rows = [
         {**row(task, "head", 0.5, "x"), "fa_rate": rates}

@@ -252,7 +252,7 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
 
 
 def figures(rows: list[dict[str, Any]]) -> list[str]:
-    """Draw the trade-off and the routers' heat maps of each length, as SVG."""
+    """Draw each length's trade-off, where questions were asked, and the routers' heat maps, as SVG."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -262,8 +262,10 @@ def figures(rows: list[dict[str, Any]]) -> list[str]:
     found = []
     with plt.rc_context({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux", **ink}):
         for length in dict.fromkeys(row["seq_len"] for row in rows):
-            found.append(_svg(trade_off(rows, length)))
-            some = [row for row in rows if _of_routers(row) and row["seq_len"] == length]
+            here = [row for row in rows if row["seq_len"] == length]
+            if any("accuracy" in row for row in here):  # plain text has none
+                found.append(_svg(trade_off(rows, length)))
+            some = [row for row in here if _of_routers(row)]
             found += [_svg(heat_map(rows, length, routers)) for routers in dict.fromkeys(r["routers"] for r in some)]
     return found
 
