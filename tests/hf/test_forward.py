@@ -17,13 +17,18 @@ from flux_attention.patterns import Full
 from flux_attention.training.module import noise_of
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    grads = []
+def without_and_with_checkpointing():
+    """Yield a model in training, with routers: once as it is, once with gradient checkpointing."""
     for checkpointing in (False, True):
         model = tiny_model("llama").train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        routing = attach(model, CONFIG)
+        yield model, attach(model, CONFIG)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    grads = []
+    for model, routing in without_and_with_checkpointing():
         for router in routing.routers.values():
             torch.nn.init.normal_(router.head[-1].weight, generator=torch.Generator().manual_seed(1))
         losses = []
@@ -260,11 +265,7 @@ def test_rows_of_unlike_routes_under_autocast(soft):
 
 def test_checkpointed_layers_of_routed_prompts_are_not_read_again():
     grads = []
-    for checkpointing in (False, True):
-        model = tiny_model("llama").train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        routing = attach(model, CONFIG)
+    for model, routing in without_and_with_checkpointing():
         with torch.no_grad():
             for number, router in enumerate(routing.routers.values()):
                 router.head[-1].bias.copy_(torch.tensor([float(number == 1), 0.5]))

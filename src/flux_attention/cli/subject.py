@@ -43,6 +43,12 @@ class Subject:
     def _failed(self, reason: object) -> UserError:
         return UserError(f"cannot load {self.path!r} as a causal LM: {str(reason).strip().splitlines()[0][:200]}")
 
+    def _from_pretrained(self, kind, **options):
+        try:
+            return kind.from_pretrained(self.path, **options)
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from None
+
     def check_adapters(self, force: Any) -> None:
         """Read the adapters' configurations, and compare the routes that are to be forced with their layers."""
         if not self.adapters and not isinstance(force, float):
@@ -51,31 +57,23 @@ class Subject:
         from flux_attention.decision import parse_routes
 
         layers = [load_config(adapter)[1].base_model.routed_layers for adapter in self.adapters]
-        if layers:
-            for known in layers if force is not None else ():
+        if force is not None:
+            for known in layers or [(0,)]:  # a ratio can be wrong whatever the layers
                 parse_routes(force, 1, known)
-        elif isinstance(force, float):
-            parse_routes(force, 1, [0])
 
     @cached_property
     def config(self):
         """The model's configuration."""
         from transformers import AutoConfig
 
-        try:
-            return AutoConfig.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from None
+        return self._from_pretrained(AutoConfig)
 
     @cached_property
     def tokenizer(self):
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from None
+        return self._from_pretrained(AutoTokenizer)
 
     @property
     def positions(self) -> int | None:
@@ -102,11 +100,8 @@ class Subject:
             from flux_attention.hf.precision import load_dtype
 
             logging.disable_progress_bar()
-            dtype = load_dtype(self.dtype, self.device)
-            try:
-                loaded = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).to(self.device).eval()
-            except (OSError, ValueError) as error:
-                raise self._failed(error) from None
+            loaded = self._from_pretrained(AutoModelForCausalLM, dtype=load_dtype(self.dtype, self.device))
+            loaded = loaded.to(self.device).eval()
             loaded.config.name_or_path = names.model_name(self.model)
             return loaded
 

@@ -2,7 +2,8 @@
 
 No model code is copied and no library is patched: hooks on modules, functions registered under the name ``flux``, and
 cache layers of our own in the cache that the caller or ``generate`` made. On the model object itself, and until
-``detach``, the forward of MLPs (and of compiled layers) is wrapped, and its class is a subclass.
+``detach``, the forwards of the decoder, of models around it, of MLPs and of compiled layers are wrapped, and its class
+is a subclass.
 """
 
 from __future__ import annotations

@@ -137,16 +137,18 @@ class Routing(AdapterMixin):
         self._min_tokens = value
 
     @property
+    def _last(self) -> Finished | None:
+        return getattr(self._published, "finished", self._latest)
+
+    @property
     def routes(self) -> Routes | None:
         """What the last prefill of this thread decided; of any thread, where this one ran none."""
-        found = getattr(self._published, "finished", self._latest)
-        return None if found is None else found.routes
+        return None if self._last is None else self._last.routes
 
     @property
     def gates(self) -> torch.Tensor | None:
         """In training (``soft``): float32 (B, U) on the CPU, this thread's last straight-through decisions."""
-        found = getattr(self._published, "finished", self._latest)
-        return None if found is None else found.gates_BU
+        return None if self._last is None else self._last.gates_BU
 
     def router(self, unit: Unit) -> LayerRouter:
         """Return the router that decides on ``unit``."""
@@ -237,7 +239,7 @@ class Routing(AdapterMixin):
         sparse = not bool(parse_routes(forced, len(lengths), self.units).all())
         return sparse and self.sparse.later != self.sparse
 
-    # A forward call, from the hooks of ``attach``.
+    # A forward call, from what ``attach`` puts around the decoder's forward.
 
     def begin(self, kwargs: dict[str, Any]) -> ForwardContext:
         """
