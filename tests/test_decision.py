@@ -67,10 +67,10 @@ def test_forced_routes_are_those_given(units):
 
 @UNITS
 def test_a_static_set_is_full_for_every_sequence(units):
-    decision = Static(units, units[1:2], 3)
+    decision = Static(units, units[1:2], [False] * 3)
     assert [decision.routes(unit) for unit in units] == [[unit == units[1]] * 3 for unit in units]
     assert decision.finish().routes_BU.tolist() == [[unit == units[1] for unit in units]] * 3
-    assert Static(units, (), 1).finish().routes_BU.tolist() == [[False] * len(units)]
+    assert Static(units, (), [False]).finish().routes_BU.tolist() == [[False] * len(units)]
 
 
 @UNITS

@@ -24,7 +24,8 @@ from flux_attention.decision import parse_routes
 from flux_attention.hf.attach import attach
 from flux_attention.hf.cache.layer import RoutedLayer
 from flux_attention.hf.cache.size import kv_bytes
-from flux_attention.hf.generation.step import decode_step, without_collection
+from flux_attention.hf.capture import without_collection
+from flux_attention.hf.generation.step import decode_step
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.layout import BatchLayout
 from flux_attention.patterns import Full

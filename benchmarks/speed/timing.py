@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flux_attention import kernels
-from flux_attention.hf.generation.step import without_collection
+from flux_attention.hf.capture import without_collection
 from flux_attention.patterns import Streaming
 
 #: What is measured: sparse layers' pattern, and the precision of weights and states.

@@ -1,4 +1,7 @@
-"""Adapters hold routers on disk and on the Hub: ``flux_config.json``, ``routers.safetensors`` and a model card."""
+"""Adapters hold routers or a fixed set of layers, on disk and on the Hub.
+
+They are ``flux_config.json``, where there are routers ``routers.safetensors``, and a model card.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
     config : FluxConfig
         With ``base_model``.
     routers : torch.nn.ModuleDict
-        By layer index.
+        By layer index; empty where ``config`` has a ranking.
     dtype : torch.dtype, optional
         Of the weights on disk; default as they are (float32). bfloat16 halves the file and rounds the weights.
     """
@@ -52,9 +55,14 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
         name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
         for name, tensor in routers.state_dict().items()
     }
-    with replacing(directory / WEIGHTS_FILE) as weights_file, replacing(directory / CONFIG_FILE) as config_file:
-        save_file(weights, weights_file, metadata={"format": "pt"})
-        config.to_json(config_file)
+    if config.ranking is not None:
+        with replacing(directory / CONFIG_FILE) as config_file:
+            config.to_json(config_file)
+        (directory / WEIGHTS_FILE).unlink(missing_ok=True)  # of a former adapter
+    else:
+        with replacing(directory / WEIGHTS_FILE) as weights_file, replacing(directory / CONFIG_FILE) as config_file:
+            save_file(weights, weights_file, metadata={"format": "pt"})
+            config.to_json(config_file)
     if not (directory / CARD_FILE).exists():
         card(config).save(directory / CARD_FILE)
 
@@ -172,9 +180,7 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
 def load_config(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple[Path, FluxConfig]:
     """Find an adapter's directory, and read its configuration."""
     directory = resolve(path_or_id, revision)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).is_file():
-            raise AdapterError(f"{directory} has no {name}; expected an adapter: {CONFIG_FILE} and {WEIGHTS_FILE}")
+    _check_there(directory, CONFIG_FILE)
     try:
         config = FluxConfig.from_json(directory / CONFIG_FILE)
         sparse_pattern(config), full_pattern(config)
@@ -182,7 +188,40 @@ def load_config(path_or_id: str | os.PathLike, revision: str | None = None) -> t
         raise AdapterError(str(error)) from None
     if config.base_model is None:
         raise AdapterError(f"{directory / CONFIG_FILE} names no base_model, so it cannot be checked against the model")
+    if config.ranking is None:
+        _check_there(directory, WEIGHTS_FILE)
     return directory, config
+
+
+def _check_there(directory: Path, name: str) -> None:
+    if not (directory / name).is_file():
+        raise AdapterError(
+            f"{directory} has no {name}; expected an adapter: {CONFIG_FILE} and, unless that holds a ranking of "
+            f"layers, {WEIGHTS_FILE}"
+        )
+
+
+def check_base_model(config: FluxConfig, base_model: BaseModel, where: str = "here") -> None:
+    """
+    Refuse a configuration that was made for another model, or a ranking that is not of its routed layers.
+
+    Raises
+    ------
+    AdapterError
+        With all that differs.
+    """
+    made_for = config.base_model
+    if made_for is not None and (differences := made_for.differences(base_model)):
+        what, verb = ("routers", "were") if config.ranking is None else ("ranking of layers", "was")
+        raise AdapterError(
+            f"the {what} in {where} {verb} made for {made_for.name}, not for {base_model.name}: "
+            + "; ".join(differences)
+        )
+    if config.ranking is not None and sorted(config.ranking) != sorted(base_model.routed_layers):
+        raise AdapterError(
+            f"the ranking in {where} is {list(config.ranking)}, expected each routed layer of {base_model.name} once: "
+            f"{list(base_model.routed_layers)}"
+        )
 
 
 def load(
@@ -196,7 +235,7 @@ def load(
     config : FluxConfig
         With ``base_model`` as given: the name is that of the model at hand.
     routers : torch.nn.ModuleDict
-        In float32.
+        In float32; empty where the adapter is a ranking of layers.
 
     Raises
     ------
@@ -205,12 +244,10 @@ def load(
         or not finite; if the adapter was made for another model.
     """
     directory, config = load_config(path_or_id, revision)
-    differences = config.base_model.differences(base_model)
-    if differences:
-        raise AdapterError(
-            f"the routers in {directory} were made for {config.base_model.name}, not for {base_model.name}: "
-            + "; ".join(differences)
-        )
+    check_base_model(config, base_model, str(directory))
+    config = replace(config, base_model=base_model)
+    if config.ranking is not None:
+        return config, nn.ModuleDict()
     path = directory / WEIGHTS_FILE
     try:
         weights = load_file(path)
@@ -231,4 +268,4 @@ def load(
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise AdapterError(f"{path}: {name} holds NaN, infinity or no floating-point numbers; the file is damaged")
     routers.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return replace(config, base_model=base_model), routers
+    return config, routers

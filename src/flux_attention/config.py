@@ -28,10 +28,18 @@ from flux_attention.validation import (
 MAX_POOL = 2**28
 #: What one decision is about; heads are for comparison.
 GRANULARITIES = ("layer", "head")
+#: When routers read a prompt: while it is computed, or its two ends beforehand.
+DECIDE = ("prefill", "ends")
+#: Keys that adapters of earlier versions do not have.
+LATER_KEYS = {"decide", "end_tokens", "ranking", "budget"}
 
 
 def _one_of(names: tuple[str, ...]):
     return Annotated[Literal[names], expected(f"one of {list(names)}")]
+
+
+#: A share of sparse layers, Ω_MSR.
+Budget = Annotated[float, Strict(), Field(ge=0, le=1), expected("a share of sparse layers between 0 and 1")]
 
 
 def _numbers(kind: type):
@@ -145,21 +153,60 @@ class FluxConfig:
         The router reads the first and the last ``pool_size`` prompt tokens (P).
     granularity : {"layer", "head"}
         What one decision is about: a whole layer, or (to compare with, see ``hf.heads``) one of its KV heads.
+    decide : {"prefill", "ends"}
+        When routers read a prompt: in each layer while the prompt is computed, or beforehand in a short pass over its
+        first and last tokens alone.
+    end_tokens : int
+        With ``decide="ends"``, the tokens read at each end (E), at least ``pool_size``.
+    ranking : tuple of int, optional
+        The routed layers, the one that needs full attention most first. There are no routers then: every input runs
+        the same layers full, the first ones of the ranking.
+    budget : float, optional
+        With ``ranking``, the share of layers that run sparse (Ω_MSR), unless ``attach`` is told otherwise.
     base_model : BaseModel, optional
         Filled in by ``attach``; checked when routers are loaded.
 
     Raises
     ------
     FluxConfigError
-        For values of the wrong kind. Patterns' names and sizes are checked where patterns are made: by ``attach``,
-        recipes, and when an adapter is loaded.
+        For values of the wrong kind, or that do not fit together. Patterns' names and sizes are checked where patterns
+        are made: by ``attach``, recipes, and when an adapter is loaded.
     """
 
     sparse: PatternSettings = Field(default_factory=_sparse_by_keywords)
     full: PatternSettings = Field(default_factory=lambda: {"pattern": "full"})
     pool_size: Annotated[whole_number(1), Field(le=MAX_POOL), expected(f"at most {MAX_POOL} tokens")] = 100
     granularity: _one_of(GRANULARITIES) = "layer"
+    decide: _one_of(DECIDE) = "prefill"
+    end_tokens: Annotated[whole_number(1), Field(le=MAX_POOL), expected(f"at most {MAX_POOL} tokens")] = 128
+    ranking: _numbers(int) | None = None
+    budget: Budget | None = None
     base_model: Annotated[BaseModel | None, from_keys(BaseModel), expected("an object or null")] = None
+
+    def __post_init__(self):
+        if self.decide == "ends" and self.end_tokens < self.pool_size:
+            raise FluxConfigError(
+                f"end_tokens is {self.end_tokens}, but routers read {self.pool_size} tokens at each end (pool_size); "
+                "expected at least as many"
+            )
+        if (self.ranking is None) != (self.budget is None):
+            raise FluxConfigError(
+                f"ranking is {self.ranking} and budget {self.budget}: both or neither, as routers without a ranking "
+                "decide how many layers run sparse themselves"
+            )
+        if self.ranking is not None and (self.granularity == "head" or self.decide == "ends"):
+            raise FluxConfigError(
+                f"a ranking is of layers and has no routers, but granularity is {self.granularity} and decide "
+                f"{self.decide}; expected layer and prefill"
+            )
+        if self.ranking is not None and len(set(self.ranking)) < len(self.ranking):
+            raise FluxConfigError(f"ranking is {list(self.ranking)}, expected each routed layer once")
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The layers that run full for every input, by ``ranking`` and ``budget``, in the model's order."""
+        count = len(self.ranking) - round(self.budget * len(self.ranking))
+        return tuple(sorted(self.ranking[:count]))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; ``from_dict`` of it is equal to this configuration."""
@@ -188,7 +235,7 @@ class FluxConfig:
             values = {name: value for name, value in values.items() if name not in flat}
             values |= {"sparse": _sparse_by_keywords(**flat), "full": {"pattern": "full"}}
         config = cls(**text_keys(values))
-        missing = sorted({field.name for field in fields(cls)} - set(values))
+        missing = sorted({field.name for field in fields(cls)} - set(values) - LATER_KEYS)
         if missing:
             raise FluxConfigError(f"missing keys {missing}")
         return config

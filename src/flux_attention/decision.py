@@ -63,8 +63,8 @@ class Decision(ABC):
         return None
 
     @abstractmethod
-    def finish(self) -> Decided:
-        """Return all that was decided, once every unit took part."""
+    def finish(self) -> Decided | None:
+        """Return all that was decided, once every unit took part; None if nothing was."""
 
 
 class Forced(Decision):
@@ -99,12 +99,133 @@ class Static(Forced):
     units : tuple of Unit
     full : sequence of Unit
         Those that attend fully.
-    batch : int
-        B.
+    short : sequence of bool
+        Of each sequence whether it runs full in all of them.
     """
 
-    def __init__(self, units: tuple[Unit, ...], full: Sequence[Unit], batch: int):
-        super().__init__(units, parse_routes(list(full), batch, units))
+    def __init__(self, units: tuple[Unit, ...], full: Sequence[Unit], short: Sequence[bool]):
+        routes_BU = parse_routes(list(full), len(short), units)
+        super().__init__(units, routes_BU | torch.tensor(short, device="cpu")[:, None])
+
+
+class PooledQueries(Decision):
+    """
+    Decides nothing: runs everything full, and keeps what routers read of the query states.
+
+    Parameters
+    ----------
+    units : tuple of Unit
+    pooling : Pooling
+        What they read of each sequence.
+
+    Attributes
+    ----------
+    pooled : dict of Unit to torch.Tensor
+        float32 (B, D), each unit's router's input.
+    """
+
+    reads_queries = True
+
+    def __init__(self, units: tuple[Unit, ...], pooling: Pooling):
+        self.units, self.pooling = units, pooling
+        self.pooled: dict[Unit, torch.Tensor] = {}
+
+    def observe(self, unit: Unit, query_BSHD: torch.Tensor) -> None:
+        """See ``Decision.observe``."""
+        with torch.autocast(query_BSHD.device.type, enabled=False):
+            self.pooled[unit] = self.pooling(query_BSHD)
+
+    def routes(self, unit: Unit) -> list[bool]:
+        """See ``Decision.routes``."""
+        return [True] * len(self.pooling.lengths)
+
+    def finish(self) -> None:
+        """See ``Decision.finish``."""
+
+
+class RoutedBeforehand(Forced):
+    """
+    Hard, deterministic routes by trained routers, which have read the prompts' ends before.
+
+    Parameters
+    ----------
+    units : tuple of Unit
+    logits_BU2 : torch.Tensor
+        float32 on the CPU, the routers' outputs for [SA, FA].
+    short : sequence of bool
+        Of each sequence whether it runs full, whatever the routers say.
+
+    Raises
+    ------
+    ValueError
+        If the routers' outputs are not finite.
+    """
+
+    def __init__(self, units: tuple[Unit, ...], logits_BU2: torch.Tensor, short: Sequence[bool]):
+        for place, unit in enumerate(units):
+            check_finite(logits_BU2[:, place], unit)
+        self.logits_BU2 = logits_BU2
+        super().__init__(units, hard_route(logits_BU2) | torch.tensor(short, device="cpu")[:, None])
+
+    def finish(self) -> Decided:
+        """See ``Decision.finish``."""
+        return Decided(self.routes_BU, self.logits_BU2)
+
+
+class SoftBeforehand(Forced):
+    """
+    Straight-through Gumbel-Softmax decisions by routers that have read the prompts' ends before: for training.
+
+    Parameters
+    ----------
+    units : tuple of Unit
+    logits_BU2 : torch.Tensor
+        float32, the routers' outputs, with gradients.
+    temperature, noise_BU2
+        As in ``Soft``.
+    """
+
+    def __init__(
+        self,
+        units: tuple[Unit, ...],
+        logits_BU2: torch.Tensor,
+        temperature: float | torch.Tensor,
+        noise_BU2: torch.Tensor | None = None,
+    ):
+        _check_noise(noise_BU2, tuple(logits_BU2.shape))
+        self.logits_BU2 = logits_BU2.detach().cpu()
+        self.gates_BU = soft_route(logits_BU2, temperature, noise_BU2)
+        super().__init__(units, (self.gates_BU.detach() > 0.5).cpu())
+
+    def gate(self, unit: Unit) -> torch.Tensor:
+        """See ``Decision.gate``."""
+        return self.gates_BU[:, self.units.index(unit)]
+
+    def finish(self) -> Decided:
+        """See ``Decision.finish``."""
+        return Decided(self.routes_BU, self.logits_BU2, self.gates_BU.cpu())
+
+
+def check_finite(logits_B2: torch.Tensor, unit: Unit) -> None:
+    """
+    Refuse what a router makes of NaN.
+
+    Raises
+    ------
+    ValueError
+        With the sequences, and where it may come from.
+    """
+    if not math.isfinite(logits_B2.sum().item()):
+        bad = [row for row, values in enumerate(logits_B2) if not values.isfinite().all()]
+        raise ValueError(
+            f"the router of layer {unit_name(unit)} read NaN or infinite query states in sequences {bad} of the "
+            "batch; the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
+        )
+
+
+def _check_noise(noise: torch.Tensor | None, expected: tuple[int, ...]) -> None:
+    if noise is not None and noise.shape != expected:
+        raise ValueError(f"the noise has shape {tuple(noise.shape)}, expected {expected}: sequences, routed layers, 2")
 
 
 class _LogitsCopy:
@@ -129,12 +250,7 @@ class _LogitsCopy:
         """Return float32 (B, 2) on the CPU."""
         if self.event is not None:
             self.event.synchronize()
-        if not math.isfinite(self.values.sum().item()):
-            bad = [row for row, values in enumerate(self.values) if not values.isfinite().all()]
-            raise ValueError(
-                f"the router of layer {unit_name(unit)} read NaN or infinite query states in sequences {bad} of the "
-                "batch; the model's hidden states have overflowed (fp16?), its weights are damaged, or the routers are"
-            )
+        check_finite(self.values, unit)
         return self.values
 
 
@@ -246,11 +362,7 @@ class Soft(_ByRouters):
         super().__init__(units, routers, pooling)
         self.temperature, self.noise_BU2 = temperature, noise_BU2
         self._gates: dict[Unit, torch.Tensor] = {}
-        expected = (len(pooling.lengths), len(units), 2)
-        if noise_BU2 is not None and noise_BU2.shape != expected:
-            raise ValueError(
-                f"the noise has shape {tuple(noise_BU2.shape)}, expected {expected}: sequences, routed layers, 2"
-            )
+        _check_noise(noise_BU2, (len(pooling.lengths), len(units), 2))
 
     def observe(self, unit: Unit, query_BSHD: torch.Tensor) -> None:
         """See ``Decision.observe``."""

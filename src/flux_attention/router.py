@@ -142,8 +142,8 @@ class LayerRouter(nn.Module):
 
 
 def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:
-    """Decide as at inference, deterministically: bool ``route_B``, True = full attention."""
-    return logits_B2[:, 1] > logits_B2[:, 0]
+    """Decide as at inference, deterministically: bool ``route_B``, True = full attention; more dimensions may lead."""
+    return logits_B2[..., 1] > logits_B2[..., 0]
 
 
 def soft_route(
@@ -152,7 +152,8 @@ def soft_route(
     """
     Decide as in training, by straight-through Gumbel-Softmax.
 
-    The value is 0 or 1, the gradient that of ``softmax((logits + Gumbel noise) / temperature)[1]``.
+    The value is 0 or 1, the gradient that of ``softmax((logits + Gumbel noise) / temperature)[1]``. More dimensions may
+    lead.
 
     Parameters
     ----------
@@ -165,6 +166,6 @@ def soft_route(
         float32 ``gate_B``.
     """
     if noise_B2 is None:
-        return F.gumbel_softmax(logits_B2.float(), tau=temperature, hard=True)[:, 1]
-    soft_B = torch.softmax((logits_B2.float() + noise_B2.to(logits_B2.device)) / temperature, dim=-1)[:, 1]
+        return F.gumbel_softmax(logits_B2.float(), tau=temperature, hard=True)[..., 1]
+    soft_B = torch.softmax((logits_B2.float() + noise_B2.to(logits_B2.device)) / temperature, dim=-1)[..., 1]
     return (soft_B > 0.5).float() - soft_B.detach() + soft_B

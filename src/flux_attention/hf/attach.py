@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from flux_attention import adapters
-from flux_attention.config import FluxConfig
+from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.compiled import compiled_layer, materialize_input, readers
 from flux_attention.hf.context import NAME, ForwardContext
@@ -36,7 +36,6 @@ from flux_attention.hf.interface import register
 from flux_attention.hf.mlp import in_chunks, mlps
 from flux_attention.hf.modules import replace_forward
 from flux_attention.hf.support import (
-    QueryShape,
     base_model,
     find_decoder,
     full_attention_layers,
@@ -56,6 +55,8 @@ def attach(
     routers: str | os.PathLike | FluxConfig | None = None,
     *,
     revision: str | None = None,
+    budget: float | None = None,
+    decide: str | None = None,
     keep_full_kv: bool = False,
     cuda_graphs: bool = True,
     compile: bool = False,
@@ -75,10 +76,14 @@ def attach(
         A decoder-only causal LM, or a vision-language model with such a text decoder. fp32, bf16 or fp16. The model
         that generates, not its decoder alone: ``generate`` knows what is prompt.
     routers : str, os.PathLike or FluxConfig, optional
-        Trained routers as a directory or a Hub id, or a configuration for fresh ones, which route everything to
-        full attention. Default: ``FluxConfig()``.
+        Trained routers, or a fixed set of layers, as a directory or a Hub id; or a configuration, which without a
+        ``ranking`` makes fresh routers, that route everything to full attention. Default: ``FluxConfig()``.
     revision : str, optional
         Branch, tag or commit of a Hub repository.
+    budget : float, optional
+        Of a fixed set, the share of layers that run sparse; default: as the adapter says.
+    decide : {"prefill", "ends"}, optional
+        When routers read a prompt, see ``FluxConfig``; default: as the adapter says.
     keep_full_kv : bool
         Keep the whole KV cache of sparse layers too, for ``Routing.reroute``, cropping and assisted decoding.
     cuda_graphs : bool
@@ -104,7 +109,8 @@ def attach(
     ValueError
         If ``min_tokens`` is not a number of tokens.
     FluxConfigError
-        If the configuration names no pattern that there is, or sizes that it does not have.
+        If the configuration names no pattern that there is, or sizes that it does not have; if ``budget`` or
+        ``decide`` are not possible, or not with this adapter.
     AdapterError
         If the adapter is missing, damaged, or made for another model.
     """
@@ -120,21 +126,15 @@ def attach(
     attentions = full_attention_layers(model, decoder)
     base = base_model(model, decoder, attentions)
     if routers is None or isinstance(routers, FluxConfig):
-        config = replace(routers or FluxConfig(), base_model=base)
-        sparse_pattern(config), full_pattern(config)  # a wrong one fails here
-        modules = nn.ModuleDict(
-            {
-                str(index): LayerRouter(QueryShape.of(decoder.config, attention).dim)
-                for index, attention in attentions.items()
-            }
-        )
+        config, modules = _fresh(routers or FluxConfig(), base)
     else:
         config, modules = adapters.load(routers, base, revision)
+    config = _changed(config, budget=budget, decide=decide)
     if config.granularity == "head" and tensor_parallel_group(decoder) is not None:
         raise UnsupportedModelError("routers of granularity 'head' are not for tensor parallelism: use one process")
     for index, attention in attentions.items():
         weight = next(attention.parameters(), None)  # quantised layers may have none
-        if weight is not None and weight.device.type != "meta":
+        if str(index) in modules and weight is not None and weight.device.type != "meta":
             modules[str(index)].to(weight.device)
     routing = Routing(model, decoder, attentions, config, modules, keep_full_kv, cuda_graphs, compile, min_tokens)
     try:
@@ -143,6 +143,21 @@ def attach(
         routing.detach()
         raise
     return routing
+
+
+def _fresh(config: FluxConfig, base: BaseModel) -> tuple[FluxConfig, nn.ModuleDict]:
+    """Make routers for a configuration, if it wants any."""
+    sparse_pattern(config), full_pattern(config)  # a wrong one fails here
+    if config.ranking is not None:
+        adapters.check_base_model(config, base)
+        return replace(config, base_model=base), nn.ModuleDict()
+    routers = {str(index): LayerRouter(base.head_dim) for index in base.routed_layers}
+    return replace(config, base_model=base), nn.ModuleDict(routers)
+
+
+def _changed(config: FluxConfig, **changes: Any) -> FluxConfig:
+    """Put what ``attach`` was given in place of what an adapter says."""
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _install(routing: Routing, model: nn.Module, decoder: nn.Module, attentions: dict[int, nn.Module]) -> None:

@@ -91,10 +91,32 @@ class EnclosingCall:
     text_only: bool
 
 
+@dataclass(frozen=True)
+class GeneratedPrompt:
+    """
+    The prompt of a generation.
+
+    Attributes
+    ----------
+    cache : transformers.Cache
+        The KV cache that is generated with.
+    columns : int
+        Of the prompt, those that are cached already included.
+    input_ids : torch.Tensor
+        int64 (B, S), of the prompt, or of its new tokens only; of fewer columns where it was given as embeddings.
+    attention_mask : torch.Tensor or None
+        (B, S), 1 = real token.
+    """
+
+    cache: Any
+    columns: int
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+
+
 #: The context of the forward call that this thread is in.
 current: ContextVar[ForwardContext | None] = ContextVar("flux_context", default=None)
 #: The calls around the decoder's, outermost first.
 enclosing: ContextVar[tuple[EnclosingCall, ...]] = ContextVar("flux_enclosing", default=())
-#: The KV cache that this thread generates with, and the columns of the prompt: a forward call with that cache may hold
-#: drafted tokens behind them.
-generated_prompt: ContextVar[tuple[Any, int] | None] = ContextVar("flux_generated_prompt", default=None)
+#: What this thread generates from: a forward call with that cache may hold drafted tokens behind the prompt.
+generated_prompt: ContextVar[GeneratedPrompt | None] = ContextVar("flux_generated_prompt", default=None)

@@ -105,6 +105,8 @@ class ForwardPass:
         if self.decision is None:
             return None
         decided = self.decision.finish()
+        if decided is None:
+            return None
         lengths = tuple(self.contexts)
         routes = Routes(decided.routes_BU, decided.logits_BU2, self.units, lengths, self.sparse, self.full)
         return Finished(routes, decided.gates_BU)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -19,12 +20,24 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flux_attention.adapters import AdapterMixin
 from flux_attention.config import FluxConfig
-from flux_attention.decision import Decision, Forced, Routed, RouteSpec, Soft, Static, Unit, parse_routes
+from flux_attention.decision import (
+    Decision,
+    Forced,
+    Routed,
+    RoutedBeforehand,
+    RouteSpec,
+    Soft,
+    SoftBeforehand,
+    Static,
+    Unit,
+    parse_routes,
+)
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.layer import RoutedLayer
-from flux_attention.hf.context import NAME, ForwardContext
+from flux_attention.hf.context import NAME, ForwardContext, enclosing
+from flux_attention.hf.ends import EndsReader
 from flux_attention.hf.forward import Finished, ForwardPass
-from flux_attention.hf.generation.step import CapturedSteps
+from flux_attention.hf.generation.step import CapturedSteps, unsupported
 from flux_attention.hf.heads import HeadForwardPass
 from flux_attention.hf.inputs import InputReader, Inputs
 from flux_attention.hf.support import QueryShape, tensor_parallel_group
@@ -113,6 +126,14 @@ class Routing(AdapterMixin):
         self._decoder = decoder
         self._reader = InputReader(decoder, self.layers, self.sparse.later, keep_full_kv)
         self._pass_type = HeadForwardPass if self.by_head else ForwardPass
+        self._ends = EndsReader(
+            decoder,
+            self.units,
+            {} if config.ranking is not None else {unit: self.router(unit) for unit in self.units},
+            lambda inputs, reading: self._pass_type(inputs, reading, self.units, self._shapes, self.full, self.full),
+            self._pooling,
+            config.end_tokens,
+        )
         # By thread, where ``force`` is by task, too: a task reads what its own call published before any other runs.
         self._published = threading.local()
         self._latest: Finished | None = None
@@ -135,6 +156,15 @@ class Routing(AdapterMixin):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"min_tokens is {value!r}, expected a number of tokens, 0 or more")
         self._min_tokens = value
+
+    @property
+    def budget(self) -> float | None:
+        """Of a fixed set, the share of layers that run sparse; may be set at any time, for all threads."""
+        return self.config.budget
+
+    @budget.setter
+    def budget(self, value: float) -> None:
+        self.config = replace(self.config, budget=value)
 
     @property
     def _last(self) -> Finished | None:
@@ -211,7 +241,13 @@ class Routing(AdapterMixin):
         ------
         UnsupportedModelError
             Under tensor parallelism.
+        ValueError
+            For a fixed set, which has no routers.
         """
+        if self.config.ranking is not None:
+            raise ValueError(
+                "this adapter is a fixed set of layers and has no routers to train; a recipe's `start` makes some of it"
+            )
         if self._group is not None:
             raise UnsupportedModelError("routers cannot be trained under tensor parallelism: use DDP or FSDP2")
         return self._set(temperature=temperature, noise=noise)
@@ -234,9 +270,10 @@ class Routing(AdapterMixin):
     def needs_whole_prompt(self, lengths: list[int]) -> bool:
         """Whether prompts of these lengths have to come in one call: routers read them, or their last rows differ."""
         forced = self.settings.forced
-        if forced is None:
-            return any(length >= self.min_tokens for length in lengths)
-        sparse = not bool(parse_routes(forced, len(lengths), self.units).all())
+        decides = forced is None and any(length >= self.min_tokens for length in lengths)
+        if decides and self.config.ranking is None and self.config.decide == "prefill":
+            return True
+        sparse = decides if forced is None else not bool(parse_routes(forced, len(lengths), self.units).all())
         return sparse and self.sparse.later != self.sparse
 
     # A forward call, from what ``attach`` puts around the decoder's forward.
@@ -271,7 +308,8 @@ class Routing(AdapterMixin):
         if self.compile and (kwargs.get("output_hidden_states") or self._decoder.config.output_hidden_states):
             raise UnsupportedModelError("compiled layers give no hidden states: attach without compile=True")
         # Routers wait for the device anyway, as telling padding does.
-        inputs = self._reader.read(kwargs, keeps_cache, tells_padding=settings.forced is None)
+        reads_prompt = settings.forced is None and self.config.ranking is None
+        inputs = self._reader.read(kwargs, keeps_cache, tells_padding=reads_prompt)
         decision = self._decision(inputs, settings) if inputs.decides else None
         return self._pass_type(inputs, decision, self.units, self._shapes, self.sparse, self.full)
 
@@ -282,14 +320,30 @@ class Routing(AdapterMixin):
         if settings.forced is not None:
             return Forced(self.units, parse_routes(settings.forced, batch, self.units))
         short = [length < self.min_tokens for length in inputs.contexts]
-        if settings.temperature is None and all(short):
-            return Static(self.units, self.units, batch)
+        if settings.temperature is None and (all(short) or self.config.ranking is not None):
+            return Static(self.units, self.units if self.config.ranking is None else self.config.full_layers, short)
+        if self.config.decide == "ends":
+            return self._by_ends(inputs, settings, short)
         routers = {unit: self.router(unit) for unit in self.units}
-        heads = self.config.base_model.num_heads
-        pooling = Pooling(inputs.prompt_lengths, self.config.pool_size, inputs.layout.columns, heads, self._group)
+        pooling = self._pooling(inputs.prompt_lengths, inputs.layout.columns)
         if settings.temperature is not None:
             return Soft(self.units, routers, pooling, settings.temperature, settings.noise)
         return Routed(self.units, routers, pooling, short)
+
+    def _by_ends(self, inputs: Inputs, settings: Settings, short: list[bool]) -> Decision:
+        if enclosing.get() and not enclosing.get()[-1].text_only:
+            raise UnsupportedModelError(
+                "decide='ends' reads a prompt's first and last tokens alone, which is not for prompts with images, "
+                "videos or sound; attach with decide='prefill'"
+            )
+        if settings.temperature is not None:
+            logits_BU2 = self._ends.logits(self._ends.pooled(inputs.prompt))
+            return SoftBeforehand(self.units, logits_BU2, settings.temperature, settings.noise)
+        by_graph = self.cuda_graphs and unsupported(self) is None
+        return RoutedBeforehand(self.units, self._ends.read(inputs.prompt, by_graph), short)
+
+    def _pooling(self, lengths: list[int], columns: Callable[[torch.Tensor], torch.Tensor]) -> Pooling:
+        return Pooling(lengths, self.config.pool_size, columns, self.config.base_model.num_heads, self._group)
 
     def _checkpoints(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules())
@@ -304,6 +358,7 @@ class Routing(AdapterMixin):
         """Let go of what belongs to the attached model."""
         self.is_attached = False
         self.steps.clear()
+        self._ends.clear()
         self._published = threading.local()
         if self._latest is not None:  # gates hold the graph that they came from
             self._latest = Finished(self._latest.routes, None)

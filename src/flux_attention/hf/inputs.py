@@ -23,6 +23,26 @@ from flux_attention.patterns import Streaming
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """
+    The whole prompts of a batch, of which a forward call may hold the first part only.
+
+    Attributes
+    ----------
+    tokens : torch.Tensor
+        int64 (B, S) token ids, or (B, S, hidden size) embeddings.
+    layout : BatchLayout
+        Which of them are real.
+    lengths : list of int
+        Of each row's real tokens so many, from the first on, are prompt.
+    """
+
+    tokens: torch.Tensor
+    layout: BatchLayout
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
 class Inputs:
     """
     What a forward call was given, checked.
@@ -35,11 +55,14 @@ class Inputs:
         Of each row's real tokens so many, from the first on, are prompt.
     layers : dict of int to RoutedLayer
         The routed layers of the KV cache; empty without a cache.
+    prompt : Prompt
+        The whole prompts, from this call's first token on.
     """
 
     layout: BatchLayout
     prompt_lengths: list[int]
     layers: dict[int, RoutedLayer]
+    prompt: Prompt
 
     @property
     def past(self) -> list[int]:
@@ -60,7 +83,7 @@ class Inputs:
     @property
     def contexts(self) -> list[int]:
         """Of each row, the tokens that its routes are about."""
-        return [old + new for old, new in zip(self.past, self.prompt_lengths, strict=True)]
+        return [old + new for old, new in zip(self.past, self.prompt.lengths, strict=True)]
 
 
 class InputReader:
@@ -138,7 +161,10 @@ class InputReader:
             self._refuse_unannounced_padding(kwargs)
         if seen and mask is not None:
             self._hide(list(layers.values()), mask[:, :seen])
-        return Inputs(layout, prompt_lengths, layers)
+        prompt = Prompt(inputs, layout, prompt_lengths)
+        if not seen and cache is not None:
+            prompt = self._whole_prompt(cache, prompt)
+        return Inputs(layout, prompt_lengths, layers, prompt)
 
     # Which tokens are real.
 
@@ -220,10 +246,12 @@ class InputReader:
 
     def _prompt_lengths(self, given: Any, cache: Any, layout: BatchLayout, seen: int) -> list[int]:
         if given is None:
-            generated, columns = generated_prompt.get() or (None, 0)
-            if cache is None or generated is not cache or columns - seen >= layout.width:
+            generated = generated_prompt.get()
+            if cache is None or generated is None or generated.cache is not cache:
                 return layout.lengths
-            return layout.prompt_tokens(max(0, columns - seen))  # what is behind is drafted
+            if generated.columns - seen >= layout.width:
+                return layout.lengths
+            return layout.prompt_tokens(max(0, generated.columns - seen))  # what is behind is drafted
         lengths = torch.as_tensor(given).reshape(-1).tolist()
         if len(lengths) != len(layout.lengths) or any(
             not 1 <= length <= most for length, most in zip(lengths, layout.lengths, strict=False)
@@ -233,6 +261,17 @@ class InputReader:
                 f"sequences' lengths {layout.lengths}"
             )
         return lengths
+
+    def _whole_prompt(self, cache: DynamicCache, first: Prompt) -> Prompt:
+        """Return the prompts of a generation, of which a call may be the first chunk."""
+        generated = generated_prompt.get()
+        if generated is None or generated.cache is not cache or generated.columns <= first.layout.width:
+            return first
+        ids, mask = generated.input_ids, generated.attention_mask
+        if ids.shape[1] != generated.columns:  # given as embeddings
+            return first
+        layout = self._layout(None if mask is None else (mask != 0).cpu(), *ids.shape, 0, ids.device)
+        return Prompt(ids, layout, layout.lengths)
 
     # Packed sequences.
 

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from flux_attention.errors import UnsupportedModelError
-from flux_attention.hf.context import AttachedModel, generated_prompt
+from flux_attention.hf.context import AttachedModel, GeneratedPrompt, generated_prompt
 from flux_attention.hf.generation import loop
 
 #: The methods that ``generate`` decodes with, which first of all compute the prompt.
@@ -83,7 +83,8 @@ def _decoding_method(stock: Callable, routing: AttachedModel, is_ours: Callable)
             return stock(self, input_ids, *args, **kwargs)
         columns = _prompt_columns(input_ids, **kwargs)
         _check_chunks(routing, input_ids, columns, **kwargs)
-        token = generated_prompt.set((kwargs.get("past_key_values"), columns))
+        prompt = GeneratedPrompt(kwargs.get("past_key_values"), columns, input_ids, kwargs.get("attention_mask"))
+        token = generated_prompt.set(prompt)
         try:
             if has_loop:
                 return loop.sample(routing, functools.partial(stock, self), input_ids, *args, **kwargs)
@@ -123,6 +124,6 @@ def _check_chunks(
     if routing.needs_whole_prompt(lengths):
         raise UnsupportedModelError(
             f"prefill_chunk_size is {size}, but the prompt's {columns} tokens have to come in one call: routers read "
-            "both of its ends, and triangle's last rows see all of it; leave prefill_chunk_size out, or force routes "
-            "(generate(..., routes=...)) of a pattern without such rows"
+            "both of its ends, and triangle's last rows see all of it; leave prefill_chunk_size out, attach with "
+            "decide='ends', or force routes (generate(..., routes=...)), with a pattern without such rows"
         )

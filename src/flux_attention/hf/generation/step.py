@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import itertools
 import threading
 import time
@@ -20,6 +19,7 @@ from transformers import DynamicCache
 
 from flux_attention import kernels
 from flux_attention.hf.cache.layer import RoutedLayer
+from flux_attention.hf.capture import captured_state, capturing
 from flux_attention.hf.context import CONTEXT, AttachedModel
 from flux_attention.kernels.split_table import FULL, split_table
 
@@ -124,7 +124,7 @@ class DecodeStep:
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile.
-            with _capturing(), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            with capturing(), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.logits_BV = self._step()
         missing = sorted(set(self.routing.layers) - self.attended)
         if missing:
@@ -161,37 +161,6 @@ class DecodeStep:
             with kernels.on_device(self.ids_B1):
                 self.graph.replay()
         return self.logits_BV
-
-
-#: One capture at a time: garbage collection is off for all of them.
-_CAPTURE = threading.Lock()
-
-
-@contextlib.contextmanager
-def without_collection():
-    """Keep Python's garbage collection off, and turn it on again afterwards if it was on."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def _capturing():
-    """Let nothing disturb a capture, and leave random numbers to be drawn if it fails."""
-    with _CAPTURE:
-        gc.collect()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        spare = generator.clone_state()
-        with without_collection():  # an old graph, destroyed meanwhile, would end the capture
-            try:
-                yield
-            except BaseException:
-                generator.graphsafe_set_state(spare)  # the old state waits for the capture's end for ever
-                raise
 
 
 def unsupported(routing: AttachedModel) -> str | None:
@@ -246,7 +215,7 @@ class CapturedSteps:
             If it could not be captured; the message says why.
         """
         with self.lock:  # a second generation waits for the first one's capture and shares it
-            state = _state(routing.model)
+            state = captured_state(routing.model)
             if any(made_for != state for made_for, _ in self.made.values()):
                 self.made.clear()
             if batch not in self.made:
@@ -278,16 +247,3 @@ def decode_step(routing: AttachedModel, batch: int) -> DecodeStep:
     if reason:
         raise ValueError(f"{routing.config.base_model.name} cannot decode by CUDA graph: {reason}")
     return routing.steps.get(routing, batch)
-
-
-def _state(model) -> tuple:
-    """List what a captured step depends on besides its inputs: where weights lie, autocast, active adapters."""
-    adapters = [
-        (module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters))
-        for module in model.modules()
-        if hasattr(module, "merged_adapters")  # layers of PEFT
-    ]
-    tensors = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    kind = model.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return tensors, autocast, tuple(adapters)

@@ -1,0 +1,178 @@
+"""The two ends of prompts, read in a short pass of their own: all routes are known before the prompt is computed.
+
+Shape suffixes: B batch, W tokens of the longest pair of ends, D head dim, U units.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from flux_attention import kernels
+from flux_attention.decision import PooledQueries
+from flux_attention.hf.capture import captured_state, capturing
+from flux_attention.hf.context import CONTEXT
+from flux_attention.hf.forward import ForwardPass
+from flux_attention.hf.inputs import Inputs, Prompt
+from flux_attention.hf.layout import BatchLayout
+from flux_attention.router import LayerRouter, Pooling
+from flux_attention.routes import Unit
+
+
+def take_ends(prompt: Prompt, end_tokens: int) -> tuple[torch.Tensor, list[int]]:
+    """
+    Take the first and the last ``end_tokens`` tokens of each prompt; of a prompt of up to twice as many, all.
+
+    Returns
+    -------
+    tokens : torch.Tensor
+        int64 (B, W), or (B, W, hidden size) of embeddings; padded on the right by the last token.
+    lengths : list of int
+        How many are real.
+    """
+    lengths = [min(length, 2 * end_tokens) for length in prompt.lengths]
+    slot_W = torch.arange(max(lengths), device="cpu")
+    length_B1 = torch.tensor(prompt.lengths, device="cpu")[:, None]
+    gap_B1 = (length_B1 - 2 * end_tokens).clamp(min=0)
+    slots_BW = torch.where(slot_W < end_tokens, slot_W, slot_W + gap_B1).minimum(length_B1 - 1)
+    columns_BW = prompt.layout.columns(slots_BW).to(prompt.tokens.device)
+    rows = torch.arange(len(lengths), device=prompt.tokens.device)
+    if prompt.layout.starts is not None:  # all sequences stand in one row
+        rows = torch.zeros_like(rows)
+    return prompt.tokens[rows[:, None], columns_BW], lengths
+
+
+class EndsReader:
+    """
+    Runs a routed decoder over the ends of prompts, everything full, and gives the routers what they read.
+
+    Parameters
+    ----------
+    decoder : torch.nn.Module
+        With routers attached.
+    units : tuple of Unit
+        What is routed.
+    routers : mapping of Unit to LayerRouter
+    make_pass : callable
+        Makes a forward pass that runs everything full from ``Inputs`` and a ``Decision``.
+    make_pooling : callable
+        Makes a ``Pooling`` from prompts' lengths and a function to columns.
+    end_tokens : int
+        E, tokens of each end.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        units: tuple[Unit, ...],
+        routers: Mapping[Unit, LayerRouter],
+        make_pass: Callable[[Inputs, PooledQueries], ForwardPass],
+        make_pooling: Callable[[list[int], Callable], Pooling],
+        end_tokens: int,
+    ):
+        self.decoder, self.units, self.routers = decoder, units, routers
+        self.make_pass, self.make_pooling, self.end_tokens = make_pass, make_pooling, end_tokens
+        self._graphs: dict[int, tuple[tuple, _EndsGraph]] = {}
+        self._lock = threading.Lock()  # one call at a time: graphs have fixed places in memory
+
+    def pooled(self, prompt: Prompt) -> dict[Unit, torch.Tensor]:
+        """Return each unit's pooled query states, float32 (B, D), without gradients."""
+        tokens, lengths = take_ends(prompt, self.end_tokens)
+        return self._run(tokens, *self._plan(tokens, lengths))
+
+    def _plan(self, tokens: torch.Tensor, lengths: list[int]) -> tuple[BatchLayout, Pooling, torch.Tensor | None]:
+        """Return the layout of the ends, the pooling of their queries, and their attention mask."""
+        (batch, width), device = tokens.shape[:2], tokens.device
+        if min(lengths) == width:
+            layout, mask = BatchLayout.all_real(batch, width), None
+        else:
+            real_BW = torch.arange(width, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
+            layout, mask = BatchLayout.from_mask(real_BW, device), real_BW.long().to(device)
+        return layout, self.make_pooling(lengths, layout.columns), mask
+
+    @torch.no_grad()
+    def _run(self, tokens: torch.Tensor, layout: BatchLayout, pooling: Pooling, mask: torch.Tensor | None):
+        reading = PooledQueries(self.units, pooling)
+        inputs = Inputs(layout, layout.lengths, {}, Prompt(tokens, layout, layout.lengths))
+        self.decoder(
+            **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": tokens},
+            attention_mask=mask,
+            use_cache=False,
+            **{CONTEXT: self.make_pass(inputs, reading)},
+        )
+        return reading.pooled
+
+    def logits(self, pooled: Mapping[Unit, torch.Tensor]) -> torch.Tensor:
+        """Return what the routers make of pooled query states: float32 (B, U, 2)."""
+        outputs = []
+        for unit in self.units:
+            router, x_BD = self.routers[unit], pooled[unit]
+            if next(router.parameters()).device != x_BD.device:
+                router.to(x_BD.device)
+            with torch.autocast(x_BD.device.type, enabled=False):
+                outputs.append(router(x_BD))
+        return torch.stack([output.to(outputs[0].device) for output in outputs], dim=1)
+
+    @torch.no_grad()
+    def read(self, prompt: Prompt, by_graph: bool) -> torch.Tensor:
+        """
+        Read the prompts' ends, and wait for what the routers say.
+
+        Parameters
+        ----------
+        prompt : Prompt
+        by_graph : bool
+            Whether the pass may be a CUDA graph, kept for each batch size.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 (B, U, 2) on the CPU.
+        """
+        tokens, lengths = take_ends(prompt, self.end_tokens)
+        if not by_graph or tokens.ndim != 2 or min(lengths) < 2 * self.end_tokens:
+            return self._logits_of(tokens, lengths)(tokens).cpu()
+        with self._lock:
+            state = captured_state(self.decoder, self.routers.values())
+            if any(made_for != state for made_for, _ in self._graphs.values()):
+                self._graphs.clear()
+            if len(tokens) not in self._graphs:
+                self._graphs[len(tokens)] = state, _EndsGraph(self._logits_of(tokens, lengths), tokens)
+            return self._graphs[len(tokens)][1].run(tokens)
+
+    def _logits_of(self, tokens: torch.Tensor, lengths: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Make what gives the logits of ends of these lengths, with all that is not the GPU's work done before."""
+        plan = self._plan(tokens, lengths)
+        return lambda ends: self.logits(self._run(ends, *plan))
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._graphs.clear()
+
+
+class _EndsGraph:
+    """The pass over the ends of so many long prompts, and the routers, as one CUDA graph."""
+
+    @torch.inference_mode(False)  # what is made here is written to in any mode later
+    def __init__(self, logits_of: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor):
+        self.tokens = tokens.clone()
+        with kernels.on_device(tokens), torch.no_grad():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    logits_of(self.tokens)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads may use the GPU meanwhile.
+            with capturing(), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits_BU2 = logits_of(self.tokens)
+
+    def run(self, tokens: torch.Tensor) -> torch.Tensor:
+        with kernels.on_device(tokens):
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            return self.logits_BU2.cpu()
