@@ -1,4 +1,4 @@
-"""Routes by the prompt's two ends: what a stock model and the routers say of them, whatever prompt and call they are in."""
+"""Routes by the prompt's two ends: what a stock model and the routers say of them, in whatever call the prompt comes."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ ENDS = FluxConfig(sink=4, window=9, pool_size=6, decide="ends", end_tokens=E)
 
 
 def expected_logits(model, routers, prompt):
-    """What routers say of a prompt's ends: the stock model runs over them, its query modules' outputs are pooled here."""
+    """What routers say of a prompt's ends: the stock model runs over them, and its queries are pooled here."""
     ends = prompt if len(prompt) <= 2 * E else torch.cat([prompt[:E], prompt[-E:]])
     decoder, outputs = find_decoder(model), {}
     attentions = full_attention_layers(model, decoder)
