@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from flux_attention import kv_bytes
-from flux_attention.evaluation.results import write_results
+from flux_attention.results import write_results
 from flux_attention.shipped import load_shipped
 
 

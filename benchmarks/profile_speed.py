@@ -13,8 +13,8 @@ from speed.model import ENGINES, random_cache, random_model
 from speed.timing import measure
 from torch.profiler import ProfilerActivity, profile
 
-from flux_attention.evaluation.results import write_results
 from flux_attention.hf.generation.step import decode_step
+from flux_attention.results import write_results
 from flux_attention.sizes import SHAPES
 
 #: Kinds of kernels, by the first pattern that their name contains.

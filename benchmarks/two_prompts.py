@@ -9,7 +9,7 @@ import inspect
 from pathlib import Path
 
 from flux_attention import kv_bytes
-from flux_attention.evaluation.results import write_results
+from flux_attention.results import write_results
 from flux_attention.shipped import load_shipped
 
 TOKENS = 4000

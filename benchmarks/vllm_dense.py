@@ -74,7 +74,7 @@ def measured(shape, lengths, batches, repeats):
 def main():
     from speed.timing import row
 
-    from flux_attention.evaluation.results import earlier_rows, environment, merged, write_results
+    from flux_attention.results import earlier_rows, environment, merged, write_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

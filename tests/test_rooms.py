@@ -15,7 +15,7 @@ LEVELS = [
     "errors files validation config router",
     "kernels",
     "patterns",
-    "decision routes adapters names sizes",
+    "decision routes adapters names sizes results",
     "hf | serving",
     "tasks calibration",
     "training | evaluation",

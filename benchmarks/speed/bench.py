@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_attention.evaluation.results import earlier_rows, merged, write_results
+from flux_attention.results import earlier_rows, merged, write_results
 from flux_attention.sizes import SHAPES
 from speed import attention, model, timing
 

@@ -22,7 +22,7 @@ import torch
 
 from flux_attention.evaluation.quality import row_key
 from flux_attention.evaluation.report import write_report
-from flux_attention.evaluation.results import write_results
+from flux_attention.results import write_results
 from flux_attention.tasks.text import local_texts
 from flux_attention.training import Recipe
 

@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flux_attention.calibration.run import calibrate as calibrate
     from flux_attention.config import FluxConfig as FluxConfig
     from flux_attention.errors import AdapterError as AdapterError
+    from flux_attention.errors import CalibrationError as CalibrationError
     from flux_attention.errors import FluxConfigError as FluxConfigError
     from flux_attention.errors import UnsupportedModelError as UnsupportedModelError
     from flux_attention.hf.attach import attach as attach
@@ -22,12 +24,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "errors",
+    "CalibrationError": "errors",
     "FluxConfig": "config",
     "FluxConfigError": "errors",
     "Routes": "routes",
     "Routing": "hf.handle",
     "UnsupportedModelError": "errors",
     "attach": "hf.attach",
+    "calibrate": "calibration.run",
     "kv_bytes": "hf.cache.size",
 }
 __all__ = list(_HOMES)

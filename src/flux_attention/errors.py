@@ -19,3 +19,7 @@ class RecipeError(ValueError):
 
 class DataError(ValueError):
     """Refuses data that cannot be trained on."""
+
+
+class CalibrationError(ValueError):
+    """Refuses samples, or a model on them, that cannot tell which layers need full attention."""

@@ -11,7 +11,7 @@ from helpers.shipped import SPARSE
 
 from flux_attention import FluxConfig, attach
 from flux_attention.evaluation import quality
-from flux_attention.evaluation.quality import Evaluation, best_layers, greedy_layers, random_routes
+from flux_attention.evaluation.quality import Evaluation, best_layers, random_routes
 from flux_attention.shipped import load_shipped
 from flux_attention.tasks.scoring import evaluate
 
@@ -31,20 +31,6 @@ def make(setting, **changes):
     values = dict(families=["single_needle", "plain"], lengths=[LENGTH], samples=3, calibration=1)
     model, tokenizer, haystack, adapter = setting
     return Evaluation(model, tokenizer, [adapter], haystack, **{**values, **changes})
-
-
-def test_greedy_layers_take_what_lowers_the_loss_most():
-    worth = {3: 5.0, 5: 1.0, 8: 2.0, 9: 0.1}
-    asked = []
-
-    def loss(chosen):
-        asked.append(chosen)
-        return -sum(worth[layer] for layer in chosen) - 3.0 * ({5, 9} <= set(chosen))
-
-    assert greedy_layers(loss, list(worth), 2) == [3, 8]
-    assert len(asked) == 4 + 3
-    assert greedy_layers(loss, list(worth), 0) == []
-    assert greedy_layers(loss, list(worth), 4) == [3, 5, 8, 9]
 
 
 def test_best_layers_are_the_best_of_all_sets():

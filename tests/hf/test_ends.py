@@ -1,4 +1,4 @@
-"""Routes by the prompt's two ends: what a stock model and the routers say of them, in whatever call the prompt comes."""
+"""Routes by the prompt's two ends: what a stock model and the routers say of them, in whatever call a prompt comes."""
 
 import pytest
 import torch

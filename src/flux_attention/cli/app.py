@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from flux_attention.cli.bench import bench
+from flux_attention.cli.calibrate import calibrate
 from flux_attention.cli.console import UserError, err
 from flux_attention.cli.demo import demo
 from flux_attention.cli.evaluate import evaluate
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Full or sparse attention, decided per input and layer, for frozen Hugging Face language models.",
 )
-for command in (inspect, generate, info, bench, train):
+for command in (inspect, generate, info, bench, calibrate, train):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command()(demo)

@@ -14,8 +14,8 @@ def info(as_json: Json = False):
     import torch
 
     import flux_attention
-    from flux_attention.evaluation.results import environment
     from flux_attention.kernels import has_triton
+    from flux_attention.results import environment
 
     env = environment()
     facts = {

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +33,11 @@ from typing import Any
 
 import torch
 
+from flux_attention.calibration.calibrator import greedy_order
 from flux_attention.evaluation.methods import DEFAULT_METHODS, EXHAUSTIVE, METHODS, check_adapters, check_lengths
-from flux_attention.evaluation.results import environment, write_results
 from flux_attention.hf.attach import attach
 from flux_attention.hf.support import check_head, max_positions
+from flux_attention.results import begun_rows, write_results
 from flux_attention.routes import unit_name
 from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.samples import Haystack, Sample, make_sample
@@ -46,30 +46,6 @@ from flux_attention.validation import check_known
 
 #: Calibration samples start from this seed, the report's from 0.
 CALIBRATION_SEED = 10_000_000
-
-
-def greedy_layers(
-    loss: Callable[[list[int]], float], layers: Sequence[int], count: int, tell: Callable[[str], None] = lambda _: None
-) -> list[int]:
-    """
-    Choose ``count`` layers to run full: from all sparse, the one that lowers the loss most is added, again and again.
-
-    Parameters
-    ----------
-    loss : callable
-        Of a list of full layers; called about ``count`` × layers times.
-    tell : callable
-        Told how far the search is.
-    """
-    chosen: list[int] = []
-    while len(chosen) < count:
-        losses = {}
-        for layer in layers:
-            if layer not in chosen:
-                tell(f"static layers: {len(chosen) + 1} of {count}")
-                losses[layer] = loss([*chosen, layer])
-        chosen.append(min(losses, key=losses.__getitem__))
-    return sorted(chosen)
 
 
 def best_layers(
@@ -307,11 +283,12 @@ class Evaluation(AdapterEvaluation):
         calibration = self._calibration(length)
 
         def loss(chosen: list[int]) -> float:
+            tell(f"static layers: {len(chosen)} of {count}")
             return fmean(
                 fmean(evaluate(self.model, samples, routing, self.batch_size, chosen).nats) for samples in calibration
             )
 
-        return greedy_layers(loss, routing.layers, count, tell)
+        return sorted(greedy_order(loss, routing.layers, count))
 
     def static_heads(self, routing, length: int, count: int, tell: Callable[[str], None]) -> torch.Tensor:
         """Choose ``count`` full heads for every input, which routers like best on calibration samples: bool (U,)."""
@@ -371,21 +348,8 @@ def run(
         If the folder holds results of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, settings, done = folder / "quality.json", evaluation.settings, []
-    if path.exists() and not restart:
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): use another folder, or --restart") from None
-        changed = sorted(key for key in settings if before["meta"].get("settings", {}).get(key) != settings[key])
-        if changed:
-            raise ValueError(
-                f"{path} holds results of other settings ({', '.join(changed)}): use another folder, or --restart"
-            )
-        commit = before["meta"].get("commit")
-        if commit != environment()["commit"]:  # the file's will be this one
-            before["rows"] = [{"commit": commit, **row} for row in before["rows"]]
-        done = before["rows"]
+    path, settings = folder / "quality.json", evaluation.settings
+    done = [] if restart else begun_rows(path, settings)
     rows: list[dict[str, Any]] = []
     for row in evaluation.rows(done, tell):
         rows.append(row)

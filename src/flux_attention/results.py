@@ -57,6 +57,32 @@ def earlier_rows(path: str | Path) -> list[dict[str, Any]]:
     return before["rows"]
 
 
+def begun_rows(path: str | Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    Read the rows that a run with these settings has left, if any; those of another commit name it.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or holds results of other settings.
+    """
+    try:
+        before = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): use another folder, or --restart") from None
+    changed = sorted(key for key in settings if before["meta"].get("settings", {}).get(key) != settings[key])
+    if changed:
+        raise ValueError(
+            f"{path} holds results of other settings ({', '.join(changed)}): use another folder, or --restart"
+        )
+    commit = before["meta"].get("commit")
+    if commit != environment()["commit"]:  # the file's will be this one
+        return [{"commit": commit, **row} for row in before["rows"]]
+    return before["rows"]
+
+
 def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put ``rows`` behind those of ``before`` that were not measured again, against whatever baseline."""
 

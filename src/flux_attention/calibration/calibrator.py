@@ -1,0 +1,256 @@
+"""Ranks layers by what making one sparse does to the loss of answers, and judges how many can be.
+
+A fixed set for any budget is the first layers of the ranking. Sets are judged on other samples, by the loss and by what
+the model generates, as the loss alone misleads: the largest budget that loses neither is the default. Published for
+static hybrids as selection by negative log-likelihood (arXiv 2606.27791).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from flux_attention.calibration.samples import CalibrationSet
+from flux_attention.errors import CalibrationError
+from flux_attention.hf.handle import Routing
+from flux_attention.results import begun_rows, write_results
+from flux_attention.tasks.generation import generate_answers
+from flux_attention.tasks.metrics import score_answer
+from flux_attention.tasks.scoring import evaluate
+
+#: Shares of sparse layers that are judged.
+BUDGETS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+#: Nats a token by which no family's loss may rise at the default budget.
+TOLERANCE = 0.05
+#: By how much the mean score of generated answers may be below that of dense there.
+MAX_LOST = 0.02
+#: The least mean score of dense answers, by metric, at which a family's answers tell anything.
+MIN_DENSE = {"match": 0.5, "rouge-l": 0.1, "edit": 0.1}
+#: Files in the output folder, besides the adapter's.
+ROWS_FILE, PLOT_FILE = "calibration.json", "calibration.svg"
+
+#: Told what is being done, how many parts of it are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+def greedy_order(loss: Callable[[list[int]], float], layers: Sequence[int], count: int) -> list[int]:
+    """
+    Order ``count`` layers to run full: from all sparse, the one that lowers the loss most is added, again and again.
+
+    Parameters
+    ----------
+    loss : callable
+        Of a list of full layers; called about ``count`` × layers times.
+    """
+    chosen: list[int] = []
+    while len(chosen) < count:
+        losses = {layer: loss([*chosen, layer]) for layer in layers if layer not in chosen}
+        chosen.append(min(losses, key=losses.__getitem__))
+    return chosen
+
+
+class Calibrator:
+    """
+    Ranks a model's layers and judges budgets; every figure is kept as it is measured.
+
+    Parameters
+    ----------
+    routing : Routing
+        Of a model with fresh routers.
+    tokenizer
+        The model's.
+    samples : CalibrationSet
+    batch_size : int
+        Samples a forward.
+    folder : Path, optional
+        Keeps figures in ``calibration.json``, and has those of a run that stopped.
+    restart : bool
+        Measure all anew.
+    progress : callable
+    """
+
+    def __init__(
+        self,
+        routing: Routing,
+        tokenizer,
+        samples: CalibrationSet,
+        batch_size: int = 1,
+        folder: Path | None = None,
+        restart: bool = False,
+        progress: Progress = lambda what, done, total: None,
+    ):
+        self.routing, self.tokenizer, self.samples = routing, tokenizer, samples
+        self.batch_size, self.folder, self.progress = batch_size, folder, progress
+        self.rows: list[dict[str, Any]] = []
+        if folder is not None and not restart:
+            self.rows = begun_rows(folder / ROWS_FILE, self.settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Facts that the rows depend on."""
+        model, config = self.routing.model, self.routing.config
+        return {
+            "model": config.base_model.name,
+            "sample": config.base_model.sample and list(config.base_model.sample),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "sparse": config.sparse,
+            "full": config.full,
+            **self.samples.settings,
+        }
+
+    def _find(self, **facts: Any) -> dict[str, Any] | None:
+        return next((row for row in self.rows if all(row.get(key) == value for key, value in facts.items())), None)
+
+    def _add(self, **row: Any) -> dict[str, Any]:
+        self.rows.append(row)
+        if self.folder is not None:
+            write_results(self.folder / ROWS_FILE, self.rows, settings=self.settings)
+        return row
+
+    def _ranked_loss(self, full: list[int]) -> float:
+        """Return the mean over families of the ranked samples' loss with these layers full."""
+        facts = dict(phase="rank", full_layers=sorted(full))
+        row = self._find(**facts)
+        if row is None:
+            nats: dict[str, list[float]] = {}
+            scores = evaluate(self.routing.model, self.samples.ranked, self.routing, self.batch_size, full)
+            for sample, loss in zip(self.samples.ranked, scores.nats, strict=True):
+                nats.setdefault(sample.family, []).append(loss)
+            families = {family: round(fmean(losses), 6) for family, losses in nats.items()}
+            row = self._add(**facts, nats=fmean(families.values()), families=families, n=len(self.samples.ranked))
+        return row["nats"]
+
+    def rank(self, greedy: bool = False) -> tuple[int, ...]:
+        """
+        Order the routed layers, the one that needs full attention most first.
+
+        Parameters
+        ----------
+        greedy : bool
+            Choose the first half by greedy addition instead, which takes about 3/8 × layers² evaluations more.
+        """
+        layers = self.routing.layers
+        losses = {}
+        for done, layer in enumerate(layers):
+            self.progress("ranking layers", done, len(layers))
+            losses[layer] = self._ranked_loss([other for other in layers if other != layer])
+        self.progress("ranking layers", len(layers), len(layers))
+        ranking = sorted(layers, key=losses.__getitem__, reverse=True)
+        if not greedy:
+            return tuple(ranking)
+        half = len(layers) // 2
+        total, done = sum(len(layers) - chosen for chosen in range(half)), 0
+
+        def loss(full: list[int]) -> float:
+            nonlocal done
+            self.progress("adding layers greedily", done, total)
+            done += 1
+            return self._ranked_loss(full)
+
+        first = greedy_order(loss, ranking, half)
+        return (*first, *(layer for layer in ranking if layer not in first))
+
+    def judge(self, ranking: tuple[int, ...]) -> list[dict[str, Any]]:
+        """
+        Measure held-out loss and generated answers at each budget.
+
+        Raises
+        ------
+        CalibrationError
+            If the model, all full, answers no family well enough to tell what sparse layers lose.
+        """
+        counts = dict.fromkeys(len(ranking) - round(budget * len(ranking)) for budget in BUDGETS)
+        total = len(counts) * len(self.samples.judged)
+        rows: list[dict[str, Any]] = []
+        for count in counts:
+            for family in self.samples.judged:
+                self.progress("judging budgets", len(rows), total)
+                rows.append(self._judged(family, sorted(ranking[:count]), len(ranking)))
+            if count == len(ranking):
+                self._check_dense(rows)
+        self.progress("judging budgets", total, total)
+        return rows
+
+    def _judged(self, family: str, full: list[int], layers: int) -> dict[str, Any]:
+        facts = dict(phase="judge", task=family, full_layers=full)
+        row = self._find(**facts)
+        if row is not None:
+            return row
+        model, samples = self.routing.model, self.samples.judged[family]
+        nats = evaluate(model, samples, self.routing, self.batch_size, full).nats
+        question, scores = samples[0].question, None
+        metric = "perplexity" if question is None else question.metric
+        if metric in MIN_DENSE:
+            texts = generate_answers(
+                model, self.tokenizer, samples, self.batch_size, routes=full, routing=self.routing
+            ).texts
+            scores = [score_answer(sample.question, text) for sample, text in zip(samples, texts, strict=True)]
+        return self._add(
+            **facts,
+            task_class=family if question is None else question.task_class,
+            metric=metric,
+            method="dense" if len(full) == layers else "static-nll",
+            sparsity=1 - len(full) / layers,
+            nats=round(fmean(nats), 6),
+            accuracy=None if scores is None else round(fmean(scores), 6),
+            n=len(samples),
+        )
+
+    def _check_dense(self, dense: list[dict[str, Any]]) -> None:
+        asked = [row for row in dense if row["accuracy"] is not None]
+        if asked and not answered(dense):
+            raise CalibrationError(
+                "this model answers none of the families well enough, all layers full, to tell what sparse ones lose: "
+                + ", ".join(f"{row['task']} {row['accuracy']:.2f}" for row in asked)
+                + "; try shorter samples, or records that it can answer"
+            )
+
+
+def answered(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the families whose generated answers tell something: the model gives them, all layers full."""
+    return [
+        row["task"]
+        for row in rows
+        if row["method"] == "dense" and row["accuracy"] is not None and row["accuracy"] >= MIN_DENSE[row["metric"]]
+    ]
+
+
+def judged_rows(folder: Path, ranking: Sequence[int]) -> list[dict[str, Any]]:
+    """Read what ``Calibrator.judge`` measured of a ranking into a folder."""
+    sets = [sorted(ranking[:count]) for count in range(len(ranking) + 1)]
+    rows = json.loads((folder / ROWS_FILE).read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if row["phase"] == "judge" and row["full_layers"] in sets]
+
+
+def choose_budget(
+    rows: Sequence[Mapping[str, Any]], answered: Sequence[str], tolerance: float = TOLERANCE, max_lost: float = MAX_LOST
+) -> float:
+    """
+    Choose the largest budget at which nothing is lost.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        ``task``, ``sparsity``, ``nats`` and ``accuracy`` of each family at each budget, 0 included.
+    answered : sequence of str
+        Families whose accuracy counts.
+    tolerance : float
+        Nats a token by which no family's loss may rise above that of budget 0.
+    max_lost : float
+        By how much the mean accuracy may fall below that of budget 0.
+    """
+    at: dict[float, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        at.setdefault(row["sparsity"], {})[row["task"]] = row
+    dense = at[0.0]
+
+    def loses_nothing(found: dict[str, Mapping[str, Any]]) -> bool:
+        if any(found[task]["nats"] - dense[task]["nats"] > tolerance for task in dense):
+            return False
+        lost = [dense[task]["accuracy"] - found[task]["accuracy"] for task in answered]
+        return not lost or fmean(lost) <= max_lost + 1e-9
+
+    return max(sparsity for sparsity, found in at.items() if loses_nothing(found))
