@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from flux_attention.tasks.families import (
     variable_tracking,
 )
 from flux_attention.tasks.words import Words
+
+if TYPE_CHECKING:
+    from flux_attention.tasks.questions import Question
 
 
 class Haystack:
@@ -67,12 +71,15 @@ class Sample:
     answers : list of (int, int)
         Where each answer stands, [start, end) in tokens; its end token (the newline) is included.
     family : str
-        One of ``EVERY_FAMILY``.
+        One of ``EVERY_FAMILY``, or of ``questions.NATURAL``.
+    question : Question, optional
+        What the sample asks in words, where it was made from that.
     """
 
     input_ids: np.ndarray
     answers: list[tuple[int, int]]
     family: str
+    question: Question | None = None
 
     @property
     def prompt_ids(self) -> np.ndarray:

@@ -69,6 +69,31 @@ class Scores:
         return math.exp(fmean(self.nats) - error), math.exp(fmean(self.nats) + error)
 
 
+def pad(
+    rows: Sequence[np.ndarray], device: torch.device, fill: int = 0, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Stack sequences of unequal lengths.
+
+    Returns
+    -------
+    ids, mask : torch.Tensor
+        int64 (B, S), and 1 where tokens are real; no mask where all are.
+    """
+    width = max(map(len, rows))
+    ids, mask = np.full((len(rows), width), fill, np.int64), np.zeros((len(rows), width), np.int64)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, place], mask[index, place] = row, 1
+    real = None if mask.all() else torch.from_numpy(mask).to(device)
+    return torch.from_numpy(ids).to(device), real
+
+
+def rows_of(routes: RouteSpec | None, chosen: Sequence[int]) -> RouteSpec | None:
+    """Return the routes of some samples: of a tensor with a row for each sample these rows, else what is given."""
+    return routes[list(chosen)] if isinstance(routes, torch.Tensor) and routes.ndim == 2 else routes
+
+
 def answer_losses(model, samples: Sequence[Sample], **kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
     Compute the loss of each sample's answer tokens, and whether each is the most likely one.
@@ -78,15 +103,15 @@ def answer_losses(model, samples: Sequence[Sample], **kwargs) -> tuple[list[torc
     model : transformers.PreTrainedModel
         With or without routers; ``kwargs`` go to its decoder.
     samples : sequence of Sample
-        All of the same number of tokens.
+        Of any lengths; shorter ones are padded on the right, behind a mask.
 
     Returns
     -------
     losses, right : list of torch.Tensor
         One 1-D tensor a sample: float32 nats (with gradients where they are enabled), bool.
     """
-    ids = torch.from_numpy(np.stack([sample.input_ids for sample in samples]).astype(np.int64)).to(model.device)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+    ids, mask = pad([sample.input_ids for sample in samples], model.device)
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).last_hidden_state
     losses, right = [], []
     for row, sample in enumerate(samples):
         start, end = sample.answers[-1]
@@ -112,7 +137,7 @@ def evaluate(
     routing : Routing, optional
         The attached routers' handle, if any.
     batch_size : int
-        Samples a forward; samples of one call have the same number of tokens.
+        Samples a forward; they may have unequal lengths.
     routes : str, float, sequence of int, or torch.Tensor, optional
         What ``routing.force`` takes, a tensor with a row for each sample included; default: what is in force.
     """
@@ -120,7 +145,7 @@ def evaluate(
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
         lengths = {} if routing is None else {"prompt_lengths": [len(sample.prompt_ids) for sample in batch]}
-        some = routes[first : first + len(batch)] if isinstance(routes, torch.Tensor) and routes.ndim == 2 else routes
+        some = rows_of(routes, range(first, first + len(batch)))
         with nullcontext() if some is None else routing.force(some):
             losses, right = answer_losses(model, batch, **lengths)
         scores.nats += [loss.mean().item() for loss in losses]

@@ -27,6 +27,22 @@ def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
     return int.from_bytes(digest[:4], "big") < fraction * 2**32
 
 
+#: What natural questions are made from: routers learn by the first, layers are ranked by the second.
+SPLITS = ("train", "calibration", "test")
+
+
+def split_of(name: str, fraction: float = HELD_OUT_FRACTION) -> str:
+    """Name the one of ``SPLITS`` that ``name`` belongs to: "test" is the held-out one, "calibration" is as large."""
+    if is_held_out(name, fraction):
+        return "test"
+    return "calibration" if is_held_out(name, 2 * fraction) else "train"
+
+
+def belongs(name: str, split: bool | str, fraction: float = HELD_OUT_FRACTION) -> bool:
+    """Whether ``name`` is of one of ``SPLITS``; or whether it is held out (True), or not (False)."""
+    return (is_held_out(name, fraction) if isinstance(split, bool) else split_of(name, fraction)) == split
+
+
 def iter_files(roots: list[Path], held_out: bool) -> Iterator[Path]:
     """Yield the text files of one split below ``roots``, sorted by path."""
     for root in roots:

@@ -1,13 +1,13 @@
 """Draws names and values for the generated tasks; each list is cut into a training and a held-out part.
 
-Every word is one token of the shipped model's tokenizer (with the space before it).
+Every word of the first four lists is one token of the shipped model's tokenizer (with the space before it).
 """
 
 from __future__ import annotations
 
 import random
 
-from flux_attention.tasks.text import is_held_out
+from flux_attention.tasks.text import belongs
 
 ADJECTIVES = """
 amber ancient arctic bitter blazing bold brass brave bright bronze calm carved clever coral cosmic crimson crystal
@@ -47,9 +47,21 @@ Stockholm Sydney Tallinn Tampa Tokyo Toronto Tunis Turin Utrecht Venice Vienna V
 """.split()
 
 
-def split_words(words: list[str], held_out: bool, fraction: float = 0.25) -> list[str]:
-    """Return the part of ``words`` that belongs to the training split, or to the held-out one."""
-    return [word for word in words if is_held_out(word, fraction) == held_out]
+GOODS = """
+apples bags balloons blankets books bottles bowls boxes bricks brushes buttons cakes candles cards carrots chairs coins
+cookies crayons cups curtains dolls eggs envelopes erasers flags flowers forks gloves grapes hats jars keys lamps leaves
+lemons magnets marbles mugs mushrooms nails notebooks onions oranges paintings pancakes pears pencils pillows plants
+plates posters potatoes ribbons rings ropes sandwiches scarves seeds shells shirts shoes socks spoons stamps stickers
+stones stools tickets tiles tomatoes towels toys umbrellas vases
+""".split()
+
+#: Lists of which only natural questions draw.
+MORE = {"goods": GOODS}
+
+
+def split_words(words: list[str], split: bool | str, fraction: float = 0.25) -> list[str]:
+    """Return the part of ``words`` that belongs to a split, as ``text.belongs`` takes it."""
+    return [word for word in words if belongs(word, split, fraction)]
 
 
 class Words:
@@ -63,8 +75,9 @@ class Words:
     ----------
     rng : random.Random
         Source of randomness.
-    held_out : bool
-        Which part of every word list, and which five-digit codes, to draw from.
+    held_out : bool or str
+        Which part of every word list, and which five-digit codes, to draw from: the held-out one or the others, or one
+        of ``text.SPLITS``.
 
     Raises
     ------
@@ -72,7 +85,7 @@ class Words:
         When a list is used up; the sample is then as dense as the vocabulary allows.
     """
 
-    def __init__(self, rng: random.Random, held_out: bool = False):
+    def __init__(self, rng: random.Random, held_out: bool | str = False):
         self.rng, self.held_out = rng, held_out
         self.pools = {
             name: rng.sample(words, len(words))
@@ -85,7 +98,10 @@ class Words:
         self.taken: set[str] = set()
 
     def draw(self, kind: str) -> str:
-        """Draw a person or a city that was not drawn yet."""
+        """Draw a person, a city or what else has a list, that was not drawn yet."""
+        if kind not in self.pools:
+            words = split_words(MORE[kind], self.held_out)
+            self.pools[kind] = self.rng.sample(words, len(words))
         return self.pools[kind].pop()
 
     def key(self) -> str:
@@ -102,7 +118,7 @@ class Words:
         """Draw a code of five digits."""
         while True:
             code = f"{self.rng.randrange(100_000):05d}"
-            if is_held_out(code, 0.2) == self.held_out:
+            if belongs(code, self.held_out, 0.2):
                 return code
 
     def distinct(self) -> list[str]:

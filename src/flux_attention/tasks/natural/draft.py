@@ -1,0 +1,103 @@
+"""A draft is a question whose context can still be made longer or shorter, until its prompt has the length wanted."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+#: Makes a context of about so many characters, of which only what the question needs may be more.
+Context = Callable[[int], str]
+#: A sentence ends, and the next begins.
+SENTENCE = re.compile(r"(?<=[.!?]) (?=[A-Z])")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """
+    Holds a question before its context has its length.
+
+    Attributes
+    ----------
+    context : callable
+        Makes the context, of about so many characters; the same for the same number.
+    question, answer, expected
+        As in ``Question``.
+    """
+
+    context: Context
+    question: str
+    answer: str
+    expected: tuple[str, ...]
+
+
+def cut(text: str, chars: int) -> str:
+    """Cut ``text`` behind its last whole word within ``chars`` characters."""
+    if len(text) <= chars:
+        return text
+    return text[: max(0, text.rfind(" ", 0, max(0, chars) + 1))]
+
+
+def fill(pieces: Iterable[str], chars: int, whole: bool = False) -> list[str]:
+    """Take pieces up to ``chars`` characters; the last one is cut to fit, or left out where pieces stay ``whole``."""
+    taken = []
+    for piece in pieces:
+        if chars <= 0:
+            break
+        kept = piece if len(piece) <= chars else "" if whole else cut(piece, chars).rstrip()
+        if kept:
+            taken.append(kept if kept == piece else f"{kept}\n\n" if piece.endswith("\n") else f"{kept} ")
+        chars -= len(piece)
+    return taken
+
+
+def sentences(paragraphs: Iterable[str]) -> list[str]:
+    """Cut paragraphs into sentences, each with the space or empty line behind it."""
+    found = []
+    for paragraph in paragraphs:
+        *inner, last = SENTENCE.split(paragraph)
+        found += [f"{sentence} " for sentence in inner]
+        found.append(f"{last}\n\n")
+    return found
+
+
+def hidden(
+    facts: Sequence[str], filler: Sequence[str], rng: random.Random, opening: str = "", whole: bool = False
+) -> Context:
+    """
+    Hide ``facts``, in their order, at random places between pieces of ``filler``.
+
+    Parameters
+    ----------
+    facts, filler : sequence of str
+        Each with the white space behind it.
+    opening : str
+        What stands before it all.
+    whole : bool
+        Whether pieces of the filler are used whole or not at all.
+    """
+    places = sorted(rng.random() for _ in facts)
+
+    def context(chars: int) -> str:
+        pieces = fill(filler, chars - len(opening) - sum(map(len, facts)), whole)
+        parts, at = [opening], 0
+        for place, fact in zip(places, facts, strict=True):
+            end = int(place * (len(pieces) + 1))
+            parts += [*pieces[at:end], fact]
+            at = end
+        return "".join([*parts, *pieces[at:]]).strip()
+
+    return context
+
+
+def tail(text: str, closing: str, at: str = "\n") -> Context:
+    """Keep the end of ``text``, from a line on, and ``closing`` behind it."""
+
+    def context(chars: int) -> str:
+        start = max(0, len(text) + len(closing) - chars)
+        if start:
+            start = text.find(at, start) + len(at) or len(text)
+        return text[start:] + closing
+
+    return context
