@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_attention import UnsupportedModelError
-from flux_attention.decision import Forced, Routed, Soft, Static, parse_routes, read_spec
+from flux_attention.decision import Forced, Routed, Soft, Static
 from flux_attention.router import LayerRouter, Pooling
+from flux_attention.routes import parse_routes, read_spec
 
 LAYERS = (0, 2, 4, 6)
 HEADS = ((1, 0), (1, 1), (5, 0))

@@ -20,7 +20,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from flux_attention.config import FluxConfig
-from flux_attention.decision import parse_routes
 from flux_attention.hf.attach import attach
 from flux_attention.hf.cache.layer import RoutedLayer
 from flux_attention.hf.cache.size import kv_bytes
@@ -29,6 +28,7 @@ from flux_attention.hf.generation.step import decode_step
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.layout import BatchLayout
 from flux_attention.patterns import Full
+from flux_attention.routes import parse_routes
 from flux_attention.sizes import SHAPES
 from speed.timing import DTYPE, PATTERN, floor_ms, measure, measure_in_turn, require_gpu, row
 

@@ -17,10 +17,7 @@ import torch
 
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.router import LayerRouter, Pooling, hard_route, soft_route
-from flux_attention.routes import Unit, unit_name
-
-#: What ``Routing.force`` takes.
-RouteSpec = str | float | Sequence[int] | torch.Tensor
+from flux_attention.routes import Unit, parse_routes, unit_name
 
 
 @dataclass(frozen=True)
@@ -403,82 +400,3 @@ class Soft(_ByRouters):
         gates_BU = torch.stack([gate.cpu() for gate in gates], dim=1)
         self._gates = {}  # whose graph holds the checkpoints, which hold the forward pass that asks this decision
         return Decided(gates_BU.detach() > 0.5, self._all_logits(), gates_BU)
-
-
-# --- What is forced ---------------------------------------------------------------------------------------------------
-
-
-def read_spec(text: str, separator: str = ",") -> RouteSpec:
-    """
-    Read a ``RouteSpec`` from text: ``full``, ``sparse``, a ratio such as 0.75, or layers such as 3,7.
-
-    Raises
-    ------
-    ValueError
-        If it is none of these.
-    """
-    if text in ("full", "sparse"):
-        return text
-    try:
-        return float(text) if "." in text else [int(layer) for layer in text.split(separator)]
-    except ValueError:
-        raise ValueError(
-            f"cannot force {text!r}; expected full, sparse, a ratio such as 0.75, or layers such as 3{separator}7"
-        ) from None
-
-
-def parse_routes(spec: RouteSpec, batch: int, layers: Sequence[Unit]) -> torch.Tensor:
-    """
-    Write out the routes that ``spec`` asks for.
-
-    Parameters
-    ----------
-    spec : str, float, sequence of int, or torch.Tensor
-        ``"full"`` or ``"sparse"`` for every layer; a ratio Ω_MSR in [0, 1] (the full layers are spread evenly
-        over the depth); the model's indices of the layers that run full; or a tensor of (L,) or (B, L), nonzero
-        = full.
-    batch : int
-        Sequences.
-    layers : sequence of int
-        The model's indices of the routed layers.
-
-    Returns
-    -------
-    torch.Tensor
-        bool ``routes_BL``.
-
-    Raises
-    ------
-    ValueError
-        For anything else, with what was expected.
-    """
-    count = len(layers)
-    routes = torch.zeros(batch, count, dtype=torch.bool, device="cpu")
-    if isinstance(spec, torch.Tensor):
-        rows = {1: 1, 2: len(spec)}.get(spec.ndim, 0) if spec.shape[-1:] == (count,) else 0
-        if rows == 0 or batch % rows:
-            raise ValueError(
-                f"forced routes have shape {tuple(spec.shape)}, expected ({count},) or ({batch}, {count}): "
-                "(routed layers,) or (batch, routed layers)"
-            )
-        # generate() repeats each sequence for beams and num_return_sequences.
-        return (spec.detach().cpu() != 0).view(rows, count).repeat_interleave(batch // rows, dim=0)
-    if isinstance(spec, str):
-        if spec not in ("full", "sparse"):
-            raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")
-        return routes.fill_(spec == "full")
-    if isinstance(spec, (int, float)) and not isinstance(spec, bool):
-        if not 0 <= spec <= 1:
-            raise ValueError(f"cannot force the ratio {spec}; Ω_MSR, the share of sparse layers, is between 0 and 1")
-        full = count - round(spec * count)
-        routes[:, [int((index + 0.5) * count / full) for index in range(full)]] = True
-        return routes
-    if isinstance(spec, Sequence):
-        if any(isinstance(layer, bool) for layer in spec) or len(set(spec)) < len(spec):
-            raise ValueError(f"cannot force {spec!r}: a list names each full layer once; bits are forced by a tensor")
-        unknown = [layer for layer in spec if layer not in layers]
-        if unknown:
-            raise ValueError(f"cannot force layers {unknown} to full attention; routed layers are {list(layers)}")
-        routes[:, [list(layers).index(layer) for layer in spec]] = True
-        return routes
-    raise ValueError(f"cannot force {spec!r}; expected 'full', 'sparse', a ratio, layer indices or a tensor")

@@ -51,7 +51,7 @@ def read_force(spec: str | None) -> Any:
     """Read what ``Routing.force`` takes."""
     if spec is None:
         return None
-    from flux_attention.decision import read_spec
+    from flux_attention.routes import read_spec
 
     return read_spec(spec)
 

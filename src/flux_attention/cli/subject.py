@@ -54,7 +54,7 @@ class Subject:
         if not self.adapters and not isinstance(force, float):
             return
         from flux_attention.adapters import load_config
-        from flux_attention.decision import parse_routes
+        from flux_attention.routes import parse_routes
 
         layers = [load_config(adapter)[1].base_model.routed_layers for adapter in self.adapters]
         if force is not None:

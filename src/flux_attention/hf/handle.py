@@ -25,12 +25,10 @@ from flux_attention.decision import (
     Forced,
     Routed,
     RoutedBeforehand,
-    RouteSpec,
     Soft,
     SoftBeforehand,
     Static,
     Unit,
-    parse_routes,
 )
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.layer import RoutedLayer
@@ -43,7 +41,7 @@ from flux_attention.hf.inputs import InputReader, Inputs
 from flux_attention.hf.support import QueryShape, tensor_parallel_group
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter, Pooling
-from flux_attention.routes import Routes
+from flux_attention.routes import Routes, RouteSpec, parse_routes
 
 
 @dataclass(frozen=True)

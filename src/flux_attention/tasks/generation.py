@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flux_attention.decision import RouteSpec
+from flux_attention.routes import RouteSpec
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.scoring import pad, rows_of
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flux_attention.decision import RouteSpec
+from flux_attention.routes import RouteSpec
 from flux_attention.tasks.samples import Sample
 
 
