@@ -1,0 +1,197 @@
+"""Ranking layers and judging budgets: against the stock model under masks, interrupted runs, and rows made by hand."""
+
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import ids, tiny_model
+from helpers.oracles import oracle_logits
+
+from flux_attention import CalibrationError, FluxConfig, attach
+from flux_attention.calibration import calibrator
+from flux_attention.calibration.calibrator import Calibrator, answered, choose_budget, greedy_order
+from flux_attention.calibration.samples import CalibrationSet
+from flux_attention.patterns import full_pattern, sparse_pattern
+from flux_attention.tasks.questions import Question
+from flux_attention.tasks.samples import Sample
+
+CONFIG = FluxConfig(sink=4, window=9, pool_size=6)
+LAYERS = 6
+
+
+def model():
+    return tiny_model("llama", num_hidden_layers=LAYERS)
+
+
+def sample(seed, family, metric=None, length=60):
+    question = metric and Question("", "?", "", ("x",), family, metric, f"class of {family}")
+    return Sample(ids(1, length, seed)[0].numpy().astype(np.int32), [(50, length)], family, question or None)
+
+
+def some_samples():
+    ranked = [sample(seed, "first" if seed % 2 else "second") for seed in range(3)]
+    judged = {"first": [sample(10, "first"), sample(11, "first")], "second": [sample(12, "second")]}
+    return CalibrationSet(ranked, judged, dict(length=60))
+
+
+def calibrator_of(model, samples=None, **options):
+    return Calibrator(attach(model, CONFIG), None, samples or some_samples(), **options)
+
+
+def expected_loss(stock, sample, full):
+    """The answer's loss by the stock model, each layer under its pattern's dense mask."""
+    (start, end), tokens = sample.answers[0], torch.from_numpy(sample.input_ids.astype(np.int64))[None]
+    patterns = {True: full_pattern(CONFIG), False: sparse_pattern(CONFIG)}
+    masks = {layer: patterns[layer in full].mask(len(sample.input_ids), start) for layer in range(LAYERS)}
+    logits = oracle_logits(stock, tokens, masks)[0, start - 1 : end - 1]
+    return torch.nn.functional.cross_entropy(logits, tokens[0, start:end]).item()
+
+
+def test_layers_are_ranked_by_what_sparing_them_costs():
+    stock, samples = model(), some_samples()
+    ranking = calibrator_of(model()).rank()
+    losses = {}
+    for layer in range(LAYERS):
+        full = set(range(LAYERS)) - {layer}
+        families = {}
+        for each in samples.ranked:
+            families.setdefault(each.family, []).append(expected_loss(stock, each, full))
+        losses[layer] = fmean(map(fmean, families.values()))
+    assert list(ranking) == sorted(losses, key=losses.__getitem__, reverse=True)
+    assert len(set(ranking)) == LAYERS and list(ranking) != list(range(LAYERS))
+
+
+def test_greedy_refinement_orders_the_first_half():
+    stock, samples = model(), some_samples()
+    routed = calibrator_of(model())
+    plain, ranking = routed.rank(), routed.rank(greedy=True)
+
+    def loss(full):
+        families = {}
+        for each in samples.ranked:
+            families.setdefault(each.family, []).append(expected_loss(stock, each, set(full)))
+        return fmean(map(fmean, families.values()))
+
+    first = greedy_order(loss, list(plain), LAYERS // 2)
+    assert list(ranking) == first + [layer for layer in plain if layer not in first]
+
+
+def test_greedy_order_takes_what_lowers_the_loss_most():
+    worth = {3: 5.0, 5: 1.0, 8: 2.0, 9: 0.1}
+    asked = []
+
+    def loss(chosen):
+        asked.append(chosen)
+        return -sum(worth[layer] for layer in chosen) - 3.0 * ({5, 9} <= set(chosen))
+
+    assert greedy_order(loss, list(worth), 2) == [3, 8]
+    assert len(asked) == 4 + 3
+    assert greedy_order(loss, list(worth), 0) == []
+    assert greedy_order(loss, list(worth), 4) == [3, 8, 5, 9]
+
+
+def test_budgets_are_judged_by_the_loss_of_nested_sets():
+    stock = model()
+    routed = calibrator_of(model())
+    ranking = (4, 1, 0, 5, 3, 2)
+    rows = routed.judge(ranking)
+    sets = {}
+    for row in rows:
+        assert row["full_layers"] == sorted(ranking[: len(row["full_layers"])])
+        assert row["sparsity"] == 1 - len(row["full_layers"]) / LAYERS and row["accuracy"] is None
+        sets.setdefault(len(row["full_layers"]), set()).add(row["task"])
+        judged = routed.samples.judged[row["task"]]
+        losses = [expected_loss(stock, each, set(row["full_layers"])) for each in judged]
+        assert row["nats"] == pytest.approx(fmean(losses), abs=2e-4) and row["n"] == len(losses)
+    assert sets == dict.fromkeys((6, 5, 4, 3, 2, 1, 0), {"first", "second"})
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    whole = calibrator_of(model(), folder=tmp_path / "whole")
+    expected_ranking = whole.rank()
+    expected = whole.judge(expected_ranking)
+    calls, evaluate = [], calibrator.evaluate
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(calibrator, "evaluate", counted)
+
+    def stop_at(what, when):
+        def progress(stage, done, total):
+            if (stage, done) == (what, when):
+                raise Stop
+
+        return progress
+
+    for what, when in (("ranking layers", 4), ("judging budgets", 3), (None, None)):
+        stopped = calibrator_of(model(), folder=tmp_path / "parts", progress=stop_at(what, when))
+        try:
+            ranking = stopped.rank()
+            rows = stopped.judge(ranking)
+        except Stop:
+            continue
+    assert ranking == expected_ranking and rows == expected
+    assert len(calls) == LAYERS + len(expected)
+    calibrator_of(model(), folder=tmp_path / "parts", restart=True).rank()
+    assert len(calls) == 2 * LAYERS + len(expected)
+
+
+def test_figures_of_other_settings_are_not_mixed(tmp_path):
+    calibrator_of(model(), folder=tmp_path).rank()
+    other = CalibrationSet([], {}, dict(length=70))
+    with pytest.raises(ValueError, match=r"holds results of other settings \(length\).*or --restart"):
+        calibrator_of(model(), other, folder=tmp_path)
+
+
+def test_what_dense_does_not_answer_is_refused_by_name(monkeypatch):
+    judged = {name: [sample(20, name, "match")] for name in ("first", "second")}
+    routed = calibrator_of(model(), CalibrationSet([], judged, {}))
+    given = {"first": "x", "second": "no"}
+
+    def generate(model, tokenizer, samples, *arguments, **options):
+        return type("Answers", (), dict(texts=[given[samples[0].family]]))
+
+    monkeypatch.setattr(calibrator, "generate_answers", generate)
+    rows = routed.judge(tuple(range(LAYERS)))
+    assert answered(rows) == ["first"]
+    given["first"] = "neither"
+    routed.rows.clear()
+    with pytest.raises(CalibrationError, match=r"answers none of the families.*first 0.00, second 0.00"):
+        routed.judge(tuple(range(LAYERS)))
+
+
+def rows_of(table):
+    """Rows from {budget: {family: (nats, accuracy)}}."""
+    return [
+        dict(task=task, sparsity=budget, nats=nats, accuracy=accuracy, metric="match",
+             method="static-nll" if budget else "dense")
+        for budget, families in table.items()
+        for task, (nats, accuracy) in families.items()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "table, budget",
+    [
+        # The loss falls while answers are lost.
+        ({0: {"a": (1.0, 1.0)}, 0.5: {"a": (0.99, 0.99)}, 0.75: {"a": (0.9, 0.9)}}, 0.5),
+        # Answers stay while a family's loss rises, be it one that no answers are asked of.
+        ({0: {"a": (1.0, 1.0), "p": (3.0, None)}, 0.5: {"a": (1.0, 1.0), "p": (3.1, None)}}, 0),
+        ({0: {"a": (1.0, 1.0), "p": (3.0, None)}, 0.5: {"a": (1.0, 1.0), "p": (3.04, None)}}, 0.5),
+        # The mean over families counts, and families that dense does not answer do not.
+        ({0: {"a": (1.0, 1.0), "b": (1.0, 0.9)}, 0.5: {"a": (1.0, 0.97), "b": (1.0, 0.92)}}, 0.5),
+        ({0: {"a": (1.0, 1.0), "b": (1.0, 0.3)}, 0.5: {"a": (1.0, 1.0), "b": (1.0, 0.0)}}, 0.5),
+        # A larger budget may be good where a smaller one was not.
+        ({0: {"a": (1.0, 1.0)}, 0.5: {"a": (1.0, 0.9)}, 0.75: {"a": (1.0, 1.0)}}, 0.75),
+    ],
+)
+def test_the_largest_budget_that_loses_nothing_is_chosen(table, budget):
+    rows = rows_of(table)
+    assert choose_budget(rows, answered(rows), tolerance=0.05, max_lost=0.02) == budget

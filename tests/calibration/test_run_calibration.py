@@ -1,0 +1,157 @@
+"""A whole calibration: its adapter, its files, the command line, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from helpers.command import flux
+from helpers.models import ids, tiny_model
+from transformers import AutoModelForCausalLM
+
+from flux_attention import AdapterError, CalibrationError, FluxConfig, attach, calibrate
+from flux_attention.calibration.samples import given_samples
+from flux_attention.tasks.questions import Question
+
+SIZES = dict(sink=8, window=24)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(base, text, tmp_path_factory):
+    """A folder that the command filled, and what it printed."""
+    folder = tmp_path_factory.mktemp("calibrated") / "adapter"
+    options = ["--length", "256", "--samples", "2", "--judged", "2", "--sink", "8", "--window", "24"]
+    result = flux("calibrate", base, "--output", folder, "--text", text, *options)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout, options
+
+
+def test_the_command_writes_an_adapter_and_says_what_it_found(calibrated, base, text):
+    folder, said, options = calibrated
+    config = FluxConfig.from_json(folder / "flux_config.json")
+    assert sorted(config.ranking) == list(config.base_model.routed_layers) and 0 <= config.budget <= 1
+    assert not (folder / "routers.safetensors").exists()
+    full = len(config.full_layers)
+    assert f"default budget {config.budget:g}: {full} of {len(config.ranking)} layers full" in said
+    assert "<svg" in (folder / "calibration.svg").read_text()
+    card = (folder / "README.md").read_text()
+    assert "same" in card and "budget" in card
+    again = flux("calibrate", base, "--output", folder, "--text", text, *options, "--json")
+    found = json.loads(again.stdout)
+    assert tuple(found["ranking"]) == config.ranking and found["budget"] == config.budget
+    assert {point["sparsity"] for point in found["budgets"]} >= {0.0, 1.0}
+
+
+def test_the_adapter_runs_the_same_layers_for_every_input(calibrated, base):
+    folder, _, _ = calibrated
+    model = AutoModelForCausalLM.from_pretrained(base)
+    prompt = ids(2, 80)
+    routing = attach(model, folder, budget=0.34)
+    ranking = routing.config.ranking
+    with torch.no_grad():
+        logits = model(prompt).logits
+        assert routing.routes.to_dict()["sequences"][0]["full_layers"] == sorted(ranking[:2])
+        with routing.force(sorted(ranking[:2])):
+            assert torch.equal(model(prompt).logits, logits)
+        routing.budget = 1.0
+        sparse = model(prompt).logits
+        assert not routing.routes.routes_BL.any() and not torch.allclose(sparse, logits)
+        routing.min_tokens = 81
+        model(prompt)
+        assert routing.routes.routes_BL.all()
+    with pytest.raises(ValueError, match="budget is 1.5, expected a share of sparse layers"):
+        routing.budget = 1.5
+    assert routing.budget == 1.0
+
+
+def test_chunks_are_allowed_and_training_is_not(calibrated, base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    routing = attach(model, calibrated[0], budget=0.67)
+    arguments = dict(attention_mask=torch.ones(1, 80, dtype=torch.long), max_new_tokens=4, do_sample=False)
+    whole = model.generate(ids(1, 80), **arguments)
+    assert torch.equal(model.generate(ids(1, 80), prefill_chunk_size=32, **arguments), whole)
+    with pytest.raises(ValueError, match="fixed set of layers and has no routers to train"), routing.soft(1.0):
+        pass
+
+
+def test_a_budget_is_kept_by_saving(calibrated, base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    attach(model, calibrated[0], budget=0.67).save_pretrained(tmp_path)
+    config = FluxConfig.from_json(tmp_path / "flux_config.json")
+    assert config.budget == 0.67 and config.ranking == FluxConfig.from_json(calibrated[0] / "flux_config.json").ranking
+
+
+def test_saving_a_ranking_over_routers_leaves_no_routers(calibrated, base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    routing = attach(model)
+    routing.save_pretrained(tmp_path)
+    routing.detach()
+    attach(model, calibrated[0]).save_pretrained(tmp_path)
+    assert not (tmp_path / "routers.safetensors").exists()
+
+
+def test_other_models_and_damaged_rankings_are_refused(calibrated, base, tmp_path):
+    other = tiny_model("llama")
+    with pytest.raises(AdapterError, match="the ranking of layers in .* was made for .*model_type is 'llama'"):
+        attach(other, calibrated[0])
+    config = FluxConfig.from_json(calibrated[0] / "flux_config.json")
+    with pytest.raises(AdapterError, match="ranking of layers in here was made for"):
+        attach(other, config)
+    values = config.to_dict()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for change, message in (
+        ({"ranking": [0, 1]}, r"the ranking in .* is \[0, 1\], expected each routed layer"),
+        ({"ranking": [0, 0, 1]}, "expected each routed layer once"),
+        ({"budget": None}, "both or neither"),
+        ({"budget": 2}, "budget is 2, expected a share"),
+        ({"decide": "ends"}, "a ranking is of layers and has no routers"),
+    ):
+        (tmp_path / "flux_config.json").write_text(json.dumps({**values, **change}))
+        with pytest.raises(AdapterError, match=message):
+            attach(model, tmp_path)
+    assert not hasattr(model.get_decoder(), "flux_routing")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--length", "256"], "samples of 256 tokens are too short: sparse layers keep 1152"),
+        (["--length", "64K"], "do not fit into the model's 512 positions"),
+        (["--families", "poems", "--length", "256"], "unknown families ['poems']"),
+        (["--families", "prose", "--text", "x"], "give one of them"),
+        (["--sink", "8", "--window", "24", "--length", "256", "--families", "place"], "answers none of the families"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(base, tmp_path, options, message):
+    result = flux("calibrate", base, "--output", tmp_path / "out", *options, "--judged", "1", "--samples", "1")
+    assert result.returncode == 1 and message in " ".join(result.stderr.split())
+
+
+def test_the_model_is_left_as_it_was_when_calibration_fails(base, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(CalibrationError, match="answers none"):
+        calibrate(model, tokenizer, config=FluxConfig(**SIZES), families=["place"], length=256, samples=1, judged=1)
+    assert not hasattr(model.get_decoder(), "flux_routing")
+
+
+def question(index, family="mine", context="some words " * 20):
+    return Question(context + str(index), "What number?", str(index), (str(index),), family, "match", family)
+
+
+def test_records_are_halved_between_ranking_and_judging(tokenizer):
+    made = given_samples(tokenizer, [question(index, "ab"[index % 2]) for index in range(10)], 256)
+    assert [sample.question.answer for sample in made.ranked] == ["0", "4", "8", "1", "5", "9"]
+    assert {family: [s.question.answer for s in some] for family, some in made.judged.items()} == {
+        "a": ["2", "6"],
+        "b": ["3", "7"],
+    }
+    with pytest.raises(CalibrationError, match=r"\['b'\] have a single record"):
+        given_samples(tokenizer, [question(0), question(1), question(2, "b")], 256)
+    with pytest.raises(CalibrationError, match="record 2 has .* tokens, expected at most 256"):
+        given_samples(tokenizer, [question(0), question(1, context="word " * 400)], 256)
