@@ -26,11 +26,9 @@ PAPER_TOKENS = 300 * 48 * 65_536
 def plain_formula():
     """Compute mixed attention as it is written down, O = z · FA + (1 − z) · SA, with both branches' backward."""
 
-    def mixed(self, gate_B, routes, chosen, query, key, value, scale):
-        (route,) = routes  # of a single sequence
-        gate = gate_B.to(query.dtype).view(1, 1, 1, 1)
-        other = self._by_route([not route], query, key, value, scale)
-        full, sparse = (chosen, other) if route else (other, chosen)
+    def mixed(self, gate_B, chosen, compute_other, dtype):
+        gate = gate_B.to(dtype).view(1, 1, 1, 1)  # of a single sequence
+        full, sparse = (chosen, compute_other()) if gate_B.item() > 0.5 else (compute_other(), chosen)
         return gate * full + (1 - gate) * sparse
 
     return mock.patch.object(ForwardPass, "_mixed", mixed)

@@ -270,7 +270,8 @@ class _ByRouters(Decision):
             return router(self.pooling(query_BSHD))
 
     def _all_logits(self) -> torch.Tensor:
-        return torch.stack([self._logits[unit].cpu() for unit in self.units], dim=1)
+        logits = [self._logits[unit] for unit in self.units]
+        return torch.stack([each.to(logits[0].device) for each in logits], dim=1).cpu()
 
 
 class Routed(_ByRouters):
@@ -363,16 +364,17 @@ class Soft(_ByRouters):
 
     def observe(self, unit: Unit, query_BSHD: torch.Tensor) -> None:
         """See ``Decision.observe``."""
-        if unit in self._routes and not self.finished:
+        if unit in self._gates and not self.finished:
             raise UnsupportedModelError(f"layer {unit_name(unit)} computes its query twice, so it cannot be routed")
         logits = self._read(unit, query_BSHD)
         noise = None if self.noise_BU2 is None else self.noise_BU2[:, self.units.index(unit)]
         gate = soft_route(logits, self.temperature, noise)
         self._logits[unit], self._gates[unit] = logits.detach(), gate
-        self._routes[unit] = (gate.detach() > 0.5).tolist()
 
     def routes(self, unit: Unit) -> list[bool]:
-        """See ``Decision.routes``."""
+        """See ``Decision.routes``; waits for the gates if need be."""
+        if unit not in self._routes:
+            self._routes[unit] = (self._gates[unit].detach() > 0.5).tolist()
         return self._routes[unit]
 
     def gate(self, unit: Unit) -> torch.Tensor:
@@ -397,6 +399,7 @@ class Soft(_ByRouters):
                 "with gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         self.finished = True
-        gates_BU = torch.stack([gate.cpu() for gate in gates], dim=1)
+        gates_BU = torch.stack([gate.to(gates[0].device) for gate in gates], dim=1).cpu()
+        self._routes = dict(zip(self.units, (gates_BU.detach() > 0.5).T.tolist(), strict=True))
         self._gates = {}  # whose graph holds the checkpoints, which hold the forward pass that asks this decision
         return Decided(gates_BU.detach() > 0.5, self._all_logits(), gates_BU)

@@ -104,7 +104,7 @@ def test_budgets_are_judged_by_the_loss_of_nested_sets():
         judged = routed.samples.judged[row["task"]]
         losses = [expected_loss(stock, each, set(row["full_layers"])) for each in judged]
         assert row["nats"] == pytest.approx(fmean(losses), abs=2e-4) and row["n"] == len(losses)
-    assert sets == dict.fromkeys((6, 5, 4, 3, 2, 1, 0), {"first", "second"})
+    assert sets == {count: {"first", "second"} for count in (6, 5, 4, 3, 2, 1, 0)}
 
 
 class Stop(BaseException):

@@ -65,7 +65,7 @@ def test_the_adapter_runs_the_same_layers_for_every_input(calibrated, base):
         routing.min_tokens = 81
         model(prompt)
         assert routing.routes.routes_BL.all()
-    with pytest.raises(ValueError, match="budget is 1.5, expected a share of sparse layers"):
+    with pytest.raises(ValueError, match=r"budget is 1\.5, expected a share of sparse layers"):
         routing.budget = 1.5
     assert routing.budget == 1.0
 
@@ -98,7 +98,7 @@ def test_saving_a_ranking_over_routers_leaves_no_routers(calibrated, base, tmp_p
 
 def test_other_models_and_damaged_rankings_are_refused(calibrated, base, tmp_path):
     other = tiny_model("llama")
-    with pytest.raises(AdapterError, match="the ranking of layers in .* was made for .*model_type is 'llama'"):
+    with pytest.raises(AdapterError, match=r"the ranking of layers in .* was made for .*model_type is 'llama'"):
         attach(other, calibrated[0])
     config = FluxConfig.from_json(calibrated[0] / "flux_config.json")
     with pytest.raises(AdapterError, match="ranking of layers in here was made for"):
@@ -153,5 +153,5 @@ def test_records_are_halved_between_ranking_and_judging(tokenizer):
     }
     with pytest.raises(CalibrationError, match=r"\['b'\] have a single record"):
         given_samples(tokenizer, [question(0), question(1), question(2, "b")], 256)
-    with pytest.raises(CalibrationError, match="record 2 has .* tokens, expected at most 256"):
+    with pytest.raises(CalibrationError, match=r"record 2 has .* tokens, expected at most 256"):
         given_samples(tokenizer, [question(0), question(1, context="word " * 400)], 256)

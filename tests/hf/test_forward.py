@@ -122,17 +122,17 @@ def test_gradients_of_packed_sequences_are_those_of_each_alone(config):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gates_gradient_is_summed_over_many_tokens_without_loss(dtype, monkeypatch):
+def test_the_gates_gradient_is_summed_over_many_tokens_without_loss(dtype):
     """⟨∂L/∂O, FA − SA⟩ of thousands of tokens, which a sum in bfloat16 would stop counting at 256 times one's."""
     lengths = [5000, 300]
     routing = attach(tiny_model("qwen3"), CONFIG)
-    inputs = Inputs(BatchLayout.packed(lengths), lengths, {})
+    layout = BatchLayout.packed(lengths)
+    inputs = Inputs(layout, lengths, {}, Prompt(torch.zeros(1, sum(lengths)), layout, lengths))
     forward = ForwardPass(inputs, None, (0,), {}, routing.sparse, routing.full)
     full = torch.ones(1, 4, sum(lengths), 16, dtype=dtype)
     gate = torch.tensor([1.0, 0.0], requires_grad=True)
-    monkeypatch.setattr(forward, "_by_route", lambda routes, *a: torch.zeros_like(full))
     chosen = torch.where((torch.arange(sum(lengths)) < 5000)[:, None], full, 3 * full)  # FA − SA is 1, then −3
-    forward._mixed(gate, [True, False], chosen, full, None, None, 1.0).sum().backward()
+    forward._mixed(gate, chosen, lambda: torch.zeros_like(full), dtype).sum().backward()
     assert gate.grad.tolist() == [5000 * 64, -3 * 300 * 64]
 
 

@@ -10,11 +10,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flux_attention.kernels import triton_decode, triton_prefill
+from flux_attention.kernels import triton_attention, triton_decode, triton_prefill
 
 TYPES = {
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "table_ptr": "*i64", "lengths_ptr": "*i32", "state_ptr": "*fp32",
-    "top_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32", "scale": "fp32", "scale_log2": "fp32",
+    "top_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32",
+    "tiles_ptr": "*i32", "blocks_ptr": "*i32", "spans_ptr": "*i32", "sizes_ptr": "*i32",
+    "scale": "fp32", "scale_log2": "fp32",
 }  # fmt: skip
 
 
@@ -46,27 +48,37 @@ def shared(kernel, capability, constants, **options):
 
 def main(capability, limit):
     used = {}
+    tables = dict.fromkeys(("tiles_ptr", "blocks_ptr", "spans_ptr", "sizes_ptr"))
     for dim in (64, 128, 256):
-        shape = dict(G=4, D=dim)
-        for queries in (1, 2**20):
-            tile = triton_prefill.forward_tile(dim, queries, limit, divmod(capability, 10))
-            pack = tile.pop("max_pack")
-            sizes, options = {name: tile.pop(name) for name in ("M", "N", "TMA")}, tile
-            used[f"forward {dim}, {queries}"] = shared(
-                triton_prefill._forward, capability, dict(shape, PACK=pack, lse_ptr=None, **sizes), **options
-            )
-        tile = triton_prefill.backward_tile(dim)
-        sizes, options = {name: tile.pop(name) for name in "MN"}, tile
-        used[f"query gradient {dim}"] = shared(
-            triton_prefill._query_gradient, capability, dict(shape, PACK=4, **sizes), **options
-        )
-        used[f"key gradient {dim}"] = shared(
-            triton_prefill._key_gradient, capability, dict(shape, FAR=False, **sizes), **options
-        )
+        for kind, missing in (("batch", tables), ("pack", {})):
+            used |= prefill(kind, missing, dim, capability, limit)
         tile = triton_decode.decode_tile(dim, limit)
-        constants = dict(shape, GROUP=16, SPLITS=64, N=tile.pop("N"))
+        constants = dict(G=4, D=dim, GROUP=16, SPLITS=64, N=tile.pop("N"))
         used[f"decode {dim}"] = shared(triton_decode._decode, capability, constants, **tile)
     print(json.dumps(used))
+
+
+def prefill(kind, missing, dim, capability, limit):
+    """What the prefill kernels take, with the tables of a pack or without."""
+    used, shape = {}, dict(G=4, D=dim)
+
+    def of(kernel, constants, options):
+        constants |= {name: None for name in missing if name in kernel.arg_names}
+        return shared(kernel, capability, constants, **options)
+
+    for queries in (1, 2**20):
+        tile = triton_prefill.forward_tile(dim, queries, limit, divmod(capability, 10))
+        pack = tile.pop("max_pack")
+        sizes, options = {name: tile.pop(name) for name in ("M", "N", "TMA")}, tile
+        constants = dict(shape, PACK=pack, lse_ptr=None, **sizes)
+        used[f"forward {kind} {dim}, {queries}"] = of(triton_attention._forward, constants, options)
+    tile = triton_prefill.backward_tile(dim)
+    sizes, options = {name: tile.pop(name) for name in "MN"}, tile
+    constants = dict(shape, PACK=4, **sizes)
+    used[f"query gradient {kind} {dim}"] = of(triton_attention._query_gradient, constants, options)
+    constants = dict(shape, FAR=False, **sizes)
+    used[f"key gradient {kind} {dim}"] = of(triton_attention._key_gradient, constants, options)
+    return used
 
 
 numbers = list(map(int, sys.argv[1:]))

@@ -142,3 +142,15 @@ def test_streaming_prefill_of_32k_tokens_is_right():
     j = torch.arange(length)
     mask = torch.stack([(j <= i) & ((j < 128) | (i - j < 1024)) for i in rows])
     assert error(output[:, :, rows], oracle(query[:, :, rows], key, value, mask, 0.25)) < 2e-6
+
+
+@given(st.sampled_from([Full(), Streaming(3, 5), Triangle(3, 5, 7)]), st.integers(1, 40), st.data())
+def test_spans_are_the_mask(pattern, length, data):
+    prompt_length = data.draw(st.integers(1, length))
+    spans = pattern.spans(length, prompt_length)
+    assert [span[0] for span in spans] == [0, *(span[1] for span in spans[:-1])] and spans[-1][1] == length
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for start, end, sink, window in spans:
+        mask[start:end] = ((j <= i) & ((j < sink) | (i - j < window)))[start:end]
+    assert torch.equal(mask, pattern.mask(length, prompt_length))

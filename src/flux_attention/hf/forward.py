@@ -5,6 +5,7 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.buffers import take_rows
 from flux_attention.hf.cache.groups import AttentionGroup, prompt_groups
 from flux_attention.hf.inputs import Inputs
+from flux_attention.hf.packed import PackedAttention
 from flux_attention.hf.support import QueryShape
 from flux_attention.patterns import Pattern
 from flux_attention.routes import Routes
@@ -76,6 +78,10 @@ class ForwardPass:
         self.decision, self.units, self.shapes, self.sparse, self.full = decision, units, shapes, sparse, full
         self.reads_queries = decision is not None and decision.reads_queries
         self.routed, self.is_packed = shapes.keys(), inputs.layout.starts is not None
+        lengths = inputs.layout.lengths
+        # A single sequence goes the way of a batch of one.
+        is_pack = self.is_packed and len(lengths) > 1
+        self.packed = PackedAttention(lengths, inputs.prompt_lengths, sparse, full) if is_pack else None
         self.attended: set[Unit] = set()
         self.finished = False
 
@@ -130,10 +136,7 @@ class ForwardPass:
             if output.requires_grad and not self.is_prompt:
                 output = _RefuseGradients.apply(output)
         else:
-            output = self._by_route(self.decision.routes(unit), *states, scale)
-            gate = self.decision.gate(unit)
-            if gate is not None:
-                output = self._mixed(gate, self.decision.routes(unit), output, *states, scale)
+            output = self._by_route(unit, *states, scale)
         return self.layout.restore(output).transpose(1, 2).contiguous()
 
     def _through_cache(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
@@ -152,10 +155,25 @@ class ForwardPass:
         cached.append(key, value, self.layout)  # behind attention, which the device waits for
         return output
 
-    def _by_route(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
-        if self.layout.starts is not None:
-            return self._by_sequence(routes, query, key, value, scale)
-        return self._by_group(prompt_groups(routes, self.layout, key, value), query, scale)
+    def _by_route(self, unit: Unit, query, key, value, scale: float) -> torch.Tensor:
+        """Attend without a cache: the branch of each sequence's route, in training mixed with the other one."""
+        gate_B = self.decision.gate(unit)
+        if self.packed is None:
+            routes = self.decision.routes(unit)
+
+            def branch(chosen: bool) -> torch.Tensor:
+                rows = [route == chosen for route in routes]
+                return self._by_group(prompt_groups(rows, self.layout, key, value), query, scale)
+        else:
+            # Of gates the host need not know what they are.
+            routes = kernels.index_on(query.device, self.decision.routes(unit)) if gate_B is None else gate_B.detach()
+            full_B = routes > 0.5
+
+            def branch(chosen: bool) -> torch.Tensor:
+                return self.packed(full_B if chosen else ~full_B, query, key, value, scale)
+
+        output = branch(True)
+        return output if gate_B is None else self._mixed(gate_B, output, lambda: branch(False), query.dtype)
 
     def _by_group(self, groups: list[AttentionGroup], query: torch.Tensor, scale: float) -> torch.Tensor:
         if len(groups) == 1 and groups[0].queries == query.shape[2] and len(groups[0].rows) == self.batch:
@@ -168,21 +186,6 @@ class ForwardPass:
             output[kernels.index_on(query.device, group.rows), :, : group.queries] = part
         return torch.zeros_like(query) if output is None else output
 
-    def _by_sequence(self, routes: list[bool], query, key, value, scale: float) -> torch.Tensor:
-        """Attend in sequences packed into one row, each alone; those of one route and length together."""
-        groups: dict[tuple[bool, int], list[int]] = {}
-        for row, length in enumerate(self.layout.lengths):
-            groups.setdefault((routes[row], length), []).append(row)
-        # By one split: the gradient of a slice would be as large as the whole pack, for each sequence.
-        sequences = [states.split(self.layout.lengths, dim=2) for states in (query, key, value)]
-        outputs: list[torch.Tensor] = [query] * self.batch
-        for (route, length), rows in groups.items():
-            parts = [torch.cat([states[row] for row in rows]) for states in sequences]
-            output = self._one(AttentionGroup(rows, route, length, *parts[1:]), parts[0], scale)
-            for row, part in zip(rows, output.split(1), strict=True):
-                outputs[row] = part
-        return torch.cat(outputs, dim=2)
-
     def _one(self, group: AttentionGroup, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
         if group.is_decode:
             return kernels.decode(query_RHSD, group.key_RKTD, group.value_RKTD, group.lengths, scale)
@@ -192,7 +195,9 @@ class ForwardPass:
         prompt_lengths = [self.prompt_lengths[row] for row in group.rows]
         return pattern.prefill(query_RHSD, group.key_RKTD, group.value_RKTD, scale, prompt_lengths)
 
-    def _mixed(self, gate_B, routes: list[bool], chosen, query, key, value, scale: float) -> torch.Tensor:
+    def _mixed(
+        self, gate_B: torch.Tensor, chosen: torch.Tensor, compute_other: Callable[[], torch.Tensor], dtype: torch.dtype
+    ) -> torch.Tensor:
         """
         Compute O = z · FA + (1 − z) · SA, with the gate z of each sequence and ``chosen`` where its route is.
 
@@ -201,10 +206,10 @@ class ForwardPass:
         """
         gate = gate_B[:, None, None, None]
         if self.layout.starts is not None:  # (1, 1, S, 1): each token has its sequence's gate
-            lengths = torch.tensor(self.layout.lengths, device=gate.device)
+            lengths = kernels.index_on(gate.device, self.layout.lengths)
             gate = gate.repeat_interleave(lengths, output_size=self.layout.width).view(1, 1, -1, 1)
-        gate = gate.to(query.dtype)  # behind the repetition: its backward is a sum over the tokens, in float32
+        gate = gate.to(dtype)  # behind the repetition: its backward is a sum over the tokens, in float32
         with torch.no_grad():
-            other = self._by_route([not route for route in routes], query, key, value, scale)
+            other = compute_other()
             difference = torch.where(gate > 0.5, chosen - other, other - chosen)
         return chosen + (gate - gate.detach()) * difference

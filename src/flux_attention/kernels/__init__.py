@@ -6,6 +6,19 @@ left-aligned: a shorter sequence has its padding at the end, where causality hid
 """
 
 from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, on_device
-from flux_attention.kernels.dispatch import decode, full, streaming
+from flux_attention.kernels.dispatch import decode, full, packed, streaming
+from flux_attention.kernels.packs import UNBOUNDED, Pack
 
-__all__ = ["DTYPES", "HEAD_DIMS", "decode", "full", "has_triton", "index_on", "on_device", "streaming"]
+__all__ = [
+    "DTYPES",
+    "HEAD_DIMS",
+    "UNBOUNDED",
+    "Pack",
+    "decode",
+    "full",
+    "has_triton",
+    "index_on",
+    "on_device",
+    "packed",
+    "streaming",
+]

@@ -9,6 +9,7 @@ import torch
 
 from flux_attention.kernels import dense, reference
 from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on
+from flux_attention.kernels.packs import Pack
 
 
 def _triton_prefill(query_BHSD: torch.Tensor):
@@ -71,6 +72,31 @@ def streaming(
     if triton := _triton_prefill(query_BHSD):
         return triton.attention(query_BHSD, key_BKTD, value_BKTD, sink, window, scale)
     return reference.streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale)
+
+
+def packed(
+    query_1HSD: torch.Tensor,
+    key_1KSD: torch.Tensor,
+    value_1KSD: torch.Tensor,
+    pack: Pack,
+    sizes_N2: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """
+    Compute attention within sequences that lie behind one another in one row.
+
+    Parameters
+    ----------
+    query_1HSD, key_1KSD, value_1KSD, scale
+        As in ``full``; flat tokens.
+    pack : Pack
+        The sequences, and their spans.
+    sizes_N2 : torch.Tensor
+        int32 on the queries' device, the sink and the window of each span.
+    """
+    if triton := _triton_prefill(query_1HSD):
+        return triton.packed_attention(query_1HSD, key_1KSD, value_1KSD, pack, sizes_N2, scale)
+    return reference.packed(query_1HSD, key_1KSD, value_1KSD, pack, sizes_N2, scale)
 
 
 def decode(

@@ -75,6 +75,25 @@ def streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale):
     return torch.cat(outputs, dim=2)
 
 
+def packed(query_1HSD, key_1KSD, value_1KSD, pack, sizes_N2, scale):
+    """Compute attention within a pack's sequences, spans that are alike together. See ``kernels.packed``."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, ((_, start, end), sizes) in enumerate(zip(pack.spans, sizes_N2.tolist(), strict=True)):
+        alike.setdefault((end - start, end, *sizes), []).append(number)
+    # By one split: the gradient of a slice would be as large as the whole pack, for each span.
+    queries = query_1HSD.split([end - start for _, start, end in pack.spans], dim=2)
+    sequences = [states.split(pack.lengths, dim=2) for states in (key_1KSD, value_1KSD)]
+    outputs: list[torch.Tensor] = list(queries)
+    for (_, end, sink, window), numbers in alike.items():
+        rows = [pack.spans[number][0] for number in numbers]
+        key, value = (torch.cat([states[row][:, :, :end] for row in rows]) for states in sequences)
+        query = torch.cat([queries[number] for number in numbers])
+        output = full(query, key, value, scale) if end <= window else streaming(query, key, value, sink, window, scale)
+        for number, part in zip(numbers, output.split(1), strict=True):
+            outputs[number] = part
+    return torch.cat(outputs, dim=2)
+
+
 def decode(query_BH1D, key_BKTD, value_BKTD, lengths_B, scale):
     """Compute attention of one query a row over the row's first ``lengths`` keys. See ``kernels.decode``."""
     mask = None

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from flux_attention.kernels.device import on_device, shared_memory, sm_count
 from flux_attention.kernels.split_table import MAX_SPLITS
-from flux_attention.kernels.triton_prefill import LOG2E
+from flux_attention.kernels.triton_attention import LOG2E
 
 
 @triton.jit

@@ -1,242 +1,21 @@
-"""Computes sink + window attention by Triton kernels, forward and backward, for NVIDIA GPUs.
+"""Launches the Triton kernels of sink + window attention: for batches of one length, and for packs of sequences.
 
-A program computes a tile of query rows: some positions of some heads that share a KV head. It visits only the blocks
-of keys that the pattern needs, and masks only those at the pattern's edges; nothing is built ahead of a call. With a
-window of all keys the same kernel is causal attention of the last S of T positions.
-
-Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, G = H / K, D head dim, M query rows of
-a tile, N keys of a tile.
+Shape suffixes: B batch, S query length (of a pack, its tokens), T key length, H query heads, K KV heads, D head dim,
+N spans.
 """
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flux_attention.kernels.device import capability, on_device, shared_memory
+from flux_attention.kernels.packs import Pack
+from flux_attention.kernels.triton_attention import LOG2E, _delta, _forward, _key_gradient, _query_gradient
 
-LOG2E = tl.constexpr(1.4426950408889634)
-#: Arguments that change from prompt to prompt: compiled once for all values.
-SIZES = ["S", "T", "sink", "window"]
 #: Queries of a call from which TMA loads keys and values.
 MIN_TMA_QUERIES = 2**13
-
-
-@triton.jit
-def _mask(i_M, j_N, sink, window, T):
-    """Whether query position i sees key j."""
-    i, j = i_M[:, None], j_N[None, :]
-    return (j <= i) & ((j < sink) | (i - j < window)) & (j < T)
-
-
-@triton.jit
-def _blocks(first, last, sink, window, N: tl.constexpr):
-    """
-    Return the key blocks of the queries at positions first … last − 1.
-
-    They are ``sinks`` blocks from key 0 on, then others from key ``start`` on, ``count`` in all.
-    """
-    start = tl.maximum(first - window + 1, 0)
-    apart = start > sink
-    start = tl.where(apart, start, 0)
-    sinks = tl.where(apart, tl.cdiv(sink, N), 0)
-    return sinks, start, sinks + tl.cdiv(last - start, N)
-
-
-@triton.jit
-def _block(n, sinks, start, first, last, sink, window, N: tl.constexpr):
-    """Return first key and end of the n-th block, and whether some of its keys are hidden from some of the queries."""
-    is_sink = n < sinks
-    begin = tl.where(is_sink, n * N, start + (n - sinks) * N)
-    end = tl.where(is_sink, sink, last)
-    inside = (begin + N <= first + 1) & ((begin >= last - window) | (begin + N <= sink))
-    return begin, end, ~inside
-
-
-@triton.jit
-def _load(pointer, start, stride, T, N: tl.constexpr, D: tl.constexpr):
-    """Load rows start … start + N − 1 of a (T, D) tensor whose rows are ``stride`` apart; zeros behind its end."""
-    rows, columns = tl.arange(0, N), tl.arange(0, D)
-    pointers = pointer + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
-    return tl.load(pointers, mask=(start + rows < T)[:, None], other=0.0)
-
-
-@triton.jit
-def _tile(S, T, G: tl.constexpr, M: tl.constexpr, PACK: tl.constexpr):
-    """Return a program's batch and KV head, each row's head and position, and the first position and the end."""
-    rows, pack = tl.arange(0, M), tl.program_id(1)
-    first = T - S + tl.program_id(0) * (M // PACK)
-    last = tl.minimum(first + M // PACK, T)
-    batch, kv_head = tl.program_id(2).to(tl.int64), (pack // (G // PACK)).to(tl.int64)
-    return batch, kv_head, pack * PACK + rows % PACK, first + rows // PACK, first, last
-
-
-@triton.jit
-def _rows(pointer, batch, head_M, row_M, stride_b, stride_h, stride_s, D: tl.constexpr):
-    """Return the addresses of a tile's rows in a (B, H, S, D) tensor."""
-    offsets = head_M.to(tl.int64) * stride_h + row_M.to(tl.int64) * stride_s
-    return pointer + batch * stride_b + offsets[:, None] + tl.arange(0, D)[None, :]
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _forward(
-    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
-    query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_s,
-    S, T, sink, window, scale_log2,
-    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Compute a tile's output; with ``TMA`` keys and values are descriptors of blocks, else addresses."""
-    batch, kv_head, head_M, i_M, first, last = _tile(S, T, G, M, PACK)
-    row_M = i_M - (T - S)
-    real_M = i_M < T
-    mask = real_M[:, None]
-    query = tl.load(_rows(query_ptr, batch, head_M, row_M, query_b, query_h, query_s, D), mask=mask, other=0.0)
-    if not TMA:
-        key_ptr += batch * key_b + kv_head * key_h
-        value_ptr += batch * value_b + kv_head * value_h
-
-    acc = tl.zeros([M, D], tl.float32)
-    top = tl.full([M], -1e30, tl.float32)  # finite, so that a block without a visible key leaves no NaN
-    total = tl.zeros([M], tl.float32)
-    sinks, start, count = _blocks(first, last, sink, window, N)
-    for n in tl.range(0, count):
-        begin, end, masked = _block(n, sinks, start, first, last, sink, window, N)
-        if TMA:
-            key = key_ptr.load([batch.to(tl.int32), kv_head.to(tl.int32), begin, 0]).reshape([N, D])
-        else:
-            key = _load(key_ptr, begin, key_t, T, N, D)
-        score = tl.dot(query, key.T)
-        if masked:
-            j_N = begin + tl.arange(0, N)
-            score = tl.where(_mask(i_M, j_N, sink, window, end), score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
-        weight = tl.exp2(score * scale_log2 - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weight, 1)
-        if TMA:
-            value = value_ptr.load([batch.to(tl.int32), kv_head.to(tl.int32), begin, 0]).reshape([N, D])
-        else:
-            value = _load(value_ptr, begin, value_t, T, N, D)
-        acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None])
-        top = new_top
-
-    output = (acc / total[:, None]).to(output_ptr.dtype.element_ty)
-    tl.store(_rows(output_ptr, batch, head_M, row_M, output_b, output_h, output_s, D), output, mask=mask)
-    if lse_ptr is not None:
-        heads = tl.num_programs(1) * PACK
-        tl.store(lse_ptr + (batch * heads + head_M) * S + row_M, (top + tl.log2(total)) / LOG2E, mask=real_M)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _query_gradient(
-    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dquery_ptr,
-    query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, grad_b, grad_h, grad_s,
-    dquery_b, dquery_h, dquery_s,
-    S, T, sink, window, scale, scale_log2,
-    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
-):  # fmt: skip
-    batch, kv_head, head_M, i_M, first, last = _tile(S, T, G, M, PACK)
-    row_M = i_M - (T - S)
-    real_M = i_M < T
-    mask = real_M[:, None]
-    query = tl.load(_rows(query_ptr, batch, head_M, row_M, query_b, query_h, query_s, D), mask=mask, other=0.0)
-    grad = tl.load(_rows(grad_ptr, batch, head_M, row_M, grad_b, grad_h, grad_s, D), mask=mask, other=0.0)
-    statistics = (batch * tl.num_programs(1) * PACK + head_M) * S + row_M
-    lse_M = tl.load(lse_ptr + statistics, mask=real_M, other=0.0) * LOG2E
-    delta_M = tl.load(delta_ptr + statistics, mask=real_M, other=0.0)
-    key_ptr += batch * key_b + kv_head * key_h
-    value_ptr += batch * value_b + kv_head * value_h
-
-    acc = tl.zeros([M, D], tl.float32)
-    sinks, start, count = _blocks(first, last, sink, window, N)
-    for n in tl.range(0, count):
-        begin, end, masked = _block(n, sinks, start, first, last, sink, window, N)
-        key = _load(key_ptr, begin, key_t, T, N, D)
-        value = _load(value_ptr, begin, value_t, T, N, D)
-        weight = tl.exp2(tl.dot(query, key.T) * scale_log2 - lse_M[:, None])
-        if masked:
-            j_N = begin + tl.arange(0, N)
-            weight = tl.where(_mask(i_M, j_N, sink, window, end), weight, 0.0)
-        score_grad = weight * (tl.dot(grad, value.T) - delta_M[:, None])
-        acc = tl.dot(score_grad.to(key.dtype), key, acc)
-    dquery = (acc * scale).to(dquery_ptr.dtype.element_ty)
-    tl.store(_rows(dquery_ptr, batch, head_M, row_M, dquery_b, dquery_h, dquery_s, D), dquery, mask=mask)
-
-
-@triton.jit(do_not_specialize=[*SIZES, "splits"])
-def _key_gradient(
-    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
-    query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, grad_b, grad_h, grad_s,
-    out_split, out_b, out_h, out_t,
-    S, T, sink, window, scale, scale_log2, splits,
-    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAR: tl.constexpr,
-):  # fmt: skip
-    """
-    Compute the gradients of a block of keys and values.
-
-    They come from the queries whose window reaches it, or (``FAR``) from a split of the later queries, which only see
-    its sink keys.
-    """
-    batch, kv_head = (tl.program_id(2) // splits).to(tl.int64), tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2) % splits
-    start = tl.program_id(0) * N
-    columns = tl.arange(0, D)
-    j_N = start + tl.arange(0, N)
-    key = _load(key_ptr + batch * key_b + kv_head * key_h, start, key_t, T, N, D)
-    value = _load(value_ptr + batch * value_b + kv_head * value_h, start, value_t, T, N, D)
-
-    begin, end = tl.maximum(start, T - S), tl.minimum(T, start + N - 1 + window)
-    if FAR:
-        begin = tl.maximum(end, T - S)
-        share = tl.cdiv(tl.cdiv(tl.maximum(T - begin, 0), splits), M) * M
-        begin += split * share
-        end = tl.minimum(T, begin + share)
-
-    dkey, dvalue = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
-    for group in range(G):
-        head = kv_head * G + group
-        statistics = (batch * tl.num_programs(1) * G + head) * S
-        query_head = query_ptr + batch * query_b + head * query_h
-        grad_head = grad_ptr + batch * grad_b + head * grad_h
-        for first in tl.range(begin, end, M):
-            i_M = first + tl.arange(0, M)
-            real_M = i_M < end
-            row = first - (T - S)
-            query = _load(query_head, row, query_s, S, M, D)
-            grad = _load(grad_head, row, grad_s, S, M, D)
-            lse_M = tl.load(lse_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0) * LOG2E
-            delta_M = tl.load(delta_ptr + statistics + i_M - (T - S), mask=real_M, other=0.0)
-            weight = tl.exp2(tl.dot(key, query.T) * scale_log2 - lse_M[None, :])
-            mask = tl.trans(_mask(i_M, j_N, sink, window, T)) & real_M[None, :]
-            weight = tl.where(mask, weight, 0.0)
-            dvalue = tl.dot(weight.to(grad.dtype), grad, dvalue)
-            score_grad = weight * (tl.dot(value, grad.T) - delta_M[None, :])
-            dkey = tl.dot(score_grad.to(query.dtype), query, dkey)
-
-    offset = split * out_split + batch * out_b + kv_head * out_h + j_N.to(tl.int64)[:, None] * out_t + columns[None, :]
-    real = (j_N < T)[:, None]
-    tl.store(dkey_ptr + offset, (dkey * scale).to(dkey_ptr.dtype.element_ty), mask=real)
-    tl.store(dvalue_ptr + offset, dvalue.to(dvalue_ptr.dtype.element_ty), mask=real)
-
-
-@triton.jit(do_not_specialize=["S"])
-def _delta(
-    output_ptr, grad_ptr, delta_ptr, output_b, output_h, output_s, grad_b, grad_h, grad_s, S,
-    D: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Sum output × its gradient over D."""
-    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0) * M
-    output = _load(output_ptr + batch * output_b + head * output_h, start, output_s, S, M, D)
-    grad = _load(grad_ptr + batch * grad_b + head * grad_h, start, grad_s, S, M, D)
-    rows = start + tl.arange(0, M)
-    delta_M = tl.sum(output.to(tl.float32) * grad.to(tl.float32), 1)
-    tl.store(delta_ptr + (batch * tl.num_programs(1) + head) * S + rows, delta_M, mask=rows < S)
-
-
-# --- Launching --------------------------------------------------------------------------------------------------
 
 
 def _pack(groups: int, limit: int) -> int:
@@ -263,18 +42,19 @@ def _like(states_BHSD: torch.Tensor) -> torch.Tensor:
     return states_BHSD.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _run_forward(query, key, value, sink, window, scale, with_lse):
+def _run_forward(query, key, value, sink, window, scale, with_lse, tables=None):
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
     tile = forward_tile(dim, batch * length, shared_memory(query.device), capability(query.device))
     pack = _pack(groups, tile.pop("max_pack"))
     output = _like(query)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32) if with_lse else None
-    grid = (triton.cdiv(length, tile["M"] // pack), heads // pack, batch)
+    step, tiles, sizes = tile["M"] // pack, *(tables or (None, None))
+    grid = (triton.cdiv(length, step) if tiles is None else len(tiles), heads // pack, batch)
     blocks = [_blocks_of(states, tile["N"]) for states in (key, value)] if tile["TMA"] else (key, value)
     with on_device(query):
         _forward[grid](
-            query, *blocks, output, lse,
+            query, *blocks, output, lse, tiles, sizes,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             length, key.shape[2], sink, window, scale * LOG2E.value,
             G=groups, D=dim, PACK=pack, **tile,
@@ -303,39 +83,54 @@ def backward_tile(dim: int) -> dict[str, int]:
     return dict(M=side, N=side, num_warps=4, num_stages=2)
 
 
+class _Backward:
+    """What the backward kernels of one call have in common; ``grads`` are of query, key and value."""
+
+    def __init__(self, query, key, value, output, lse, grad, scale):
+        batch, heads, length, dim = query.shape
+        grad, delta = _rows_contiguous(grad), torch.empty_like(lse)
+        _delta[(triton.cdiv(length, 64), heads, batch)](
+            output, grad, delta, *output.stride()[:3], *grad.stride()[:3], length, D=dim, M=64
+        )
+        self.states = query, key, value, grad, lse, delta
+        self.strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3]
+        self.grads = _like(query), _like(key), _like(key)
+        self.scales = scale, scale * LOG2E.value
+        self.pack = _pack(heads // key.shape[1], 4)
+        self.constants = dict(G=heads // key.shape[1], D=dim, **backward_tile(dim))
+
+    def query_gradient(self, count: int, tables, *sizes: int) -> None:
+        heads, batch = self.states[0].shape[1], len(self.states[0])
+        dquery = self.grads[0]
+        _query_gradient[(count, heads // self.pack, batch)](
+            *self.states, dquery, *tables, *self.strides, *dquery.stride()[:3], *sizes, *self.scales,
+            PACK=self.pack, **self.constants,
+        )  # fmt: skip
+
+    def key_gradient(self, grid, dkey, dvalue, tables, out_strides, *sizes: int, splits: int = 1, far: bool) -> None:
+        _key_gradient[grid](
+            *self.states, dkey, dvalue, *tables, *self.strides, *out_strides, *sizes, *self.scales, splits,
+            FAR=far, **self.constants,
+        )  # fmt: skip
+
+
 def _run_backward(query, key, value, output, lse, grad, sink, window, scale):
-    batch, heads, length, dim = query.shape
+    run = _Backward(query, key, value, output, lse, grad, scale)
+    batch, length, dim = len(query), *query.shape[2:]
     kv_heads, keys = key.shape[1:3]
-    groups = heads // kv_heads
-    pack = _pack(groups, 4)
-    tile = backward_tile(dim)
-    M, N = tile["M"], tile["N"]
-    grad = _rows_contiguous(grad)
-    delta = torch.empty_like(lse)
-    _delta[(triton.cdiv(length, 64), heads, batch)](
-        output, grad, delta, *output.stride()[:3], *grad.stride()[:3], length, D=dim, M=64
-    )
-    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3]
-    dquery, dkey, dvalue = _like(query), _like(key), _like(key)
-    constants = dict(G=groups, D=dim, **tile)
-    _query_gradient[(triton.cdiv(length, M // pack), heads // pack, batch)](
-        query, key, value, grad, lse, delta, dquery, *strides, *dquery.stride()[:3],
-        length, keys, sink, window, scale, scale * LOG2E.value, PACK=pack, **constants,
-    )  # fmt: skip
-    _key_gradient[(triton.cdiv(keys, N), kv_heads, batch)](
-        query, key, value, grad, lse, delta, dkey, dvalue, *strides, 0, *dkey.stride()[:3],
-        length, keys, sink, window, scale, scale * LOG2E.value, 1, FAR=False, **constants,
-    )  # fmt: skip
+    N, sizes, none = run.constants["N"], (length, keys, sink, window), (None, None, None)
+    dquery, dkey, dvalue = run.grads
+    run.query_gradient(triton.cdiv(length, run.constants["M"] // run.pack), none[:2], *sizes)
+    grid = (triton.cdiv(keys, N), kv_heads, batch)
+    run.key_gradient(grid, dkey, dvalue, none, (0, *dkey.stride()[:3]), *sizes, far=False)
     sinks = min(sink, keys)
     if sinks and keys > window:  # queries behind the window see the sink keys: many queries, few keys
         splits = max(1, min(64, keys // 1024))
         blocks = triton.cdiv(sinks, N)
-        far = query.new_zeros(2, splits, batch, kv_heads, blocks * N, dim, dtype=torch.float32)
-        _key_gradient[(blocks, kv_heads, batch * splits)](
-            query, key, value, grad, lse, delta, far[0], far[1], *strides, *far.stride()[1:5],
-            length, keys, sink, window, scale, scale * LOG2E.value, splits, FAR=True, **constants,
-        )  # fmt: skip
-        for states, extra in zip((dkey, dvalue), far.sum(1), strict=True):
+        parts = query.new_zeros(2, splits, batch, kv_heads, blocks * N, dim, dtype=torch.float32)
+        grid = (blocks, kv_heads, batch * splits)
+        run.key_gradient(grid, *parts, none, parts.stride()[1:5], *sizes, splits=splits, far=True)
+        for states, extra in zip((dkey, dvalue), parts.sum(1), strict=True):
             states[:, :, :sinks] += extra[:, :, :sinks].to(states.dtype)
     return dquery, dkey, dvalue
 
@@ -364,6 +159,91 @@ def _gradients(ctx, grad, _):
 
 
 streaming.register_autograd(_gradients, setup_context=_keep)
+
+
+# --- Packs ------------------------------------------------------------------------------------------------------------
+
+
+def _tables(pack: Pack, query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
+    """List what the kernels read of a pack: of the forward one first."""
+    groups, device = query.shape[1] // key.shape[1], query.device
+    tile = forward_tile(query.shape[3], query.shape[2], shared_memory(device), capability(device))
+    back = backward_tile(query.shape[3])
+    N = back["N"]
+    return [
+        pack.tiles(tile["M"] // _pack(groups, tile["max_pack"]), device),
+        pack.tiles(back["M"] // _pack(groups, 4), device),
+        pack.key_blocks(N, device),
+        pack.bounds(device),
+        pack.sink_work(N, device),
+        *pack.sink_sums(N, device),
+    ]
+
+
+def _run_packed_backward(query, key, value, output, lse, grad, sizes_N2, tables, scale):
+    run = _Backward(query, key, value, output, lse, grad, scale)
+    _, tiles, blocks, bounds, work, owner, places, rows = tables
+    counts = query.shape[2], key.shape[2], 0, 0  # what spans see is in the tables
+    dquery, dkey, dvalue = run.grads
+    kv_heads, N, dim = key.shape[1], run.constants["N"], key.shape[3]
+    run.query_gradient(len(tiles), (tiles, sizes_N2), *counts)
+    grid, tables = (len(blocks), kv_heads, 1), (blocks, bounds, sizes_N2)
+    run.key_gradient(grid, dkey, dvalue, tables, (0, *dkey.stride()[:3]), *counts, far=False)
+    if len(work):
+        parts = query.new_zeros(2, len(work), kv_heads, N, dim, dtype=torch.float32)
+        strides = parts.stride(1), 0, parts.stride(2), parts.stride(3)
+        run.key_gradient((len(work), kv_heads, 1), *parts, (work, bounds, sizes_N2), strides, *counts, far=True)
+        for states, extra in zip((dkey, dvalue), parts.flatten(2), strict=True):
+            summed = (owner @ extra).view(-1, kv_heads, N, dim).transpose(0, 1).flatten(1, 2)
+            states[0].index_add_(1, rows, summed[:, places].to(states.dtype))  # each row once
+    return dquery, dkey, dvalue
+
+
+@torch.library.custom_op("flux_attention::packed", mutates_args=())
+def packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sizes: torch.Tensor,
+    tables: list[torch.Tensor],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute output and log-sum-exp of a pack; an operator, as gradient checkpointing can keep what it gave."""
+    return _run_forward(query, key, value, 0, 0, scale, True, (tables[0], sizes))
+
+
+@packed.register_fake
+def _(query, key, value, sizes, tables, scale):
+    return _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _keep_packed(ctx, inputs, output):
+    *states, sizes, tables, ctx.scale = inputs
+    ctx.save_for_backward(*states, *output, sizes, *tables)
+
+
+def _packed_gradients(ctx, grad, _):
+    query, key, value, output, lse, sizes, *tables = ctx.saved_tensors
+    with on_device(grad):
+        gradients = _run_packed_backward(query, key, value, output, lse, grad, sizes, tables, ctx.scale)
+    return *gradients, None, [None] * len(tables), None
+
+
+packed.register_autograd(_packed_gradients, setup_context=_keep_packed)
+
+
+def packed_attention(
+    query_1HSD, key_1KSD, value_1KSD, pack: Pack, sizes_N2: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Compute attention within the sequences of a pack, differentiably; see ``kernels.packed``."""
+    query, key, value = map(_rows_contiguous, (query_1HSD, key_1KSD, value_1KSD))
+    tables = _tables(pack, query, key)
+    if torch.compiler.is_compiling() or any(states.requires_grad for states in (query, key, value)):
+        return packed(query, key, value, sizes_N2, tables, scale)[0]
+    return _run_forward(query, key, value, 0, 0, scale, False, (tables[0], sizes_N2))[0]
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
 
 
 def attention(

@@ -69,6 +69,17 @@ class Pattern(ABC):
         ``prompt_lengths`` are the rows' prompts, which may be followed by other tokens; default: all S.
         """
 
+    @abstractmethod
+    def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
+        """
+        Cut a sequence, of which the first ``prompt_length`` tokens are prompt, into queries that see alike.
+
+        Returns
+        -------
+        list of (int, int, int, int)
+            First position, end, and the sink and the window that these queries see; in order, some may be empty.
+        """
+
     @property
     @abstractmethod
     def later(self) -> Pattern:

@@ -25,6 +25,10 @@ class Full(Pattern):
         """See ``Pattern.prefill``."""
         return kernels.full(query_BHSD, key_BKTD, value_BKTD, scale)
 
+    def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
+        """See ``Pattern.spans``."""
+        return [(0, length, 0, kernels.UNBOUNDED)]
+
     @property
     def later(self) -> Full:
         """The pattern itself."""

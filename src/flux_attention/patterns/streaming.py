@@ -36,6 +36,10 @@ class Streaming(Pattern):
         """See ``Pattern.prefill``."""
         return kernels.streaming(query_BHSD, key_BKTD, value_BKTD, self.sink, self.window, scale)
 
+    def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
+        """See ``Pattern.spans``."""
+        return [(0, length, self.sink, self.window)]
+
     @property
     def later(self) -> Streaming:
         """Sink + window."""

@@ -45,6 +45,15 @@ class Triangle(Streaming):
             )
         return output
 
+    def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
+        """See ``Pattern.spans``."""
+        last = max(0, prompt_length - self.last_n)
+        return [
+            (0, last, self.sink, self.window),
+            (last, prompt_length, 0, kernels.UNBOUNDED),
+            (prompt_length, length, self.sink, self.window),
+        ]
+
     def pairs(self, length: int) -> int:
         """See ``Pattern.pairs``."""
         # The last rows see i + 1 keys instead of sink + window.

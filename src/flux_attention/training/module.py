@@ -17,13 +17,14 @@ from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import check_head
 from flux_attention.training.objective import SparsityObjective
 
-#: The operations that compute attention, dense and by our own kernel.
+#: The operations that compute attention, dense and by our own kernels.
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "flux_attention::streaming",
+    "flux_attention::packed",
 }
 #: Label positions whose logits are in memory at a time.
 CHUNK = 2048
