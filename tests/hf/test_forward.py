@@ -11,7 +11,8 @@ from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.layer import RoutedLayer
 from flux_attention.hf.cache.size import dense_kv_bytes, kv_bytes
 from flux_attention.hf.context import current, enclosing
-from flux_attention.hf.forward import ForwardPass, Inputs
+from flux_attention.hf.forward import ForwardPass
+from flux_attention.hf.inputs import Inputs, Prompt
 from flux_attention.hf.layout import BatchLayout
 from flux_attention.patterns import Full
 from flux_attention.training.module import noise_of
