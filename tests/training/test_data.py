@@ -5,8 +5,9 @@ import json
 import pytest
 from helpers.training import record
 
+from flux_attention.errors import DataError
 from flux_attention.training import RecipeError, load_data
-from flux_attention.training.records import PLAIN, DataError
+from flux_attention.training.records import PLAIN
 
 
 def test_sources_that_cannot_be_read_are_named(recipe, tokenizer, tmp_path):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from helpers.training import record
 
+from flux_attention.errors import DataError
 from flux_attention.training import load_data
-from flux_attention.training.records import PLAIN, DataError, encode_record
+from flux_attention.training.records import PLAIN, encode_record
 
 
 def test_records_become_prompt_and_labelled_answer(tokenizer):

@@ -16,9 +16,9 @@ from helpers.training import losses, same_losses
 from safetensors.torch import load_file
 
 from flux_attention import AdapterError, attach
+from flux_attention.errors import DataError
 from flux_attention.training import Recipe, RecipeError, train
 from flux_attention.training.checkpoints import last_checkpoint
-from flux_attention.training.records import DataError
 from flux_attention.training.run import check_output, dry_run, load_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +17,35 @@ def match(text: str, expected: tuple[str, ...]) -> float:
     return sum(each is not None for each in found) / len(expected)
 
 
-METRICS: dict[str, Callable[[str, tuple[str, ...]], float] | None] = {"match": match, "perplexity": None}
+def similarity(first: Sequence, second: Sequence) -> float:
+    """Return twice the length of the longest common subsequence, divided by the sum of both lengths."""
+    row = [0] * (len(second) + 1)
+    for left in first:
+        diagonal = 0
+        for column, right in enumerate(second, 1):
+            diagonal, row[column] = row[column], diagonal + 1 if left == right else max(row[column], row[column - 1])
+    return 2 * row[-1] / (len(first) + len(second)) if first or second else 1.0
+
+
+def rouge_l(text: str, expected: tuple[str, ...]) -> float:
+    """Return ROUGE-L's F1, of the reference that is the nearest; words are compared without signs, in any case."""
+    words = re.findall("[a-z0-9]+", text.lower())
+    return max(similarity(words, re.findall("[a-z0-9]+", each.lower())) for each in expected)
+
+
+def edit(text: str, expected: tuple[str, ...]) -> float:
+    """Return how alike the first lines of code are, letter by letter; fences and comments are passed over."""
+    lines = [line for line in text.splitlines() if line.strip() and not re.match(r"\s*(```|#|//)", line)]
+    return max(similarity("\n".join(lines[: each.count("\n") + 1]).strip(), each.strip()) for each in expected)
+
+
+#: How each metric scores a text; perplexity is not about generated text.
+METRICS: dict[str, Callable[[str, tuple[str, ...]], float] | None] = {
+    "match": match,
+    "rouge-l": rouge_l,
+    "edit": edit,
+    "perplexity": None,
+}
 
 
 def score_answer(question: Question, text: str) -> float:

@@ -15,6 +15,14 @@ hops                multi-document QA      match     in which city a guest is: w
 several_queries     synthetic              match     the codes of three things at once
 counting            synthetic              match     how often a sentence occurs
 copying             synthetic              match     a real paragraph, word for word
+document_fact       single-document QA     match     version, maintainer or licence of one of many documented packages
+find_document       multi-document QA      match     the package that its authors' one-line summary is about
+joined_fact         multi-document QA      match     name and version of the package whose documentation has a sentence
+summary             summarisation          rouge-l   one line about one of many packages and functions
+classification      in-context learning    match     the label of a package or function, after many examples
+completion          code                   edit      the next line of a real source file, after other files
+worked_maths        maths                  match     an arithmetic word problem, after many worked ones
+spread_maths        maths                  match     one whose facts stand far apart in prose
 prose               prose                  perplexity nothing: the text is scored
 =================== ====================== ========= ==============================================================
 """
@@ -29,7 +37,8 @@ from functools import partial
 import numpy as np
 
 from flux_attention.tasks.corpus import Corpus
-from flux_attention.tasks.natural import facts
+from flux_attention.tasks.encoding import encode_answer, encode_prompt, has_chat, joined, without_middle
+from flux_attention.tasks.natural import code, facts, library, maths
 from flux_attention.tasks.natural.draft import Draft
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.words import Words
@@ -61,6 +70,8 @@ class Question:
         One of ``metrics.METRICS``.
     task_class : str
         What the family demands, as columns of reports.
+    question_first : bool
+        Whether the question stands before the context.
     """
 
     context: str
@@ -70,11 +81,17 @@ class Question:
     family: str
     metric: str
     task_class: str
+    question_first: bool = False
 
     @property
     def prompt(self) -> str:
         """The text of the prompt, as a user would send it."""
-        return "\n\n".join(part for part in (self.context, self.question) if part.strip())
+        return joined(self.context, self.question, self.question_first)
+
+    @property
+    def is_prose(self) -> bool:
+        """Whether nothing is asked."""
+        return self.metric == "perplexity"
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,7 @@ class Family:
     metric: str = "match"
 
 
+PROSE = "prose"
 SINGLE, MULTI = "single-document QA", "multi-document QA"
 #: Every family of questions in natural language.
 NATURAL: dict[str, Family] = {
@@ -106,35 +124,21 @@ NATURAL: dict[str, Family] = {
     "several_queries": Family(facts.several_queries, "synthetic"),
     "counting": Family(facts.counting, "synthetic"),
     "copying": Family(facts.copying, "synthetic"),
-    "prose": Family(facts.prose, "prose", "perplexity"),
+    "document_fact": Family(library.document_fact, SINGLE),
+    "find_document": Family(library.find_document, MULTI),
+    "joined_fact": Family(library.joined_fact, MULTI),
+    "summary": Family(library.summary, "summarisation", "rouge-l"),
+    "classification": Family(library.classification, "in-context learning"),
+    "completion": Family(code.completion, "code", "edit"),
+    "worked_maths": Family(maths.worked, "maths"),
+    "spread_maths": Family(maths.spread, "maths"),
+    "prose": Family(facts.prose, PROSE, "perplexity"),
 }
-
-
-def has_chat(tokenizer, chat: bool | None) -> bool:
-    """Whether prompts go through the chat template: as asked for, else where the tokenizer has one."""
-    return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
-
-
-def encode_prompt(text: str, tokenizer, chat: bool, **template_kwargs) -> list[int]:
-    """Encode a prompt: as a user's message through the chat template, or as it stands."""
-    if chat:
-        settings = {**template_kwargs, "add_generation_prompt": True, "return_dict": True}
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], **settings)["input_ids"]
-    ids = tokenizer(text)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        ids = ids[:-1]
-    return ids
-
-
-def encode_answer(text: str, tokenizer) -> list[int]:
-    """Encode an answer, with the token that ends a turn."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + end
 
 
 def prompt_ids(question: Question, tokenizer, chat: bool | None = None) -> list[int]:
     """Encode the prompt of a question; without a chat template "Answer:" tells that the text ends here."""
-    if not question.question:
+    if question.is_prose:
         return encode_prompt(question.context, tokenizer, chat=False)
     chat = has_chat(tokenizer, chat)
     return encode_prompt(question.prompt if chat else f"{question.prompt}\nAnswer:", tokenizer, chat)
@@ -167,7 +171,7 @@ def make_question(family: str, corpus: Corpus, tokenizer, length: int, seed: int
     kind = NATURAL[family]
     words = Words(random.Random(f"{corpus.split}-{family}-{length}-{seed}"), corpus.split)
     draft = kind.make(corpus, words, length)
-    best, chars, shortest = None, 4 * length, None
+    best, chars, shortest = None, 3 * length, None
     for _ in range(ROUNDS):
         context = draft.context(chars)
         question = Question(context, draft.question, draft.answer, draft.expected, family, kind.metric, kind.task_class)
@@ -188,7 +192,7 @@ def make_question(family: str, corpus: Corpus, tokenizer, length: int, seed: int
     return best[1]
 
 
-def as_sample(question: Question, tokenizer, chat: bool | None = None) -> Sample:
+def as_sample(question: Question, tokenizer, chat: bool | None = None, max_length: int | None = None) -> Sample:
     """
     Encode a question: its prompt, and behind it the reference answer with the token that ends a turn.
 
@@ -198,10 +202,24 @@ def as_sample(question: Question, tokenizer, chat: bool | None = None) -> Sample
     ----------
     chat : bool, optional
         Whether the prompt goes through the chat template; default: where there is one.
+    max_length : int, optional
+        Tokens of the sample at most: a longer prompt loses its middle, longer prose and an answer beyond half of it
+        their ends.
+
+    Raises
+    ------
+    ValueError
+        For prose of fewer than two tokens.
     """
     prompt = prompt_ids(question, tokenizer, chat)
-    if not question.question:
-        return Sample(np.asarray(prompt, np.int32), [(len(prompt) // 2, len(prompt))], question.family, question)
-    text = question.answer if has_chat(tokenizer, chat) else f" {question.answer}"
-    ids = np.asarray([*prompt, *encode_answer(text, tokenizer)], np.int32)
+    if question.is_prose:
+        ids = np.asarray(prompt[:max_length], np.int32)
+        if len(ids) < 2:
+            raise ValueError(f"the text {question.context!r} has {len(ids)} tokens, too few to foretell any")
+        return Sample(ids, [(len(ids) // 2, len(ids))], question.family, question)
+    answer = encode_answer(question.answer if has_chat(tokenizer, chat) else f" {question.answer}", tokenizer)
+    if max_length is not None:
+        answer = answer[: max(1, max_length // 2)]
+        prompt = without_middle(prompt, max_length - len(answer))
+    ids = np.asarray([*prompt, *answer], np.int32)
     return Sample(ids, [(len(prompt), len(ids))], question.family, question)

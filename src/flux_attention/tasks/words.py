@@ -55,9 +55,6 @@ plates posters potatoes ribbons rings ropes sandwiches scarves seeds shells shir
 stones stools tickets tiles tomatoes towels toys umbrellas vases
 """.split()
 
-#: Lists of which only natural questions draw.
-MORE = {"goods": GOODS}
-
 
 def split_words(words: list[str], split: bool | str, fraction: float = 0.25) -> list[str]:
     """Return the part of ``words`` that belongs to a split, as ``text.belongs`` takes it."""
@@ -98,10 +95,7 @@ class Words:
         self.taken: set[str] = set()
 
     def draw(self, kind: str) -> str:
-        """Draw a person, a city or what else has a list, that was not drawn yet."""
-        if kind not in self.pools:
-            words = split_words(MORE[kind], self.held_out)
-            self.pools[kind] = self.rng.sample(words, len(words))
+        """Draw a person or a city that was not drawn yet."""
         return self.pools[kind].pop()
 
     def key(self) -> str:

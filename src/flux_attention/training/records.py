@@ -8,15 +8,14 @@ the loss; of plain text all tokens are both.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from flux_attention.errors import DataError
+from flux_attention.tasks.encoding import encode_answer, encode_prompt, joined, without_middle
+from flux_attention.tasks.records import is_plain, problem_with, read_records
 
 #: The task class of plain text.
 PLAIN = "language modeling"
@@ -77,88 +76,20 @@ class Report:
         return "\n".join(lines)
 
 
-def read_records(source: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """
-    Yield the records of a source, with where each stands; a line that is not JSON comes as the error that it raised.
-
-    Parameters
-    ----------
-    source : dict
-        ``path``: a ``.jsonl`` or ``.parquet`` file, or an id for ``datasets.load_dataset`` (``name``, ``split``).
-
-    Raises
-    ------
-    DataError
-        If there is no such file or dataset.
-    """
-    path = source["path"]
-    if path.endswith((".jsonl", ".json")):
-        try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        try:
-                            record = json.loads(line)
-                        except (ValueError, RecursionError) as error:
-                            record = error
-                        yield f"{path}, line {number}", record
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from None
-        return
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"reading {path} needs datasets: pip install 'flux-attention[train]'") from None
-    try:
-        if path.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=path, split="train")
-        else:
-            rows = datasets.load_dataset(path, source.get("name"), split=source.get("split", "train"))
-    except Exception as error:  # datasets raises many kinds
-        raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from None
-    for number, row in enumerate(rows):
-        yield f"{path}, row {number}", row
-
-
 def _problem(record: Any, targets: dict[str, float]) -> str | None:
     """Say what is wrong with a record."""
-    if isinstance(record, (ValueError, RecursionError)):
-        return f"not JSON ({record})"
-    if not isinstance(record, dict):
-        return f"{type(record).__name__}, expected an object"
-    if isinstance(record.get("text"), str) and record.get("question") is None:  # columns fill what is not there
+    if (problem := problem_with(record)) is not None:
+        return problem
+    if is_plain(record):
         task = PLAIN
-        if not record["text"].strip():
-            return "text is empty"
-        if not _is_text(record["text"]):
-            return "text is not UTF-8 text"
     else:
-        for key in ("context", "question", "answer"):
-            if not isinstance(record.get(key), str):
-                return f"{key} is {type(record.get(key)).__name__}, expected text" if key in record else f"no {key}"
-            if not _is_text(record[key]):
-                return f"{key} is not UTF-8 text"
-        if not record["answer"].strip():
-            return "answer is empty"
-        if not record["context"].strip() and not record["question"].strip():
-            return "context and question are empty"
         metadata = record.get("metadata")
         if not isinstance(metadata, dict):
             return "no metadata with task and is_prefix"
         task = metadata.get("task")
-        if not isinstance(metadata.get("is_prefix", False), bool):
-            return f"metadata.is_prefix is {metadata['is_prefix']!r}, expected true or false"
     if not isinstance(task, str) or task not in targets:
         return f"task {task!r} has no target in the recipe, which knows {list(targets)}"
     return None
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def encode_record(
@@ -184,28 +115,18 @@ def encode_record(
     chat_template_kwargs : dict, optional
         What the template takes besides, such as ``enable_thinking``.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if record.get("question") is None:
+    if is_plain(record):
         whole = tokenizer(record["text"])["input_ids"]
         ids = whole[:max_length]
         return Example(np.asarray(ids, np.int32), 1, len(ids), PLAIN), len(ids) < len(whole)
     metadata = record["metadata"]
-    parts = [record["question"], record["context"]]
-    text = "\n\n".join(part for part in (parts if metadata.get("is_prefix") else parts[::-1]) if part.strip())
-    if chat_template:
-        message = [{"role": "user", "content": text}]
-        settings = {**(chat_template_kwargs or {}), "add_generation_prompt": True, "return_dict": True}
-        prompt = tokenizer.apply_chat_template(message, **settings)["input_ids"]
-    else:
-        prompt = tokenizer(text + "\n")["input_ids"]
-        if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-            prompt = prompt[:-1]
-    whole = tokenizer(record["answer"], add_special_tokens=False)["input_ids"] + end
+    text = joined(record["context"], record["question"], bool(metadata.get("is_prefix")))
+    prompt = encode_prompt(text if chat_template else f"{text}\n", tokenizer, chat_template, chat_template_kwargs)
+    whole = encode_answer(record["answer"], tokenizer)
     answer = whole[: max(1, max_length // 2)]
     room = max_length - len(answer)
     shortened = len(prompt) > room or len(answer) < len(whole)
-    if len(prompt) > room:  # what frames the context stands at both ends
-        prompt = prompt[: (room + 1) // 2] + prompt[len(prompt) - room // 2 :]
+    prompt = without_middle(prompt, room)
     ids = np.asarray(prompt + answer, np.int32)
     return Example(ids, len(prompt), len(prompt), metadata["task"]), shortened
 

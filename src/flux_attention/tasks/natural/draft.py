@@ -40,14 +40,16 @@ def cut(text: str, chars: int) -> str:
 
 
 def fill(pieces: Iterable[str], chars: int, whole: bool = False) -> list[str]:
-    """Take pieces up to ``chars`` characters; the last one is cut to fit, or left out where pieces stay ``whole``."""
+    """Take pieces up to ``chars`` characters; what is too long is cut, or left out where pieces stay ``whole``."""
     taken = []
     for piece in pieces:
-        if chars <= 0:
+        if len(piece) > chars:
+            if whole:
+                continue
+            if kept := cut(piece, chars).rstrip():
+                taken.append(f"{kept}\n\n" if piece.endswith("\n") else f"{kept} ")
             break
-        kept = piece if len(piece) <= chars else "" if whole else cut(piece, chars).rstrip()
-        if kept:
-            taken.append(kept if kept == piece else f"{kept}\n\n" if piece.endswith("\n") else f"{kept} ")
+        taken.append(piece)
         chars -= len(piece)
     return taken
 
