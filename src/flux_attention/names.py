@@ -13,6 +13,8 @@ TIMEOUT = 10
 
 #: What the model that comes along is called in results and adapters, wherever it lies.
 NAME = "flux-attention/shipped"
+#: What stands behind the name of a model from a GGUF file: no Hub repository can be called so.
+GGUF_MARK = " (GGUF)"
 #: Stock transformers checkpoint with its tokenizer.
 BACKBONE = Path(__file__).parent / "shipped" / "backbone"
 #: Router adapter for it.

@@ -10,6 +10,7 @@ from helpers.gguf_files import llama, write_gguf
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flux_attention import attach
+from flux_attention.adapters import card
 from flux_attention.errors import GgufError
 from flux_attention.hf import loading
 from flux_attention.training import Recipe
@@ -36,7 +37,9 @@ def test_the_file_holds_the_same_model(pair):
     loaded = loading.load_model(str(path), "float32", "cpu")
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
     assert loaded.dtype == torch.float32 and not hasattr(loaded.config, "quantization_config")
-    assert attach(loaded).config.base_model.name == "tiny.Q8_0 (GGUF)"
+    config = attach(loaded).config
+    assert config.base_model.name == "tiny.Q8_0 (GGUF)"
+    assert 'load_model("FILE.gguf"' in str(card(config)) and "base_model:" not in str(card(config))
     half = loading.load_model(str(path), "bfloat16", "cpu")
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
@@ -85,10 +88,10 @@ def test_digits_are_split_as_the_file_says(tmp_path, pre, tokens):
 def test_what_lies_beside_the_file_is_not_read(pair, tmp_path):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(pair[0].read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "!"}')
-    (tmp_path / "chat_template.jinja").write_text("nonsense")
-    tokenizer = loading.load_tokenizer(str(path))
-    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template is None
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    alone, beside = (loading.load_tokenizer(str(one)) for one in (pair[0], path))
+    assert type(beside) is type(alone) and set(beside("a")) == {"input_ids", "attention_mask"}
+    assert beside.eos_token == "<|im_end|>"
 
 
 LLAMA3 = dict(

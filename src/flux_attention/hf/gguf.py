@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flux_attention.errors import GgufError
+from flux_attention.names import GGUF_MARK
 
 #: Formats of values by the file's number for their kind; 8 is text, 9 a list.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -102,7 +103,7 @@ class GgufFile:
     @property
     def name(self) -> str:
         """What the model is called in results and adapters; never what could be the id of a Hub repository."""
-        return f"{str(self.facts.get('general.name', '')).strip() or self.path.stem} (GGUF)"
+        return f"{str(self.facts.get('general.name', '')).strip() or self.path.stem}{GGUF_MARK}"
 
     @property
     def parameters(self) -> int:
