@@ -7,13 +7,17 @@ READY := $(VENV)/.ready
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test lint format gpu-test clean
+.PHONY: demo test test-real lint format gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto
+
+# MODEL: folder, Hub id or GGUF file of a pretrained model; default: a small one from the Hub.
+test-real: $(READY)
+	MODEL="$(MODEL)" OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m real tests/test_real.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from torch import nn
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import AdapterError, FluxConfigError
 from flux_attention.files import replacing
-from flux_attention.names import NAME, check_folder, unreachable
+from flux_attention.names import GGUF_MARK, NAME, check_folder, unreachable
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter
 
@@ -95,7 +95,14 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
     arguments += [f"{key}={value!r}" for key, value in (model_arguments or {}).items()]
     units = len(base.routed_layers) * (1 if config.granularity == "layer" else base.num_kv_heads)
     return ModelCard.from_template(
-        data, template_path=str(CARD_TEMPLATE), config=config, base=base, units=units, shipped=own, arguments=arguments
+        data,
+        template_path=str(CARD_TEMPLATE),
+        config=config,
+        base=base,
+        units=units,
+        shipped=own,
+        gguf=base.name.endswith(GGUF_MARK),
+        arguments=arguments,
     )
 
 

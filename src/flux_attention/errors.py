@@ -13,6 +13,10 @@ class UnsupportedModelError(ValueError):
     """Refuses a model or a call that routing cannot serve."""
 
 
+class GgufError(ValueError):
+    """Refuses a GGUF file that is damaged, or that transformers cannot read."""
+
+
 class RecipeError(ValueError):
     """Refuses a training recipe that cannot be run."""
 

@@ -13,6 +13,8 @@ TIMEOUT = 10
 
 #: What the model that comes along is called in results and adapters, wherever it lies.
 NAME = "flux-attention/shipped"
+#: What stands behind the name of a model from a GGUF file: no Hub repository can be called so.
+GGUF_MARK = " (GGUF)"
 #: Stock transformers checkpoint with its tokenizer.
 BACKBONE = Path(__file__).parent / "shipped" / "backbone"
 #: Router adapter for it.
@@ -55,6 +57,35 @@ def check_folder(name: str | os.PathLike) -> None:
         raise ValueError(f"{text} is a file, expected a folder")
     if isinstance(name, os.PathLike) or looks_like_path(text):
         raise ValueError(f"no such folder {text}; check the path, or give the id of a Hub repository: owner/name")
+
+
+def is_gguf(name: str | os.PathLike) -> bool:
+    """Whether ``name`` is that of a GGUF file: by its ending or, as other programs store them, by its first bytes."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix.lower() != ".gguf":
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def check_model(name: str) -> str | None:
+    """
+    Say why a model cannot be had; None if it is a folder, a GGUF file or a repository that can be reached.
+
+    Raises
+    ------
+    ValueError
+        For a path at which there is neither a folder nor a GGUF file.
+    """
+    path = Path(name).expanduser()
+    if is_gguf(name):
+        if not path.is_file():
+            raise ValueError(f"no such file {name}; check the path")
+        return None
+    if path.is_file():
+        raise ValueError(f"{name} is a file, but not a GGUF file; expected a folder, a GGUF file or a Hub id")
+    check_folder(name)
+    return None if path.is_dir() else unreachable(name, "config.json")
 
 
 def unreachable(repo_id: str, filename: str, revision: str | None = None) -> str | None:

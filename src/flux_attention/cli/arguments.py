@@ -9,7 +9,7 @@ import typer
 from flux_attention.cli.console import UserError
 
 Model = Annotated[
-    str, typer.Argument(help="Directory or Hub id of a causal LM; 'shipped' for the one that comes along.")
+    str, typer.Argument(help="Directory, Hub id or GGUF file of a causal LM; 'shipped' for the one that comes along.")
 ]
 Text = Annotated[str | None, typer.Argument(help="File with the prompt, or - for standard input.")]
 Routers = Annotated[str | None, typer.Option(help="Directory or Hub id of a router adapter.")]

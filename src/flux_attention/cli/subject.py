@@ -1,14 +1,13 @@
 """Finds and checks the model and the adapters that a command is about; loads them when all else is checked."""
 
+from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from flux_attention import names
 from flux_attention.cli.console import UserError, err
-from flux_attention.names import check_folder, unreachable
 
 
 class Subject:
@@ -18,7 +17,7 @@ class Subject:
     Parameters
     ----------
     model : str
-        Directory, Hub id or ``shipped``.
+        Directory, Hub id, GGUF file or ``shipped``.
     routers : sequence of str
         Adapters; default: for ``shipped`` its own, else none.
     device, dtype : str
@@ -32,20 +31,24 @@ class Subject:
         self.model, self.path, self.dtype = model, names.model_path(model), dtype
         wanted = routers or (["shipped"] if model == "shipped" else [])
         self.adapters = [names.adapter_path(adapter) for adapter in wanted]
-        check_folder(self.path)
         with err.status(f"looking at {escape(model)}"):
+            reason = names.check_model(self.path)
             self.check_adapters(force)
             self.device = find_device(device)
-            if reason := None if Path(self.path).is_dir() else unreachable(self.path, "config.json"):
+            if reason:
                 raise self._failed(reason)
             _ = self.config
 
     def _failed(self, reason: object) -> UserError:
         return UserError(f"cannot load {self.path!r} as a causal LM: {str(reason).strip().splitlines()[0][:200]}")
 
-    def _from_pretrained(self, kind, **options):
+    def _load(self, load: Callable, *arguments):
+        from flux_attention.errors import GgufError
+
         try:
-            return kind.from_pretrained(self.path, **options)
+            return load(self.model, *arguments)
+        except GgufError as error:
+            raise UserError(str(error)) from None
         except (OSError, ValueError) as error:
             raise self._failed(error) from None
 
@@ -64,16 +67,16 @@ class Subject:
     @cached_property
     def config(self):
         """The model's configuration."""
-        from transformers import AutoConfig
+        from flux_attention.hf.loading import load_config
 
-        return self._from_pretrained(AutoConfig)
+        return self._load(load_config)
 
     @cached_property
     def tokenizer(self):
         """The model's tokenizer."""
-        from transformers import AutoTokenizer
+        from flux_attention.hf.loading import load_tokenizer
 
-        return self._from_pretrained(AutoTokenizer)
+        return self._load(load_tokenizer)
 
     @property
     def positions(self) -> int | None:
@@ -93,17 +96,16 @@ class Subject:
 
     def load(self):
         """Load the model, in eval mode on its device."""
-        with err.status(f"loading {escape(self.model)}"):
-            from transformers import AutoModelForCausalLM
+        with err.status(f"loading {escape(self.model)}") as status:
             from transformers.utils import logging
 
-            from flux_attention.hf.precision import load_dtype
+            from flux_attention.hf.loading import dequantising, load_model
 
             logging.disable_progress_bar()
-            loaded = self._from_pretrained(AutoModelForCausalLM, dtype=load_dtype(self.dtype, self.device))
-            loaded = loaded.to(self.device).eval()
-            loaded.config.name_or_path = names.model_name(self.model)
-            return loaded
+            if note := dequantising(self.model, self.dtype, self.device):
+                status.stop()  # transformers shows a bar of its own
+                err.print(escape(note), highlight=False, soft_wrap=True)
+            return self._load(load_model, self.dtype, self.device, self.config).to(self.device).eval()
 
     def attach(self):
         """Load the model, and attach its first adapter or fresh routers."""

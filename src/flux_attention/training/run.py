@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 from flux_attention import names
 from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.errors import RecipeError
 from flux_attention.files import check_writable
+from flux_attention.hf import loading
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
-from flux_attention.hf.precision import load_dtype
 from flux_attention.hf.support import max_positions
-from flux_attention.names import check_folder, unreachable
 from flux_attention.routes import unit_name
 from flux_attention.sizes import SHAPES
 from flux_attention.training.card import card, plot
@@ -46,14 +45,13 @@ def check_model(recipe: Recipe) -> None:
     RecipeError, AdapterError
         With what is missing, or the model's positions.
     """
-    path = names.model_path(recipe.model)
     try:
-        check_folder(path)
+        reason = names.check_model(names.model_path(recipe.model))
     except ValueError as error:
         raise RecipeError(f"model: {error}") from None
     if recipe.start is not None:
         load_config(names.adapter_path(recipe.start))
-    if not Path(path).is_dir() and (reason := unreachable(path, "config.json")):
+    if reason:
         raise RecipeError(f"cannot load {recipe.model}: {reason}")
     most = max_positions(_model_config(recipe))
     if most and recipe.max_length > most:
@@ -72,10 +70,7 @@ def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
     OSError, ValueError
         If there is no such model, or no such adapter for it.
     """
-    path = names.model_path(recipe.model)
-    dtype = load_dtype(recipe.dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **recipe.config)
-    model.config.name_or_path = names.model_name(recipe.model)
+    model = loading.load_model(recipe.model, recipe.dtype, device, **recipe.config)
     routers = recipe.flux_config if recipe.start is None else names.adapter_path(recipe.start)
     return attach(model, routers)
 
@@ -150,11 +145,13 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     if main:
         check_writable(folder)
     # Before the model: what is wrong with data is known before a large one is loaded.
-    data, report = load_data(recipe, AutoTokenizer.from_pretrained(names.model_path(recipe.model)))
+    data, report = load_data(recipe, loading.load_tokenizer(recipe.model))
     if main:
         say(f"{report}\n{len(data):,} packs of up to {recipe.pack_length:,} tokens, {recipe.batch_size} in a step")
     if len(data) < recipe.batch_size:
         raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
+    if main and (note := loading.dequantising(recipe.model, recipe.dtype, args.device)):
+        say(note)
     torch.manual_seed(args.seed)  # of the routers' initial weights
     routing = load_model(recipe, args.device)
     interrupt = SaveOnInterrupt()
@@ -226,7 +223,7 @@ def _model_config(recipe: Recipe):
         raise RecipeError(f"shape is {recipe.shape!r}, expected one of {list(SHAPES)}")
     path = names.model_path(recipe.model)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=recipe.shape is not None, **recipe.config)
+        return loading.load_config(recipe.model, local_files_only=recipe.shape is not None, **recipe.config)
     except OSError as error:
         if recipe.shape is not None and not Path(path).is_dir():
             return AutoConfig.for_model(**{**SHAPES[recipe.shape], **recipe.config})
