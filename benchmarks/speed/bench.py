@@ -29,7 +29,7 @@ def bench(
 
     Parameters
     ----------
-    what : {"attention", "prefill", "decode", "training", "memory"}
+    what : {"attention", "prefill", "decode", "training", "packs", "memory"}
     shapes : sequence of str
         Of ``SHAPES``.
     lengths, sparsities, batches, compile, repeats, gpu_bytes
@@ -50,9 +50,9 @@ def bench(
         raise ValueError(f"unknown shapes {unknown}, expected some of {list(SHAPES)}")
 
     def training(shape: str):
-        from speed.training import training  # which needs what the Trainer needs
+        from speed import training  # which needs what the Trainer needs
 
-        return training(shape, lengths, repeats)
+        return getattr(training, what)(shape, lengths, repeats)
 
     measures = {
         "attention": {
@@ -62,6 +62,7 @@ def bench(
         "prefill": {"e2e_prefill": lambda shape: model.prefill(shape, lengths, batches, sparsities, compile, repeats)},
         "decode": {"e2e_decode": lambda shape: model.decode(shape, lengths, batches, sparsities, compile)},
         "training": {"training": training},
+        "packs": {"packs": training},
         "memory": {"memory": lambda shape: model.memory(shape, lengths, sparsities, gpu_bytes)},
     }
     if what not in measures:

@@ -1,8 +1,10 @@
-"""Times router training on a GPU: one pack forward and backward through a whole frozen model, with random weights."""
+"""Times router training on a GPU: packs forward and backward through a whole frozen model, with random weights."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -17,8 +19,10 @@ from flux_attention.training.objective import SparsityObjective
 from speed.model import body_and_head, random_model
 from speed.timing import PATTERN, ceilings, measure, require_gpu, row
 
-#: Tokens at a pack's end that carry the loss.
-LABELS = 512
+#: Tokens at a sequence's end that carry the loss; of packs of several sequences.
+LABELS, PACK_LABELS = 512, 64
+#: Tokens of the sequences of a pack, at least and at most.
+SEQUENCE = 2048, 8192
 #: The paper's run: steps, sequences of a step, tokens of a sequence at most.
 PAPER_TOKENS = 300 * 48 * 65_536
 
@@ -50,25 +54,78 @@ def necessary_flops(routing: Routing, length: int) -> float:
     return 4 * (forward + backward) * base.num_heads * base.head_dim + 4 * (body * length + head * LABELS)
 
 
-def pack_of(routing: Routing, length: int) -> dict[str, Any]:
-    """Make what ``RoutedTraining`` takes: one sequence, and noise by which every other layer is full."""
-    device = routing.model.device
-    ids = torch.randint(3, routing.model.config.vocab_size, (1, length), device=device)
-    labels = ids.clone()
-    labels[:, :-LABELS] = -100
-    noise = torch.zeros(1, len(routing.layers), 2)
+def pack_of(routing: Routing, lengths: Sequence[int], labelled: int = LABELS) -> dict[str, Any]:
+    """Make what ``RoutedTraining`` takes: a pack of sequences, and noise by which every other layer is full."""
+    device, count = routing.model.device, len(lengths)
+    ids = torch.randint(3, routing.model.config.vocab_size, (1, sum(lengths)), device=device)
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    ends = torch.tensor(lengths, device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    labels = ids.masked_fill(positions < ends - labelled, -100)
+    noise = torch.zeros(count, len(routing.layers), 2)
     noise[:, ::2, 1] = noise[:, 1::2, 0] = 50.0
     return dict(
         input_ids=ids,
-        position_ids=torch.arange(length, device=device)[None],
+        position_ids=positions[None],
         labels=labels,
-        sequence_lengths=torch.tensor([length]),
-        prompt_lengths=torch.tensor([length - LABELS]),
-        classes=torch.tensor([0]),
+        sequence_lengths=torch.tensor(lengths),
+        prompt_lengths=torch.tensor(lengths) - labelled,
+        classes=torch.zeros(count, dtype=torch.long),
         temperature=1.0,
         noise=noise,
         progress=1.0,
     )
+
+
+def sequences_of(length: int, seed: int = 0) -> list[int]:
+    """Draw lengths of sequences that fill a pack of ``length`` tokens; the last one has what is left."""
+    draw, lengths = random.Random(seed), []
+    while sum(lengths) < length:
+        lengths.append(min(draw.randint(*SEQUENCE), length - sum(lengths)))
+    if lengths[-1] <= 2 * PACK_LABELS and len(lengths) > 1:
+        lengths[-2:] = [sum(lengths[-2:])]
+    return lengths
+
+
+def packs(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[dict[str, Any]]:
+    """
+    Measure forward and backward of packs of sequences of 2 K to 8 K tokens, every other layer full.
+
+    Yields
+    ------
+    dict
+        Engine ``flux`` against ``alone``, the same sequences in a call each; with and without gradient checkpointing.
+    """
+    require_gpu()
+    routing = random_model(shape, compile=False)
+    module = RoutedTraining(routing, SparsityObjective({"all": 0.5}).to(routing.model.device)).train()
+    for length, checkpointing in itertools.product(lengths, (False, True)):
+        if checkpointing:
+            settings = {"use_reentrant": False, "context_fn": keep_attention}
+            routing.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        else:
+            routing.model.gradient_checkpointing_disable()
+        together = sequences_of(length)
+        calls = {
+            "alone": [pack_of(routing, [one], PACK_LABELS) for one in together],
+            "flux": [pack_of(routing, together, PACK_LABELS)],
+        }
+        found = {}
+        for engine, some in calls.items():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+            def step(some=some):
+                for pack in some:
+                    module(**pack)["loss"].backward()
+                module.zero_grad(set_to_none=True)
+
+            found[engine] = times = measure(step, min_repeats=repeats, warm=2)
+            yield row(
+                times, "alone", found["alone"],
+                shape=shape, seq_len=length, batch=len(together), phase="train", engine=engine, method="routed",
+                sparsity=0.5, tokens_per_s=round(length / times["ms"] * 1000),
+                peak_bytes=torch.cuda.max_memory_allocated(), checkpointing=checkpointing,
+            )  # fmt: skip
 
 
 def training(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[dict[str, Any]]:
@@ -91,7 +148,7 @@ def training(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[d
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}).to(routing.model.device)).train()
 
     for length in lengths:
-        pack = pack_of(routing, length)
+        pack = pack_of(routing, [length])
 
         def step(pack=pack):
             module(**pack)["loss"].backward()

@@ -1,5 +1,7 @@
 """Routes by the prompt's two ends: what a stock model and the routers say of them, in whatever call a prompt comes."""
 
+import warnings
+
 import pytest
 import torch
 from helpers.models import CONFIG, FAMILIES, TRIANGLE, ids, packed, randomize, tiny_model
@@ -236,3 +238,46 @@ def test_images_are_refused(monkeypatch):
     types[0, 3] = 1
     with pytest.raises(UnsupportedModelError, match="not for prompts with images"):
         model(ids(1, 40), mm_token_type_ids=types)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_pass_as_a_graph_says_what_it_says_without(compile):
+    model = tiny_model("qwen3").to("cuda", torch.bfloat16)
+    routing = randomize(attach(model, ENDS, compile=compile))
+    prompts = [ids(2, 40, seed).cuda() for seed in range(3)]
+    found = {}
+    with torch.no_grad():
+        for graphs in (False, True):
+            routing.cuda_graphs = graphs
+            logits = []
+            for prompt in prompts:
+                model(prompt)
+                logits.append(routing.routes.logits_BL2)
+            found[graphs] = torch.stack(logits)
+        assert len(routing._ends._graphs) == 1
+        torch.testing.assert_close(found[True], found[False], atol=0.05, rtol=0.02)
+        assert not torch.equal(found[True][0], found[True][1])
+        routing.routers["0"].head[-1].bias.add_(3.0)  # in place: the graph reads what is there now
+        model(prompts[0])
+        assert (routing.routes.logits_BL2[:, 0] - found[True][0][:, 0]).sub(3.0).abs().max() < 1e-3
+        model(prompts[0][:, :5])  # not long enough for two ends: no graph
+        assert len(routing._ends._graphs) == 1
+
+
+@pytest.mark.gpu
+def test_a_prefill_by_ends_waits_for_the_device_once_more_than_forced():
+    model = tiny_model("qwen3").to("cuda", torch.bfloat16)
+    routing = randomize(attach(model, ENDS))
+    prompt = ids(1, 300).cuda()
+
+    def waits(routes):
+        with torch.no_grad(), routing.force(routes), warnings.catch_warnings(record=True) as caught:
+            model(prompt)  # captures
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            model(prompt)
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    assert waits(None) <= waits([1]) + 1

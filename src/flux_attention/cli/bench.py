@@ -11,17 +11,19 @@ from flux_attention.cli.arguments import read_numbers
 from flux_attention.cli.console import UserError, out
 from flux_attention.files import check_writable
 
-WHAT = ("attention", "prefill", "decode", "training", "memory")
+WHAT = ("attention", "prefill", "decode", "training", "packs", "memory")
 
 
 def bench(
-    what: Annotated[str, typer.Argument(help="attention, prefill, decode, training or memory.", show_default=False)],
-    shapes: Annotated[str, typer.Option(help="Sizes of the model: qwen3-8b, llama-3.1-8b.")] = "qwen3-8b",
+    what: Annotated[
+        str, typer.Argument(help="attention, prefill, decode, training, packs, memory.", show_default=False)
+    ],
+    shapes: Annotated[str, typer.Option(help="Sizes of the model: qwen3-8b, smollm2-135m …")] = "qwen3-8b",
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "1K,2K,4K,8K,16K,32K,64K,128K,256K",
     sparsities: Annotated[str, typer.Option(help="Forced Ω_MSR.")] = "0,0.25,0.5,0.75,0.9",
     batches: Annotated[str, typer.Option(help="attention, prefill, decode: sequences together.")] = "1,8",
     compile: Annotated[bool, typer.Option(help="prefill, decode: layers fused by torch.compile.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="prefill, training: times at least.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="prefill, training, packs: times at least.")] = 3,
     gpu_gb: Annotated[float, typer.Option(help="memory: 10⁹ bytes to fit into.")] = 141.0,
     output: Annotated[Path | None, typer.Option(help="Folder for JSON, written after every row.")] = None,
 ):
