@@ -54,7 +54,7 @@ def necessary_flops(routing: Routing, length: int) -> float:
     return 4 * (forward + backward) * base.num_heads * base.head_dim + 4 * (body * length + head * LABELS)
 
 
-def pack_of(routing: Routing, lengths: Sequence[int], labelled: int = LABELS) -> dict[str, Any]:
+def pack_of(routing: Routing, lengths: Sequence[int], labelled: int) -> dict[str, Any]:
     """Make what ``RoutedTraining`` takes: a pack of sequences, and noise by which every other layer is full."""
     device, count = routing.model.device, len(lengths)
     ids = torch.randint(3, routing.model.config.vocab_size, (1, sum(lengths)), device=device)
@@ -148,7 +148,7 @@ def training(shape: str, lengths: Sequence[int], repeats: int = 3) -> Iterator[d
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}).to(routing.model.device)).train()
 
     for length in lengths:
-        pack = pack_of(routing, [length])
+        pack = pack_of(routing, [length], LABELS)
 
         def step(pack=pack):
             module(**pack)["loss"].backward()

@@ -21,7 +21,7 @@ def routing(monkeypatch):
 
 def test_both_formulas_give_the_same_loss_and_gradients(routing):
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}, initial=0.5))
-    pack = training.pack_of(routing, [40])
+    pack = training.pack_of(routing, [40], 8)
     grads = []
     for formula in (training.plain_formula(), torch.enable_grad()):
         with formula:
@@ -42,7 +42,7 @@ def test_neither_formula_keeps_gates_that_were_computed_again(routing, monkeypat
     module = RoutedTraining(routing, SparsityObjective({"all": 0.5}))
     for formula in (training.plain_formula(), torch.enable_grad()):
         with formula:
-            module(**training.pack_of(routing, [40]))["loss"].backward()
+            module(**training.pack_of(routing, [40], 8))["loss"].backward()
         assert not calls[-1].decision._gates
 
 
@@ -54,7 +54,7 @@ def test_the_plain_formula_runs_each_branch_once(routing, monkeypatch):
     for formula in (training.plain_formula(), torch.enable_grad()):
         runs.clear()
         with formula:
-            module(**training.pack_of(routing, [40]))
+            module(**training.pack_of(routing, [40], 8))
         assert len(runs) == 2 * 3
 
 
