@@ -14,13 +14,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 from flux_attention import names
-from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_config
-from flux_attention.errors import RecipeError
+from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, check_base_model, load_config
+from flux_attention.config import FluxConfig
+from flux_attention.errors import AdapterError, RecipeError
 from flux_attention.files import check_writable
 from flux_attention.hf import loading
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import max_positions
+from flux_attention.router import bias_by_rank
 from flux_attention.routes import unit_name
 from flux_attention.sizes import SHAPES
 from flux_attention.training.card import card, plot
@@ -29,7 +31,7 @@ from flux_attention.training.data import check_sources, load_data
 from flux_attention.training.interrupt import Interrupted, SaveOnInterrupt
 from flux_attention.training.module import CHUNK
 from flux_attention.training.packing import PackedExamples
-from flux_attention.training.recipe import Recipe
+from flux_attention.training.recipe import MEAN_BUDGET, Recipe
 from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.
@@ -71,8 +73,25 @@ def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
         If there is no such model, or no such adapter for it.
     """
     model = loading.load_model(recipe.model, recipe.dtype, device, **recipe.config)
-    routers = recipe.flux_config if recipe.start is None else names.adapter_path(recipe.start)
-    return attach(model, routers)
+    if recipe.start is None:
+        return attach(model, recipe.flux_config)
+    folder, start = load_config(names.adapter_path(recipe.start))
+    if start.ranking is None:
+        return attach(model, folder, decide=recipe.decide)
+    routing = attach(model, from_ranking(start, recipe))
+    try:
+        check_base_model(start, routing.config.base_model, str(folder))
+    except AdapterError:
+        routing.detach()
+        raise
+    bias_by_rank([routing.router(layer) for layer in start.ranking])
+    return routing
+
+
+def from_ranking(start: FluxConfig, recipe: Recipe) -> FluxConfig:
+    """Make the configuration of routers that are trained from a ranking of layers: its patterns and sizes."""
+    budget = MEAN_BUDGET if recipe.budget else None
+    return replace(start, ranking=None, budget=budget, decide=recipe.decide or "prefill", base_model=None)
 
 
 def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
@@ -254,6 +273,8 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     if recipe.start is not None:
         start = load_config(names.adapter_path(recipe.start))[1]
         sizes, made_for = replace(start, base_model=None), start.base_model
+        if start.ranking is not None:
+            sizes = from_ranking(start, recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         routing = attach(model, sizes)
