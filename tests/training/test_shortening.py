@@ -28,6 +28,7 @@ def found(answer, context):
         ("- Paris\n- Rome\n2. Oslo", "Oslo Rome Paris", [["Paris"], ["Rome"], ["Oslo"]]),
         ("Paris, Rome and Oslo", "Oslo, Rome", [["Rome"], ["Oslo"]]),
         ("It says much, at length, of cities, and Rome", "Rome", []),  # most of it does not occur: a summary
+        ("\n".join(f"x{i}" for i in range(40)), " ".join(f"x{39 - i}" for i in range(40)), []),  # nor is it a list
         ("f(x) + 1", "return f(x) + 1", [["f(x) + 1"]]),
         ("北京", "我在北京市", [["北京"]]),
         ("CPU", "我的CPU很快, CPUs", [["CPU"]]),

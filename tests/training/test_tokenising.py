@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -17,11 +17,12 @@ from flux_attention.training import load_data
 from flux_attention.training import tokenising as module
 from flux_attention.training.records import PLAIN
 
+datasets = pytest.importorskip("datasets")
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache in which nothing is kept yet."""
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache" / "flux_attention"
 
@@ -34,6 +35,12 @@ def some_records(count=60):
 def write(path, records):
     path.write_text("".join(json.dumps(one) + "\n" for one in records))
     return [{"path": str(path)}]
+
+
+def workers(monkeypatch, count):
+    """Have so many processes at work, also on little."""
+    monkeypatch.setattr(module, "PER_PROCESS", 5_000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
 
 
 def one_at_a_time(one, tokenizer):
@@ -55,8 +62,7 @@ def examples(data):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_records_are_what_one_at_a_time_gives(recipe, tokenizer, tmp_path, monkeypatch, cache, processes):
-    monkeypatch.setattr(module, "PER_PROCESS", 10_000 // processes)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processes)), raising=False)
+    workers(monkeypatch, processes)
     records = some_records()
     recipe.max_length = recipe.pack_length = 4096
     recipe.data = write(tmp_path / "data.jsonl", records)
@@ -136,33 +142,30 @@ def test_a_cache_that_cannot_be_written_is_named(recipe, tokenizer, cache):
         load_data(recipe, tokenizer)
 
 
-PROGRAM = """
-import signal, sys
-from transformers import AutoTokenizer
-from flux_attention.training import Recipe, load_data, tokenising
-signal.signal(signal.SIGINT, signal.default_int_handler)
-tokenising.PER_PROCESS = 1000
-tokenising.os.sched_getaffinity = lambda _: {0, 1}
-recipe = Recipe.from_yaml(sys.argv[1])
-try:
-    load_data(recipe, AutoTokenizer.from_pretrained(recipe.model))
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
+def tokenise(recipe, tokenizer, errors):
+    """Load data in a process of its own, as the command line would when it is interrupted."""
+    os.setsid()
+    datasets.disable_progress_bars()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with open(errors, "w", buffering=1) as sys.stderr:
+        os.dup2(sys.stderr.fileno(), 2)
+        try:
+            load_data(recipe, tokenizer)
+        except KeyboardInterrupt:
+            os._exit(130)
 
 
-def test_ctrl_c_ends_all_processes_without_a_word_and_leaves_nothing(recipe, tmp_path, cache):
+def test_ctrl_c_ends_all_processes_without_a_word_and_leaves_nothing(recipe, tokenizer, tmp_path, monkeypatch, cache):
+    workers(monkeypatch, 2)
     recipe.data = write(tmp_path / "data.jsonl", [record(index=i, context=f"x{i} = 1\n" * 2000) for i in range(600)])
-    recipe.to_yaml(tmp_path / "recipe.yaml")
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache.parent), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "recipe.yaml")]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = get_context("fork").Process(target=tokenise, args=(recipe, tokenizer, tmp_path / "errors"))
+    process.start()
     for _ in range(600):  # as soon as both are at work
         if len(list(cache.glob(".tokenising-*/*/*"))) == 2:
             break
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), (tmp_path / "errors").read_text()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (130, "")
+    process.join(60)
+    assert (process.exitcode, (tmp_path / "errors").read_text()) == (130, "")
     assert list(cache.iterdir()) == []
