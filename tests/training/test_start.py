@@ -93,11 +93,11 @@ def test_each_sample_is_held_to_its_own_budget(base, records_file, tmp_path):
 
 def test_budgets_are_refused_where_routers_have_none(base):
     model = AutoModelForCausalLM.from_pretrained(base)
-    with pytest.raises(FluxConfigError, match="a budget of 0.5 was asked for, but these routers were not trained"):
+    with pytest.raises(FluxConfigError, match=r"a budget of 0\.5 was asked for, but these routers were not trained"):
         attach(model, FluxConfig(), budget=0.5)
     routing = attach(model)
     assert routing.budget is None
-    with pytest.raises(FluxConfigError, match="a budget of 0.5 was asked for"):
+    with pytest.raises(FluxConfigError, match=r"a budget of 0\.5 was asked for"):
         routing.budget = 0.5
 
 
@@ -112,7 +112,7 @@ def test_a_ranking_of_another_model_is_refused(base, records_file, ranked, tmp_p
     values["base_model"]["hidden_size"] = 999
     (tmp_path / "flux_config.json").write_text(json.dumps(values))
     recipe = recipe_of(base, records_file, tmp_path / "out", start=str(tmp_path))
-    with pytest.raises(AdapterError, match="ranking of layers in .* was made for .*hidden_size"):
+    with pytest.raises(AdapterError, match=r"ranking of layers in .* was made for .*hidden_size"):
         load_model(recipe)
     with pytest.raises(RecipeError, match="made for another model: hidden_size"):
         dry_run(recipe)

@@ -35,7 +35,7 @@ from flux_attention.training.recipe import MEAN_BUDGET, Recipe
 from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.
-RESULTS = (CARD_FILE, "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
+RESULTS = (CARD_FILE, "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt", "left_out.txt")
 
 
 def check_model(recipe: Recipe) -> None:
@@ -106,7 +106,7 @@ def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
     if recipe.start is not None and Path(names.adapter_path(recipe.start)).resolve() == folder.resolve():
         raise RecipeError(f"the output is {folder}, the adapter that is started from: use another output")
     kept, checkpoint = folder / "recipe.yaml", last_checkpoint(folder)
-    found = [name for name in RESULTS if name != "malformed.txt" and (folder / name).exists()]
+    found = [name for name in RESULTS if not name.endswith(".txt") and (folder / name).exists()]
     if found and not kept.exists():
         raise RecipeError(f"{folder} holds {', '.join(found)}, but no recipe.yaml of a run: use another output")
     if found and not restart and checkpoint is None:
@@ -130,7 +130,8 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     Train routers by a recipe; a run that was interrupted goes on from its last checkpoint.
 
     The output folder gets the adapter (``flux_config.json``, ``routers.safetensors``), ``README.md`` (its card),
-    ``training.svg``, ``training_log.json``, ``recipe.yaml``, and ``malformed.txt`` if records were left out.
+    ``training.svg``, ``training_log.json``, ``recipe.yaml``, and ``malformed.txt`` or ``left_out.txt`` if records were
+    left out, as unusable or too long.
 
     Parameters
     ----------
@@ -164,7 +165,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     if main:
         check_writable(folder)
     # Before the model: what is wrong with data is known before a large one is loaded.
-    data, report = load_data(recipe, loading.load_tokenizer(recipe.model))
+    data, report = load_data(recipe, loading.load_tokenizer(recipe.model), args.main_process_first)
     if main:
         say(f"{report}\n{len(data):,} packs of up to {recipe.pack_length:,} tokens, {recipe.batch_size} in a step")
     if len(data) < recipe.batch_size:
@@ -192,10 +193,11 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
             for name in RESULTS:
                 (folder / name).unlink(missing_ok=True)
         recipe.to_yaml(folder / "recipe.yaml")
-        if report.malformed:
-            lines = "".join(f"{where}: {reason}\n" for where, reason in report.malformed)
-            (folder / "malformed.txt").write_text(lines, encoding="utf-8")
-            say(f"all malformed records are listed in {folder / 'malformed.txt'}")
+        for name, kind in (("malformed", "malformed"), ("left_out", "too long")):
+            if some := getattr(report, name):
+                lines = "".join(f"{where}: {reason}\n" for where, reason in some)
+                (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
+                say(f"all {kind} records are listed in {folder / f'{name}.txt'}")
         (folder / "data.sha256").write_text(digest + "\n")
     _fit(trainer, interrupt, checkpoint)
     trainer.gather()
