@@ -155,12 +155,16 @@ def test_what_dense_does_not_answer_is_refused_by_name(monkeypatch):
     routed = calibrator_of(model(), CalibrationSet([], judged, {}))
     given = {"first": "x", "second": "no"}
 
+    asked = []
+
     def generate(model, tokenizer, samples, *arguments, **options):
+        asked.append((samples[0].family, len(options["routes"])))
         return type("Answers", (), dict(texts=[given[samples[0].family]]))
 
     monkeypatch.setattr(calibrator, "generate_answers", generate)
     rows = routed.judge(tuple(range(LAYERS)))
     assert answered(rows) == ["first"]
+    assert asked == [("first", 6), ("second", 6), *(("first", count) for count in (5, 4, 3, 2, 1, 0))]
     given["first"] = "neither"
     routed.rows.clear()
     with pytest.raises(CalibrationError, match=r"answers none of the families.*first 0.00, second 0.00"):
