@@ -2,9 +2,10 @@
 
 import pytest
 
-from flux_attention.tasks import corpus, text
+from flux_attention.tasks import corpus, documents, text
 from flux_attention.tasks.corpus import local_corpus, prose_of
 from flux_attention.tasks.documents import debian_packages, functions
+from flux_attention.tasks.questions import make_question
 
 
 def test_splits_share_no_text():
@@ -73,6 +74,17 @@ class Quill:
     (only,) = functions("office/quill.py", source)
     assert (only.name, only.label) == ("office.quill.Quill", "office.quill")
     assert only.summary == "Write long letters by hand" and "Parameters" not in only.text
+
+
+@pytest.mark.parametrize("family", ["document_fact", "find_document", "joined_fact", "summary", "classification"])
+def test_machines_without_dpkg_have_questions_about_documents_too(monkeypatch, tokenizer, family):
+    monkeypatch.setattr(documents, "DPKG", documents.DPKG / "none")
+    corpus._read.cache_clear()
+    for split in text.SPLITS:
+        assert not any(document.label == "libs" for document in local_corpus(split).documents)
+        asked = {make_question(family, local_corpus(split), tokenizer, 1200, seed).question for seed in range(8)}
+        assert len(asked) > 2
+    corpus._read.cache_clear()
 
 
 def test_an_unknown_split_and_no_text_are_errors(monkeypatch, tmp_path):

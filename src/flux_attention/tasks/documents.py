@@ -95,8 +95,9 @@ def _paragraphs(description: str) -> str:
     return "\n\n".join(" ".join(block.split()) for block in blocks)
 
 
-def debian_packages(status: Path = DPKG) -> Iterator[Document]:
+def debian_packages(status: Path | None = None) -> Iterator[Document]:
     """Yield the packages that dpkg has installed, one of each source package."""
+    status = DPKG if status is None else status
     if not status.is_file():
         return
     seen = set()

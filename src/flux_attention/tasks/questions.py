@@ -11,7 +11,7 @@ look_up             single-document QA     match     the code of a thing, told i
 several_keys        single-document QA     match     the same, with the codes of seven other things told too
 all_values          single-document QA     match     all three codes of one thing
 place               single-document QA     match     where one of six people lives
-hops                multi-document QA      match     in which city a guest is: where the host lives
+hops                multi-document QA      match     the host of a guest, and the city where the host lives
 several_queries     synthetic              match     the codes of three things at once
 counting            synthetic              match     how often a sentence occurs
 copying             synthetic              match     a real paragraph, word for word

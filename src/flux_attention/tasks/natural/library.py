@@ -8,7 +8,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from flux_attention.tasks.corpus import FRACTION, Corpus
+from flux_attention.tasks.corpus import FRACTION, Corpus, prose_of
 from flux_attention.tasks.documents import Document
 from flux_attention.tasks.natural.draft import SENTENCE, Draft, cut, hidden
 from flux_attention.tasks.text import SPLITS, split_of
@@ -94,9 +94,10 @@ def joined_fact(corpus: Corpus, words: Words, length: int) -> Draft:
     documents = _shuffled(corpus, words)
     for asked in documents:
         version = dict(asked.facts).get("version")
-        quotes = [text for text in SENTENCE.split(asked.text) if len(text.split()) in QUOTED and "\n" not in text]
+        said = [sentence for paragraph in prose_of(asked.text) for sentence in SENTENCE.split(paragraph)]
         told = [asked.name.casefold(), version]
-        quotes = [text for text in quotes if version and not any(name in text.casefold() for name in told)]
+        quotes = [text for text in said if version and len(text.split()) in QUOTED]
+        quotes = [text for text in quotes if not any(name in text.casefold() for name in told)]
         if quotes:
             break
     quote = words.rng.choice(quotes)
