@@ -78,12 +78,15 @@ def worked(corpus: Corpus, words: Words, length: int) -> Draft:
         if each != asked
     ]
     opening = "These are worked examples of word problems.\n\n"
-    question = f"Solve this problem in the same way.\n\nProblem: {' '.join(asked.told)} {asked.asked}"
+    question = (
+        "Solve this problem in the same way as the examples, just as briefly.\n\n"
+        f"Problem: {' '.join(asked.told)} {asked.asked}\nSolution:"
+    )
     return Draft(hidden([], texts, words.rng, opening, whole=True), question, asked.worked, (str(asked.result),))
 
 
 def spread(corpus: Corpus, words: Words, length: int) -> Draft:
     """Ask a problem whose facts stand far apart in prose."""
     asked = problem(words, split_words(PEOPLE, words.held_out), split_words(GOODS, words.held_out))
-    question = f"{asked.asked} Find the numbers in the text, work it out step by step, and end with the answer."
+    question = f"{asked.asked} Say in one line what the text tells about it and how it is calculated, then the answer."
     return in_prose(list(asked.told), corpus, words.rng, (question, asked.worked), [str(asked.result)])
