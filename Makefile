@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/flux-attention demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
