@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -33,7 +34,10 @@ class _Bar:
 def _table(points: list[dict], key: str, title: str, style: str) -> Table:
     """Make a table with a row for each class of task and a column for each budget."""
     budgets = sorted({point["sparsity"] for point in points})
-    table = Table(title, *(f"{budget:.2f}" for budget in budgets))
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("budget", no_wrap=True)
+    for budget in budgets:
+        table.add_column(f"{budget:.2f}", justify="right", no_wrap=True)
     for name in dict.fromkeys(point["task_class"] for point in points):
         values = {point["sparsity"]: point[key] for point in points if point["task_class"] == name}
         if any(value is not None for value in values.values()):
@@ -44,8 +48,8 @@ def _table(points: list[dict], key: str, title: str, style: str) -> Table:
 
 
 def _print(config, points: list[dict], unanswered: list[str], output: Path) -> None:
-    out.print(_table(points, "rise", "loss above dense, nats", "+.2f"))
-    out.print(_table(points, "accuracy", "answers, by budget", ".2f"))
+    out.print(_table(points, "rise", "loss above dense, nats a token", ".2f"))
+    out.print(_table(points, "accuracy", "score of generated answers", ".2f"))
     if unanswered:
         out.print(f"not judged, as dense does not answer it either: {', '.join(unanswered)}", highlight=False)
     full = len(config.full_layers)
