@@ -72,7 +72,7 @@ class Quill:
         """Do too little to be asked about."""
 '''
     (only,) = functions("office/quill.py", source)
-    assert (only.name, only.label) == ("office.quill.Quill", "office.quill")
+    assert (only.name, only.label) == ("office.quill.Quill", "office")
     assert only.summary == "Write long letters by hand" and "Parameters" not in only.text
 
 

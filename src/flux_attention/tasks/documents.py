@@ -43,7 +43,7 @@ class Document:
     facts : tuple of (str, str)
         What is known of it: "version", "licence", "maintainer", "module".
     label : str
-        The section or module that it is filed under; empty where there is none.
+        The section or the top-level module that it is filed under; empty where there is none.
     """
 
     kind: str
@@ -84,7 +84,9 @@ def functions(path: str, source: str) -> Iterator[Document]:
         summary, _, text = docstring.partition("\n\n")
         prose = SECTION.split(text)[0]  # no lists of parameters, no examples
         lines = "\n".join(line.strip() for line in prose.splitlines())
-        document = _document("function", f"{module}.{name}", path, summary, lines, {"module": module}, module)
+        document = _document(
+            "function", f"{module}.{name}", path, summary, lines, {"module": module}, module.split(".")[0]
+        )
         if document:
             yield document
 

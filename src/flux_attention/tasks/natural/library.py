@@ -41,12 +41,12 @@ QUOTED = range(8, 31)
 LABELS, SHOTS = 4, 3
 #: Letters of an example at most.
 EXAMPLE_CHARS = 300
-#: Unicode's categories of which a character's name tells something, and the words that do.
+#: Unicode's categories of which a character's name tells something: their long names, and the words that do.
 CATEGORIES = {
-    "Lu": ("capital",),
-    "Ll": ("small",),
-    "Mn": ("combining",),
-    "So": ("circled", "symbol", "pattern", "black"),
+    "Lu": ("uppercase letter", {"capital"}),
+    "Ll": ("lowercase letter", {"small"}),
+    "Mn": ("nonspacing mark", {"combining"}),
+    "So": ("other symbol", {"circled", "symbol", "pattern", "black", "squared", "face", "with"}),
 }
 #: Prompts have fewer characters for each token.
 CHARS_A_TOKEN = 5
@@ -144,8 +144,9 @@ def characters(split: str) -> list[tuple[str, str]]:
     found = []
     for sign in map(chr, range(0x20, 0x20000)):
         name, category = unicodedata.name(sign, "").lower(), unicodedata.category(sign)
-        if set(CATEGORIES.get(category, ())) & set(name.split()) and split_of(name, FRACTION) == split:
-            found.append((name.capitalize(), category))
+        label, telling = CATEGORIES.get(category, ("", set()))
+        if telling & set(name.split()) and split_of(name, FRACTION) == split:
+            found.append((name.capitalize(), label))
     return found
 
 

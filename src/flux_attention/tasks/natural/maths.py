@@ -88,5 +88,5 @@ def worked(corpus: Corpus, words: Words, length: int) -> Draft:
 def spread(corpus: Corpus, words: Words, length: int) -> Draft:
     """Ask a problem whose facts stand far apart in prose."""
     asked = problem(words, split_words(PEOPLE, words.held_out), split_words(GOODS, words.held_out))
-    question = f"{asked.asked} Say in one line what the text tells about it and how it is calculated, then the answer."
+    question = f"{asked.asked} Find the numbers in the text, work it out step by step, and end with the answer."
     return in_prose(list(asked.told), corpus, words.rng, (question, asked.worked), [str(asked.result)])
