@@ -91,7 +91,7 @@ def test_fine_tunes_and_other_dtypes_of_the_model_are_not_others(saved):
 
 
 DAMAGE = {
-    "no directory": (shutil.rmtree, "no such folder .*adapter; .*expected flux_config.json and routers"),
+    "no directory": (shutil.rmtree, "no such folder .*adapter; .*expected flux_config.json there, and routers"),
     "no weights": (lambda p: (p / adapters.WEIGHTS_FILE).unlink(), "has no routers.safetensors"),
     "no config": (lambda p: (p / adapters.CONFIG_FILE).unlink(), "has no flux_config.json"),
     "empty weights": (lambda p: (p / adapters.WEIGHTS_FILE).write_bytes(b""), "cannot be read.*truncated"),

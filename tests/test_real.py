@@ -2,7 +2,9 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ from helpers.oracles import error, oracle_logits
 from transformers import AutoModelForCausalLM
 
 from flux_attention import AdapterError, FluxConfig, attach
+from flux_attention.calibration.calibrator import Calibrator
+from flux_attention.calibration.samples import generated_samples
 from flux_attention.hf.loading import load_config, load_model, load_tokenizer
 from flux_attention.patterns import sparse_pattern
+from flux_attention.tasks.scoring import evaluate
 
 pytestmark = pytest.mark.real
 
@@ -138,3 +143,39 @@ def test_an_adapter_refuses_another_model(adapter):
         attach(AutoModelForCausalLM.from_config(load_config(MODEL)), adapter)
     with pytest.raises(AdapterError, match=r"were made for .*, expected"):
         attach(tiny_model("qwen3"), adapter)
+
+
+def test_calibrated_layers_answer_better_than_layers_spread_evenly(model):
+    """Ranked on two questions, a third of the layers is judged on two others."""
+    tokenizer = load_tokenizer(MODEL)
+    samples = generated_samples(tokenizer, ["look_up"], LENGTH - 100, samples=2, judged=2)
+    routing = attach(model, CONFIG)
+    try:
+        ranking = Calibrator(routing, tokenizer, samples).rank()
+        count = len(ranking) // 3
+        losses = {
+            name: fmean(evaluate(model, samples.judged["look_up"], routing, routes=routes).nats)
+            for name, routes in (
+                ("dense", "full"),
+                ("calibrated", sorted(ranking[:count])),
+                ("even", 1 - count / len(ranking)),
+                ("sparse", "sparse"),
+            )
+        }
+    finally:
+        routing.detach()
+    assert losses["dense"] < losses["even"]
+    assert losses["calibrated"] < losses["even"] - 0.1, losses
+
+
+def test_routes_by_the_ends_are_the_same_in_chunks(model, prompt):
+    routing = randomize(attach(model, replace(CONFIG, decide="ends", end_tokens=64)))
+    try:
+        expected = generate(model, prompt)
+        routes = routing.routes
+        assert 0 < routes.msr[0] < 1
+        arguments = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(model.generate(prompt, prefill_chunk_size=200, **arguments), expected)
+        assert torch.equal(routing.routes.logits_BL2, routes.logits_BL2)
+    finally:
+        routing.detach()

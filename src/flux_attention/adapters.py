@@ -172,7 +172,9 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     try:
         check_folder(path_or_id)
     except ValueError as error:
-        raise AdapterError(f"{error}; expected {CONFIG_FILE} and {WEIGHTS_FILE} there") from None
+        raise AdapterError(
+            f"{error}; expected {CONFIG_FILE} there, and {WEIGHTS_FILE} unless that holds a ranking"
+        ) from None
     if reason := unreachable(path_or_id, CONFIG_FILE, revision):
         raise AdapterError(f"{path_or_id!r} is neither a directory nor a Hub repository that can be reached ({reason})")
     try:

@@ -214,6 +214,8 @@ class FluxConfig:
                 f"a budget of {budget} was asked for, but these routers were not trained with one and decide how many "
                 "layers run sparse themselves; calibrate the model, or train with `budget: true`"
             )
+        if budget is None:
+            raise FluxConfigError("budget is None, expected a share of sparse layers between 0 and 1")
         return replace(self, budget=budget)
 
     @property

@@ -19,6 +19,11 @@ from flux_attention.errors import UnsupportedModelError
 from flux_attention.router import LayerRouter, Pooling, hard_route, soft_route
 from flux_attention.routes import Unit, parse_routes, unit_name
 
+REENTRANT = (
+    "the gates carry no gradient: reentrant gradient checkpointing runs layers without one; enable it with "
+    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+)
+
 
 @dataclass(frozen=True)
 class Decided:
@@ -195,7 +200,16 @@ class SoftBeforehand(Forced):
         super().__init__(units, (self.gates_BU.detach() > 0.5).cpu())
 
     def gate(self, unit: Unit) -> torch.Tensor:
-        """See ``Decision.gate``."""
+        """
+        See ``Decision.gate``.
+
+        Raises
+        ------
+        ValueError
+            In a layer that runs without gradients though the gates have some.
+        """
+        if self.gates_BU.requires_grad and not torch.is_grad_enabled():
+            raise ValueError(REENTRANT)
         return self.gates_BU[:, self.units.index(unit)]
 
     def finish(self) -> Decided:
@@ -412,10 +426,7 @@ class Soft(_ByRouters):
         gates = [self._gates[unit] for unit in self.units]
         trained = any(parameter.requires_grad for unit in self.units for parameter in self.routers[unit].parameters())
         if trained and torch.is_grad_enabled() and not gates[0].requires_grad:
-            raise ValueError(
-                "the gates carry no gradient: reentrant gradient checkpointing runs layers without one; enable it "
-                "with gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
+            raise ValueError(REENTRANT)
         self.finished = True
         gates_BU = torch.stack([gate.to(gates[0].device) for gate in gates], dim=1).cpu()
         self._routes = dict(zip(self.units, (gates_BU.detach() > 0.5).T.tolist(), strict=True))

@@ -146,7 +146,11 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_figures_of_other_settings_are_not_mixed(tmp_path):
     calibrator_of(model(), folder=tmp_path).rank()
     other = CalibrationSet([], {}, dict(length=70))
-    with pytest.raises(ValueError, match=r"holds results of other settings \(length\).*or --restart"):
+    with pytest.raises(ValueError, match=r"holds results of other settings \(length, tokens\).*or --restart"):
+        calibrator_of(model(), other, folder=tmp_path)
+    samples = some_samples()
+    other = CalibrationSet([*samples.ranked[:2], sample(99, "first")], samples.judged, samples.settings)
+    with pytest.raises(ValueError, match=r"holds results of other settings \(tokens\)"):
         calibrator_of(model(), other, folder=tmp_path)
 
 

@@ -1,7 +1,9 @@
 """A whole calibration: its adapter, its files, the command line, and what is refused."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 from helpers.command import flux
@@ -9,7 +11,8 @@ from helpers.models import ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from flux_attention import AdapterError, CalibrationError, FluxConfig, attach, calibrate
-from flux_attention.calibration.samples import given_samples
+from flux_attention.calibration import run
+from flux_attention.calibration.samples import generated_samples, given_samples, text_samples
 from flux_attention.tasks.questions import Question
 
 SIZES = dict(sink=8, window=24)
@@ -124,7 +127,8 @@ def test_other_models_and_damaged_rankings_are_refused(calibrated, base, tmp_pat
         (["--length", "256"], "samples of 256 tokens are too short: sparse layers keep 1152"),
         (["--length", "64K"], "do not fit into the model's 512 positions"),
         (["--families", "poems", "--length", "256"], "unknown families ['poems']"),
-        (["--families", "prose", "--text", "x"], "give one of them"),
+        (["--families", "prose", "--records", "x", "--length", "4K"], "give one of them"),
+        (["--length", "2K,4K"], "length is '2K,4K', expected one number"),
         (["--sink", "8", "--window", "24", "--length", "256", "--families", "place"], "answers none of the families"),
     ],
 )
@@ -145,13 +149,68 @@ def question(index, family="mine", context="some words " * 20):
 
 
 def test_records_are_halved_between_ranking_and_judging(tokenizer):
-    made = given_samples(tokenizer, [question(index, "ab"[index % 2]) for index in range(10)], 256)
+    config = FluxConfig(sink=2, window=8)
+    made = given_samples(tokenizer, [question(index, "ab"[index % 2]) for index in range(10)], config, 256)
     assert [sample.question.answer for sample in made.ranked] == ["0", "4", "8", "1", "5", "9"]
     assert {family: [s.question.answer for s in some] for family, some in made.judged.items()} == {
         "a": ["2", "6"],
         "b": ["3", "7"],
     }
-    with pytest.raises(CalibrationError, match=r"\['b'\] have a single record"):
-        given_samples(tokenizer, [question(0), question(1), question(2, "b")], 256)
+    with pytest.raises(CalibrationError, match=r"\['b'\] have fewer than two records"):
+        given_samples(tokenizer, [question(0), question(1), question(2, "b")], config, 256)
     with pytest.raises(CalibrationError, match=r"record 2 has .* tokens, expected at most 256"):
-        given_samples(tokenizer, [question(0), question(1, context="word " * 400)], 256)
+        given_samples(tokenizer, [question(0), question(1, context="word " * 400)], config, 256)
+    with pytest.raises(CalibrationError, match="there is no record"):
+        given_samples(tokenizer, [], config, 256)
+
+
+def test_records_that_sparse_layers_see_whole_do_not_count(tokenizer):
+    """By them nothing would be lost at any budget."""
+    short = [question(index, context="a few words ") for index in range(4)]
+    long = [question(index) for index in range(4)]
+    config = FluxConfig(sink=2, window=16)
+    made = given_samples(tokenizer, short + long, config, 256)
+    assert made.left_out == 4 and len(made.ranked) == 2 and len(made.judged["mine"]) == 2
+    with pytest.raises(CalibrationError, match=r"fewer than two records with prompts of more than 36 tokens"):
+        given_samples(tokenizer, short, config, 256)
+
+
+def test_texts_are_halved_between_ranking_and_judging(tokenizer):
+    lines = [f"line {index} of the text\n" for index in range(400)]
+    made = text_samples(tokenizer, ["".join(lines)], 256, 8, 8)
+    first = tokenizer.decode(np.concatenate([sample.input_ids for sample in made.ranked]))
+    second = tokenizer.decode(np.concatenate([sample.input_ids for sample in made.judged["text"]]))
+    numbers = [{int(number) for number in re.findall(r"line (\d+) of", text)} for text in (first, second)]
+    assert numbers[0] and numbers[1] and max(numbers[0]) < min(numbers[1])
+
+
+def test_every_family_ranks(tokenizer):
+    with pytest.raises(CalibrationError, match="2 samples cannot rank layers by 3 families"):
+        generated_samples(tokenizer, ["look_up", "place", "prose"], 512, 2, 1)
+    made = generated_samples(tokenizer, ["look_up", "prose"], 512, 4, 1)
+    assert [sample.family for sample in made.ranked] == ["look_up", "prose"] * 2
+    assert made.digest() == generated_samples(tokenizer, ["look_up", "prose"], 512, 4, 1).digest()
+    assert made.digest() != generated_samples(tokenizer, ["look_up", "prose"], 511, 4, 1).digest()
+
+
+def test_another_adapter_is_not_written_over(base, tokenizer, text, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    routing = attach(model)
+    routing.save_pretrained(tmp_path)
+    routing.detach()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CalibrationError, match=r"holds flux_config\.json and routers\.safetensors of an adapter that"):
+        calibrate(model, tokenizer, tmp_path, texts=[text.read_text()], config=FluxConfig(**SIZES), length=256)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_card_is_that_of_the_last_run(base, tokenizer, text, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    options = dict(texts=[text.read_text()], config=FluxConfig(**SIZES, decide="ends"), length=256, samples=1, judged=1)
+    for budget in (0.34, 0.67):
+        monkeypatch.setattr(run, "choose_budget", lambda *arguments, budget=budget: budget)
+        config = calibrate(model, tokenizer, tmp_path, **options)
+        assert config.budget == budget and config.decide == "prefill"
+        assert f"{budget} of the layers sparse" in (tmp_path / "README.md").read_text()
+    with pytest.raises(CalibrationError, match="granularity is 'head'"):
+        calibrate(model, tokenizer, **{**options, "config": FluxConfig(**SIZES, granularity="head")})

@@ -232,7 +232,7 @@ def test_the_adapter_remembers_when_its_routers_read(tmp_path):
 def test_what_cannot_be_is_refused():
     model = tiny_model("llama")
     with pytest.raises(FluxConfigError, match="end_tokens is 5, but routers read 6 tokens at each end"):
-        attach(model, FluxConfig(pool_size=6, end_tokens=5), decide="ends")
+        FluxConfig(pool_size=6, end_tokens=5, decide="ends")
     with pytest.raises(FluxConfigError, match="decide is 'middle', expected one of"):
         attach(model, CONFIG, decide="middle")
     routing = attach(model, TRIANGLE, decide=None)
@@ -241,6 +241,69 @@ def test_what_cannot_be_is_refused():
     attach(model, config)
     with pytest.raises(UnsupportedModelError, match="have to come in one call"):
         model.generate(ids(1, 40), max_new_tokens=2, prefill_chunk_size=16)
+
+
+def test_what_decides_anew_comes_in_one_call():
+    """Routers would read the ends of its first chunk."""
+    model = tiny_model("llama")
+    routing = randomize(attach(model, ENDS, keep_full_kv=True))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids(1, 30), past_key_values=cache)
+    routing.reroute(cache)
+    call = dict(attention_mask=torch.ones(1, 90, dtype=torch.long), past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(UnsupportedModelError, match=r"60 tokens have to come in one call: .* what re-routes"):
+        model.generate(ids(1, 90), prefill_chunk_size=16, **call)
+    model.generate(ids(1, 90), prefill_chunk_size=60, **call)
+    assert routing.routes.lengths == (90,)
+
+
+def test_a_pass_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog):
+    model = tiny_model("llama")
+    routing = randomize(attach(model, ENDS))
+    with torch.no_grad():
+        model(ids(2, 40))
+        expected, tries = routing.routes.logits_BL2, []
+        monkeypatch.setattr("flux_attention.hf.handle.unsupported", lambda routing: None)
+
+        def fail(*arguments):
+            tries.append(arguments)
+            raise torch.OutOfMemoryError("no memory left")
+
+        monkeypatch.setattr("flux_attention.hf.ends._EndsGraph", fail)
+        for _ in range(2):
+            model(ids(2, 40))
+            assert torch.equal(routing.routes.logits_BL2, expected)
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_keeps_the_gates_gradients(reentrant):
+    grads = []
+    for checkpoints in (False, True):
+        model = tiny_model("qwen3").requires_grad_(False)
+        routing = randomize(attach(model, ENDS))
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.train()
+            model.get_input_embeddings().requires_grad_(reentrant)
+        with routing.soft(1.3, torch.zeros(2, 3, 2)):
+            if checkpoints and reentrant:
+                with pytest.raises(ValueError, match="reentrant gradient checkpointing runs layers without one"):
+                    model(ids(2, 40), use_cache=False)
+                return
+            logits = model(ids(2, 40), use_cache=False).logits
+        logits.square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in routing.routers.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(again, plain)
+
+
+def test_ends_are_at_least_as_long_as_what_routers_read():
+    model = tiny_model("llama")
+    routing = attach(model, FluxConfig(pool_size=150), decide="ends")
+    assert routing.config.end_tokens == 150
 
 
 def test_images_are_refused(monkeypatch):

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.models import ids
+from helpers.models import ids, randomize
 from helpers.training import short_recipe
 from transformers import AutoModelForCausalLM
 
 from flux_attention import AdapterError, FluxConfig, attach
 from flux_attention.errors import FluxConfigError, RecipeError
 from flux_attention.training import Recipe, train
+from flux_attention.training.objective import SparsityObjective
 from flux_attention.training.run import dry_run, load_model
 
 
@@ -76,8 +77,8 @@ def test_a_run_with_budgets_makes_an_adapter_that_takes_one(base, records_file, 
 
 
 def test_each_sample_is_held_to_its_own_budget(base, records_file, tmp_path):
-    """The gradient pulls a router's margin up where a sample has more sparse layers than asked for, else down."""
-    routing = load_model(recipe_of(base, records_file, tmp_path, budget=True))
+    """Routers are told it, and the objective's pull on the gates has the sign of what is missing."""
+    routing = randomize(load_model(recipe_of(base, records_file, tmp_path, budget=True)))
     budgets = torch.tensor([0.3, 0.7])
     noise = torch.zeros(2, 3, 2)
     with routing.soft(1.0, noise, budgets):
@@ -89,6 +90,31 @@ def test_each_sample_is_held_to_its_own_budget(base, records_file, tmp_path):
             routing.model(ids(2, 40)[row : row + 1], use_cache=False)
         alone.append(routing._last.routes.logits_BL2[0])
     torch.testing.assert_close(told, torch.stack(alone))
+    with routing.soft(1.0, noise, budgets.flip(0)):
+        routing.model(ids(2, 40), use_cache=False)
+    assert (routing._last.routes.logits_BL2 - told).abs().amin(dim=(1, 2)).max() > 0
+    gates = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0]], requires_grad=True)  # Ω is 0.75 for both
+    objective = SparsityObjective({"x": 0.0}, initial=1.0, warmup=0.5)
+    objective(torch.zeros(2), gates, ["x", "x"], progress=0.0, targets_B=torch.tensor([0.5, 1.0])).backward()
+    assert (gates.grad[0] < 0).all() and (gates.grad[1] > 0).all()
+
+
+def test_budgets_do_not_mix_with_routers_trained_without(base, records_file, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for budget in (None, 0.5):
+        attach(model, FluxConfig(budget=budget)).save_pretrained(tmp_path / str(budget))
+        model.get_decoder().flux_routing.detach()
+        recipe = recipe_of(base, records_file, tmp_path, start=str(tmp_path / str(budget)), budget=budget is None)
+        kind = "without" if budget is None else "with"
+        for run in (load_model, dry_run):
+            with pytest.raises(RecipeError, match=f"were trained {kind} budgets"):
+                run(recipe)
+
+
+def test_a_budget_of_none_is_refused(base):
+    routing = attach(AutoModelForCausalLM.from_pretrained(base), FluxConfig(budget=0.5))
+    with pytest.raises(FluxConfigError, match="budget is None, expected a share"):
+        routing.budget = None
 
 
 def test_budgets_are_refused_where_routers_have_none(base):

@@ -98,6 +98,7 @@ class Calibrator:
             "dtype": str(model.dtype).removeprefix("torch."),
             "sparse": config.sparse,
             "full": config.full,
+            "tokens": self.samples.digest(),
             **self.samples.settings,
         }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 def by_class(rows: Sequence[Mapping[str, Any]], answered: Sequence[str]) -> list[dict[str, Any]]:
     """
-    Average rows of families by class of task.
+    Sum rows of families up by class of task; families that cannot be judged do not count.
 
     Parameters
     ----------
@@ -22,22 +22,24 @@ def by_class(rows: Sequence[Mapping[str, Any]], answered: Sequence[str]) -> list
     Returns
     -------
     list of dict
-        ``task_class``, ``sparsity``, ``full`` layers, ``rise`` of the loss in nats a token above all layers full, and
-        mean ``accuracy``, None where nothing tells; by budget, then class.
+        ``task_class``, ``sparsity``, ``full`` layers, ``rise`` of the loss in nats a token above all layers full, of
+        the worst family, and mean ``accuracy``, None where nothing is asked; by budget, then class.
     """
     dense = {row["task"]: row for row in rows if row["sparsity"] == 0}
     groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
     for row in rows:
+        if row["task"] not in answered and dense[row["task"]]["accuracy"] is not None:
+            continue
         groups.setdefault((row["sparsity"], row["task_class"]), []).append(row)
     found = []
     for (sparsity, task_class), some in sorted(groups.items()):
-        right = [row["accuracy"] for row in some if row["task"] in answered]
+        right = [row["accuracy"] for row in some if row["accuracy"] is not None]
         found.append(
             {
                 "task_class": task_class,
                 "sparsity": sparsity,
                 "full": len(some[0]["full_layers"]),
-                "rise": fmean(row["nats"] - dense[row["task"]]["nats"] for row in some),
+                "rise": max(row["nats"] - dense[row["task"]]["nats"] for row in some),
                 "accuracy": fmean(right) if right else None,
             }
         )

@@ -10,13 +10,26 @@ from pathlib import Path
 from torch import nn
 
 from flux_attention import adapters
-from flux_attention.calibration.calibrator import PLOT_FILE, TOLERANCE, Calibrator, Progress, answered, choose_budget
+from flux_attention.calibration.calibrator import (
+    PLOT_FILE,
+    ROWS_FILE,
+    TOLERANCE,
+    Calibrator,
+    Progress,
+    answered,
+    choose_budget,
+)
 from flux_attention.calibration.plot import plot
 from flux_attention.calibration.samples import check_length, generated_samples, given_samples, text_samples
 from flux_attention.config import FluxConfig
+from flux_attention.errors import CalibrationError
 from flux_attention.hf.attach import attach
 from flux_attention.hf.support import check_head, max_positions
 from flux_attention.tasks.questions import NATURAL, Question
+from flux_attention.validation import check_known
+
+#: Generated questions that rank layers: two of each family.
+SAMPLES = 2 * len(NATURAL)
 
 
 def calibrate(
@@ -27,9 +40,9 @@ def calibrate(
     config: FluxConfig | None = None,
     questions: Sequence[Question] | None = None,
     texts: Sequence[str] | None = None,
-    families: Sequence[str] = tuple(NATURAL),
+    families: Sequence[str] | None = None,
     length: int = 4096,
-    samples: int = 16,
+    samples: int = SAMPLES,
     judged: int = 16,
     tolerance: float = TOLERANCE,
     greedy: bool = False,
@@ -53,11 +66,11 @@ def calibrate(
     config : FluxConfig, optional
         The patterns and their sizes; default ``FluxConfig()``.
     questions : sequence of Question, optional
-        The user's own; default: generated ones of ``families``.
+        The user's own, of which ``samples`` and ``judged`` are not asked; default: generated ones of ``families``.
     texts : sequence of str, optional
         The user's own, instead of questions: then budgets are judged by the loss alone.
-    families : sequence of str
-        Of ``tasks.questions.NATURAL``.
+    families : sequence of str, optional
+        Of ``tasks.questions.NATURAL``; default: all.
     length : int
         Tokens of a prompt; of ``questions``, at most, with the answer.
     samples : int
@@ -86,17 +99,21 @@ def calibrate(
     ------
     CalibrationError
         If samples are too short for sparse layers to differ, or too long for the model; if the model does not answer
-        them; if records are too few.
+        them; if records are too few; if the folder holds an adapter that calibration did not write.
+    ValueError
+        If several of ``questions``, ``texts`` and ``families`` are given.
     """
-    config = replace(config or FluxConfig(), ranking=None, budget=None)
-    check_length(config, length, max_positions(model.config))
+    config = replace(config or FluxConfig(), ranking=None, budget=None, decide="prefill")
+    folder = None if output is None else Path(output)
+    check_arguments(config, length, max_positions(model.config), questions, texts, families, folder)
     if questions is not None:
-        made = given_samples(tokenizer, questions, length, chat)
+        made = given_samples(tokenizer, questions, config, length, chat)
     elif texts is not None:
         made = text_samples(tokenizer, texts, length, samples, judged)
     else:
-        made = generated_samples(tokenizer, families, length, samples, judged, chat)
-    folder = None if output is None else Path(output)
+        made = generated_samples(tokenizer, families or tuple(NATURAL), length, samples, judged, chat)
+    if made.left_out:
+        progress(f"left out {made.left_out} short records", 1, 1)
     routing = attach(model, config)
     try:
         check_head(routing)
@@ -109,5 +126,39 @@ def calibrate(
     config = replace(routing.config, ranking=ranking, budget=budget)
     if folder is not None:
         adapters.save(folder, config, nn.ModuleDict())
+        adapters.card(config).save(folder / adapters.CARD_FILE)  # also over that of a former run
         plot(rows, answered(rows), budget, tolerance, folder / PLOT_FILE)
     return config
+
+
+def check_arguments(
+    config: FluxConfig,
+    length: int,
+    positions: int | None,
+    questions: object = None,
+    texts: object = None,
+    families: Sequence[str] | None = None,
+    folder: Path | None = None,
+) -> None:
+    """
+    Refuse, before anything is loaded or lost, what cannot be calibrated; the parameters are those of ``calibrate``.
+
+    Raises
+    ------
+    CalibrationError, ValueError
+        With what was found, and what to do.
+    """
+    if sum(given is not None for given in (questions, texts, families)) > 1:
+        raise ValueError("questions (records), texts and families are each what to calibrate on: give one of them")
+    if families is not None:
+        check_known("families", families, NATURAL)
+    if config.granularity == "head":
+        raise CalibrationError("granularity is 'head', but calibration ranks layers; leave it out")
+    check_length(config, length, positions)
+    if folder is None or (folder / ROWS_FILE).exists():
+        return
+    found = [name for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE) if (folder / name).exists()]
+    if found:
+        raise CalibrationError(
+            f"{folder} holds {' and '.join(found)} of an adapter that calibration did not write: use another output"
+        )

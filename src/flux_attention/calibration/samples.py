@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +33,22 @@ class CalibrationSet:
     judged : dict of str to list of Sample
         By which budgets are judged, by family.
     settings : dict
-        What they depend on: results of other settings are not mixed with them.
+        How they were made.
+    left_out : int
+        Records that are so short that sparse layers see all of them.
     """
 
     ranked: list[Sample]
     judged: dict[str, list[Sample]]
     settings: Mapping[str, Any]
+    left_out: int = 0
+
+    def digest(self) -> str:
+        """Hash the samples' tokens (SHA-256): figures of other samples are not mixed with them."""
+        found = hashlib.sha256()
+        for sample in (*self.ranked, *itertools.chain.from_iterable(self.judged.values())):
+            found.update(repr((sample.family, sample.answers)).encode() + sample.input_ids.tobytes())
+        return found.hexdigest()
 
 
 def generated_samples(
@@ -58,8 +69,15 @@ def generated_samples(
         Of each family, by which budgets are judged.
     chat : bool, optional
         Whether prompts go through the chat template; default: where there is one.
+
+    Raises
+    ------
+    CalibrationError
+        For fewer samples than families.
     """
     check_known("families", families, NATURAL)
+    if samples < len(families):
+        raise CalibrationError(f"{samples} samples cannot rank layers by {len(families)} families: use one of each")
     corpus = local_corpus("calibration")
 
     def make(family: str, seed: int) -> Sample:
@@ -75,16 +93,22 @@ def generated_samples(
     )
 
 
-def given_samples(tokenizer, questions: Sequence[Question], length: int, chat: bool | None = None) -> CalibrationSet:
+def given_samples(
+    tokenizer, questions: Sequence[Question], config: FluxConfig, length: int, chat: bool | None = None
+) -> CalibrationSet:
     """
     Make samples of a user's own questions: every second one ranks layers, the others judge budgets.
+
+    Those that are too short for sparse layers to differ are left out.
 
     Raises
     ------
     CalibrationError
-        For fewer than two questions of a family, or one whose prompt and answer have more than ``length`` tokens.
+        For fewer than two questions of a family that are long enough, or one whose prompt and answer have more than
+        ``length`` tokens.
     """
     families: dict[str, list[Sample]] = {}
+    least, left_out = 2 * _seen(config), 0
     for number, question in enumerate(questions, 1):
         sample = as_sample(question, tokenizer, chat)
         if len(sample.input_ids) > length:
@@ -92,16 +116,23 @@ def given_samples(tokenizer, questions: Sequence[Question], length: int, chat: b
                 f"record {number} has {len(sample.input_ids)} tokens, expected at most {length}: shorten it, or raise "
                 "the length, if the model reads so many"
             )
-        families.setdefault(question.family, []).append(sample)
+        some = families.setdefault(question.family, [])
+        if len(sample.prompt_ids) > least:
+            some.append(sample)
+        else:
+            left_out += 1
     if few := [family for family, some in families.items() if len(some) < 2]:
         raise CalibrationError(
-            f"{few} have a single record, expected two or more: half rank layers, half judge budgets"
+            f"{few} have fewer than two records with prompts of more than {least} tokens, of which sparse layers see "
+            "half at most: half of the records rank layers, half judge budgets"
         )
-    digest = hashlib.sha256(b"".join(s.input_ids.tobytes() for some in families.values() for s in some)).hexdigest()
+    if not families:
+        raise CalibrationError("there is no record; expected two or more of each kind")
     return CalibrationSet(
         [sample for some in families.values() for sample in some[::2]],
         {family: some[1::2] for family, some in families.items()},
-        dict(records=digest, chat=has_chat(tokenizer, chat)),
+        dict(length=length, chat=has_chat(tokenizer, chat)),
+        left_out,
     )
 
 
@@ -109,24 +140,31 @@ def text_samples(tokenizer, texts: Sequence[str], length: int, samples: int, jud
     """
     Cut samples from a user's own texts, which are scored by the loss of their second half; no answers are judged.
 
+    The first half of the texts ranks layers, the second judges budgets.
+
     Raises
     ------
     CalibrationError
         If the texts are too short for one sample.
     """
-    haystack, rng = Haystack(texts, tokenizer), random.Random("calibration")
+    whole, rng = "\n".join(texts), random.Random("calibration")
+    middle = whole.find("\n", len(whole) // 2) + 1
 
-    def cut(count: int) -> list[Sample]:
+    def cut(half: str, count: int) -> list[Sample]:
         try:
+            haystack = Haystack([half], tokenizer)
             windows = [haystack.window(rng, length)[0] for _ in range(count)]
         except ValueError as error:
-            raise CalibrationError(f"{error}; give more text, or shorter samples") from None
+            raise CalibrationError(f"half of {error}; give more text, or shorter samples") from None
         return [Sample(window, [(length // 2, length)], "text") for window in windows]
 
-    digest = hashlib.sha256(haystack.tokens.tobytes()).hexdigest()
-    return CalibrationSet(
-        cut(samples), {"text": cut(judged)}, dict(text=digest, length=length, samples=samples, judged=judged)
-    )
+    ranked, judging = cut(whole[:middle], samples), cut(whole[middle:], judged)
+    return CalibrationSet(ranked, {"text": judging}, dict(length=length, samples=samples, judged=judged))
+
+
+def _seen(config: FluxConfig) -> int:
+    """Return the most tokens that sparse layers keep."""
+    return sparse_pattern(config).kept(2**28)
 
 
 def check_length(config: FluxConfig, length: int, positions: int | None) -> None:
@@ -138,7 +176,7 @@ def check_length(config: FluxConfig, length: int, positions: int | None) -> None
     CalibrationError
         With both numbers.
     """
-    seen = sparse_pattern(config).kept(2**28)
+    seen = _seen(config)
     if length <= 2 * seen:
         raise CalibrationError(
             f"samples of {length} tokens are too short: sparse layers keep {seen} of them, expected samples more than "

@@ -48,7 +48,7 @@ def _table(points: list[dict], key: str, title: str, style: str) -> Table:
 
 
 def _print(config, points: list[dict], unanswered: list[str], output: Path) -> None:
-    out.print(_table(points, "rise", "loss above dense, nats a token", ".2f"))
+    out.print(_table(points, "rise", "loss above dense, nats a token, of the worst family", ".2f"))
     out.print(_table(points, "accuracy", "score of generated answers", ".2f"))
     if unanswered:
         out.print(f"not judged, as dense does not answer it either: {', '.join(unanswered)}", highlight=False)
@@ -65,7 +65,9 @@ def calibrate(
     text: Annotated[list[Path] | None, typer.Option(help="Your own text, scored by loss; repeatable.")] = None,
     families: Annotated[str | None, typer.Option(help="Of generated questions; default: all.")] = None,
     length: Annotated[str, typer.Option(help="Tokens of a sample; of a record, at most.")] = "4K",
-    samples: Annotated[int, typer.Option(min=1, help="Samples by which layers are ranked.")] = 16,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples by which layers are ranked; default: two of each family.")
+    ] = None,
     judged: Annotated[int, typer.Option(min=1, help="Samples of each family by which budgets are judged.")] = 16,
     tolerance: Annotated[float, typer.Option(min=0, help="Nats a token by which no loss may rise.")] = 0.05,
     sink: Annotated[int, typer.Option(min=0, help="First tokens that sparse layers see.")] = 128,
@@ -82,13 +84,13 @@ def calibrate(
 ):
     """Find, without training, which layers need full attention, and how many; write an adapter with a budget."""
     from flux_attention.config import FluxConfig
-    from flux_attention.validation import check_known
 
     if find_spec("matplotlib") is None:  # known now, not at the end
         raise UserError("matplotlib is missing, which draws the plot: pip install 'flux-attention[eval]'")
-    if sum(given is not None and given != [] for given in (records, text, families)) > 1:
-        raise UserError("--records, --text and --families are each about what to calibrate on; give one of them")
-    size = read_numbers(length, int, 256, 2**24)[0]
+    sizes = read_numbers(length, int, 256, 2**24)
+    if len(sizes) > 1:
+        raise UserError(f"length is {length!r}, expected one number of tokens")
+    size = sizes[0]
     config = FluxConfig(sink=sink, window=window)
     texts = [read_text(str(path)) for path in text] if text else None
     check_precision(device, dtype)
@@ -97,18 +99,17 @@ def calibrate(
     from flux_attention.calibration.calibrator import answered, judged_rows
     from flux_attention.calibration.plot import by_class
     from flux_attention.calibration.run import calibrate as run
-    from flux_attention.calibration.samples import check_length
-    from flux_attention.tasks.questions import NATURAL
+    from flux_attention.calibration.run import check_arguments
 
-    named = families.split(",") if families else list(NATURAL)
-    check_known("families", named, NATURAL)
+    named = families.split(",") if families else None
+    check_arguments(config, size, None, records, texts, named, output)
     subject = Subject(model, [], device, dtype)
-    check_length(config, size, subject.positions)
+    check_arguments(config, size, subject.positions)
     questions = None
     if records is not None:
         from flux_attention.tasks.records import read_questions
 
-        questions = read_questions(records)
+        questions = read_questions({"path": str(records)})
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     loaded, tokenizer = subject.load(), subject.tokenizer
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
@@ -121,7 +122,7 @@ def calibrate(
             texts=texts,
             families=named,
             length=size,
-            samples=samples,
+            **({} if samples is None else {"samples": samples}),
             judged=judged,
             tolerance=tolerance,
             greedy=greedy,

@@ -131,7 +131,8 @@ def attach(
     else:
         config, modules = adapters.load(routers, base, revision)
     config = config if budget is None else config.with_budget(budget)
-    config = config if decide is None else replace(config, decide=decide)
+    if decide is not None:  # whose ends are long enough for what routers read
+        config = replace(config, decide=decide, end_tokens=max(config.end_tokens, config.pool_size))
     if config.granularity == "head" and tensor_parallel_group(decoder) is not None:
         raise UnsupportedModelError("routers of granularity 'head' are not for tensor parallelism: use one process")
     for index, attention in attentions.items():

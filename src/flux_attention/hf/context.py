@@ -67,8 +67,8 @@ class AttachedModel(Protocol):
     def force(self, routes: Any) -> AbstractContextManager:
         """Force the routes of prefills within a ``with`` block."""
 
-    def needs_whole_prompt(self, lengths: list[int]) -> bool:
-        """Whether prompts of these lengths have to come in one call."""
+    def needs_whole_prompt(self, lengths: list[int], again: bool = False) -> str | None:
+        """Say why prompts of these lengths have to come in one call, and what to do; None if they need not."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from flux_attention import kernels
 from flux_attention.decision import PooledQueries, budgets_of
@@ -20,6 +21,8 @@ from flux_attention.hf.inputs import Inputs, Prompt
 from flux_attention.hf.layout import BatchLayout
 from flux_attention.router import LayerRouter, Pooling
 from flux_attention.routes import Unit
+
+logger = logging.get_logger(__name__)
 
 #: Graphs that are kept.
 MAX_GRAPHS = 8
@@ -78,7 +81,8 @@ class EndsReader:
     ):
         self.decoder, self.units, self.routers = decoder, units, routers
         self.make_pass, self.make_pooling, self.end_tokens = make_pass, make_pooling, end_tokens
-        self._graphs: dict[tuple[int, float | None], tuple[tuple, _EndsGraph]] = {}
+        #: Of each batch size what the graph was made for, and the graph; None where it could not be captured.
+        self._graphs: dict[int, tuple[tuple, _EndsGraph | None]] = {}
         self._lock = threading.Lock()  # one call at a time: graphs have fixed places in memory
 
     def pooled(self, prompt: Prompt) -> dict[Unit, torch.Tensor]:
@@ -126,7 +130,7 @@ class EndsReader:
         ----------
         prompt : Prompt
         by_graph : bool
-            Whether the pass may be a CUDA graph, kept for each batch size and budget.
+            Whether the pass may be a CUDA graph, kept for each batch size.
         budget : float, optional
             What routers that take one are told.
 
@@ -136,25 +140,36 @@ class EndsReader:
             float32 (B, U, 2) on the CPU.
         """
         tokens, lengths = take_ends(prompt, self.end_tokens)
-        if not by_graph or tokens.ndim != 2 or min(lengths) < 2 * self.end_tokens:
-            return self._logits_of(tokens, lengths, budget)(tokens).cpu()
-        with self._lock:
-            state = captured_state(self.decoder, self.routers.values())
-            if any(made_for != state for made_for, _ in self._graphs.values()):
-                self._graphs.clear()
-            key = len(tokens), budget
-            if key not in self._graphs:
-                while len(self._graphs) >= MAX_GRAPHS:
-                    del self._graphs[next(iter(self._graphs))]
-                self._graphs[key] = state, _EndsGraph(self._logits_of(tokens, lengths, budget), tokens)
-            return self._graphs[key][1].run(tokens)
+        if by_graph and tokens.ndim == 2 and min(lengths) == 2 * self.end_tokens:
+            with self._lock:
+                graph = self._graph(tokens, lengths, budget)
+                if graph is not None:
+                    return graph.run(tokens, budget)
+        return self._logits_of(tokens, lengths)(tokens, budget).cpu()
+
+    def _graph(self, tokens: torch.Tensor, lengths: list[int], budget: float | None) -> _EndsGraph | None:
+        """Return the graph for so many prompts; None if it could not be captured."""
+        state = captured_state(self.decoder, self.routers.values())
+        if any(made_for != state for made_for, _ in self._graphs.values()):
+            self._graphs.clear()
+        if len(tokens) not in self._graphs:
+            while len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            try:
+                graph = _EndsGraph(self._logits_of(tokens, lengths), tokens, budget)
+            except Exception as error:  # of whatever kind: it will not be otherwise next time
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                logger.warning_once(f"reading the ends of prompts without a CUDA graph: {reason}")
+                graph = None
+            self._graphs[len(tokens)] = state, graph
+        return self._graphs[len(tokens)][1]
 
     def _logits_of(
-        self, tokens: torch.Tensor, lengths: list[int], budget: float | None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        self, tokens: torch.Tensor, lengths: list[int]
+    ) -> Callable[[torch.Tensor, float | torch.Tensor | None], torch.Tensor]:
         """Make what gives the logits of ends of these lengths, with all that is not the GPU's work done before."""
         plan = self._plan(tokens, lengths)
-        return lambda ends: self.logits(self._run(ends, *plan), budget)
+        return lambda ends, budget: self.logits(self._run(ends, *plan), budget)
 
     def clear(self) -> None:
         """Forget all graphs."""
@@ -165,22 +180,25 @@ class _EndsGraph:
     """The pass over the ends of so many long prompts, and the routers, as one CUDA graph."""
 
     @torch.inference_mode(False)  # what is made here is written to in any mode later
-    def __init__(self, logits_of: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor):
+    def __init__(self, logits_of: Callable, tokens: torch.Tensor, budget: float | None):
         self.tokens = tokens.clone()
+        self.budget_B = None if budget is None else torch.full(tokens.shape[:1], float(budget), device=tokens.device)
         with kernels.on_device(tokens), torch.no_grad():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    logits_of(self.tokens)
+                    logits_of(self.tokens, self.budget_B)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile.
             with capturing(), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.logits_BU2 = logits_of(self.tokens)
+                self.logits_BU2 = logits_of(self.tokens, self.budget_B)
 
-    def run(self, tokens: torch.Tensor) -> torch.Tensor:
+    def run(self, tokens: torch.Tensor, budget: float | None) -> torch.Tensor:
         with kernels.on_device(tokens):
             self.tokens.copy_(tokens)
+            if self.budget_B is not None:
+                self.budget_B.fill_(budget)
             self.graph.replay()
             return self.logits_BU2.cpu()

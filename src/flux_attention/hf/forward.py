@@ -158,6 +158,7 @@ class ForwardPass:
     def _by_route(self, unit: Unit, query, key, value, scale: float) -> torch.Tensor:
         """Attend without a cache: the branch of each sequence's route, in training mixed with the other one."""
         gate_B = self.decision.gate(unit)
+        gate_B = None if gate_B is None else gate_B.to(query.device)
         if self.packed is None:
             routes = self.decision.routes(unit)
 

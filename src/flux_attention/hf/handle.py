@@ -275,14 +275,27 @@ class Routing(AdapterMixin):
         for layer in layers:
             layer.reroute()
 
-    def needs_whole_prompt(self, lengths: list[int]) -> bool:
-        """Whether prompts of these lengths have to come in one call: routers read them, or their last rows differ."""
+    def needs_whole_prompt(self, lengths: list[int], again: bool = False) -> str | None:
+        """
+        Say why prompts of these lengths have to come in one call, and what to do; None if they need not.
+
+        ``again``: they go on with a cache that decides anew.
+        """
         forced = self.settings.forced
-        decides = forced is None and any(length >= self.min_tokens for length in lengths)
-        if decides and self.config.ranking is None and self.config.decide == "prefill":
-            return True
-        sparse = decides if forced is None else not bool(parse_routes(forced, len(lengths), self.units).all())
-        return sparse and self.sparse.later != self.sparse
+        if forced is None and all(length < self.min_tokens for length in lengths):
+            return None
+        by_routers = forced is None and self.config.ranking is None
+        if by_routers and again:
+            return "routers read both ends of what re-routes; force routes (generate(..., routes=...))"
+        if by_routers and self.config.decide == "prefill":
+            return (
+                "routers read both of its ends; attach with decide='ends', or force routes (generate(..., routes=...))"
+            )
+        spec = self.config.full_layers if forced is None and not by_routers else forced
+        is_full = spec is not None and bool(parse_routes(spec, len(lengths), self.units).all())
+        if is_full or self.sparse.later == self.sparse:
+            return None
+        return f"the last rows of {self.sparse.name} see all of it; use a pattern without such rows"
 
     # A forward call, from what ``attach`` puts around the decoder's forward.
 
@@ -316,8 +329,9 @@ class Routing(AdapterMixin):
         if self.compile and (kwargs.get("output_hidden_states") or self._decoder.config.output_hidden_states):
             raise UnsupportedModelError("compiled layers give no hidden states: attach without compile=True")
         # Routers wait for the device anyway, as telling padding does.
-        reads_prompt = settings.forced is None and self.config.ranking is None
-        inputs = self._reader.read(kwargs, keeps_cache, tells_padding=reads_prompt)
+        by_routers = settings.forced is None and self.config.ranking is None
+        has_last_rows = settings.forced is None and self.sparse.later != self.sparse
+        inputs = self._reader.read(kwargs, keeps_cache, tells_padding=by_routers or has_last_rows)
         decision = self._decision(inputs, settings) if inputs.decides else None
         return self._pass_type(inputs, decision, self.units, self._shapes, self.sparse, self.full)
 

@@ -127,16 +127,21 @@ class Pack:
         places, rows : torch.Tensor
             int64, where a real key is among blocks × size, and its row in the pack.
         """
-        items = self._sink_items(size)
-        blocks = list(dict.fromkeys(item[:3] for item in items))
+
+        def blocks() -> list[tuple[int, ...]]:
+            return list(dict.fromkeys(item[:3] for item in self._sink_items(size)))
+
+        def owner() -> list[list[bool]]:
+            items = self._sink_items(size)
+            return [[item[:3] == block for item in items] for block in blocks()]
 
         def keys() -> tuple[np.ndarray, np.ndarray]:
-            base, first, length = np.reshape(blocks, (-1, 3)).T[:, :, None]
+            base, first, length = np.reshape(blocks(), (-1, 3)).T[:, :, None]
             key = first + np.arange(size)
             return (base + key).reshape(-1), np.flatnonzero(key < length)
 
         return (
-            self._put(("owner", size), device, lambda: [[i[:3] == b for i in items] for b in blocks], np.float32),
+            self._put(("owner", size), device, owner, np.float32),
             self._put(("places", size), device, lambda: keys()[1], np.int64),
             self._put(("rows", size), device, lambda: keys()[0][keys()[1]], np.int64),
         )

@@ -164,14 +164,16 @@ streaming.register_autograd(_gradients, setup_context=_keep)
 # --- Packs ------------------------------------------------------------------------------------------------------------
 
 
-def _tables(pack: Pack, query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
-    """List what the kernels read of a pack: of the forward one first."""
-    groups, device = query.shape[1] // key.shape[1], query.device
+def _forward_tiles(pack: Pack, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    device = query.device
     tile = forward_tile(query.shape[3], query.shape[2], shared_memory(device), capability(device))
-    back = backward_tile(query.shape[3])
+    return pack.tiles(tile["M"] // _pack(query.shape[1] // key.shape[1], tile["max_pack"]), device)
+
+
+def _backward_tables(pack: Pack, query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
+    groups, device, back = query.shape[1] // key.shape[1], query.device, backward_tile(query.shape[3])
     N = back["N"]
     return [
-        pack.tiles(tile["M"] // _pack(groups, tile["max_pack"]), device),
         pack.tiles(back["M"] // _pack(groups, 4), device),
         pack.key_blocks(N, device),
         pack.bounds(device),
@@ -237,10 +239,11 @@ def packed_attention(
 ) -> torch.Tensor:
     """Compute attention within the sequences of a pack, differentiably; see ``kernels.packed``."""
     query, key, value = map(_rows_contiguous, (query_1HSD, key_1KSD, value_1KSD))
-    tables = _tables(pack, query, key)
+    tiles = _forward_tiles(pack, query, key)
     if torch.compiler.is_compiling() or any(states.requires_grad for states in (query, key, value)):
+        tables = [tiles, *_backward_tables(pack, query, key)]
         return packed(query, key, value, sizes_N2, tables, scale)[0]
-    return _run_forward(query, key, value, 0, 0, scale, False, (tables[0], sizes_N2))[0]
+    return _run_forward(query, key, value, 0, 0, scale, False, (tiles, sizes_N2))[0]
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------

@@ -34,14 +34,14 @@ def plot(rows: list[dict[str, float]], recipe: Recipe, units: list[str], path: P
     with plt.rc_context({"svg.fonttype": "none", "font.size": 9}):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
         for key, axis, title in (
-            ("msr", axes[0, 0], "Ω_MSR (dotted: target)"),
+            ("msr", axes[0, 0], "Ω_MSR" if recipe.budget else "Ω_MSR (dotted: target)"),
             ("lm_loss", axes[0, 1], "language-modelling loss, nats"),
             ("lambda1", axes[1, 0], "λ1 (dotted: λ2)"),
         ):
             for place, name in enumerate(names):
                 points = [(row["step"], row[f"{name}/{key}"]) for row in rows if f"{name}/{key}" in row]
                 axis.plot(*zip(*points, strict=True), color=f"C{place}", label=name, linewidth=1)
-                if key == "msr":
+                if key == "msr" and not recipe.budget:
                     axis.axhline(recipe.targets[name], color=f"C{place}", linestyle=":", linewidth=1)
                 elif key == "lambda1":
                     axis.plot([r["step"] for r in rows], [r[f"{name}/lambda2"] for r in rows], ":", color=f"C{place}")
@@ -70,7 +70,7 @@ def card(trainer: RouterTrainer, rows: list[dict[str, float]], data: PackedExamp
         if last := _last(rows, name):
             means = {key: fmean(row[f"{name}/{key}"] for row in last) for key in ("msr", "lm_loss")}
             ends = {key: rows[-1][f"{name}/{key}"] for key in ("lambda1", "lambda2")}
-            classes.append({"name": name, "target": target, **means, **ends})
+            classes.append({"name": name, "target": "drawn" if recipe.budget else target, **means, **ends})
     card = adapters.card(routing.config, recipe.config)  # the model as the routers were trained with it
     card.text += Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
         classes=classes,

@@ -87,7 +87,9 @@ class SparsityObjective(nn.Module):
         index = torch.tensor([self.classes[name] for name in classes], device=lm_loss_B.device)
         rise = min(1.0, progress / self.warmup) if self.warmup > 0 else 1.0
         sparsity_B = 1 - gates_BL.to(lm_loss_B.device).mean(1)
-        gap_B = sparsity_B - rise * (self.targets_C[index] if targets_B is None else targets_B.to(index.device))
+        # Routers that are told a target are held to that one from the first step on.
+        targets_B = rise * self.targets_C[index] if targets_B is None else targets_B.to(index.device)
+        gap_B = sparsity_B - targets_B
         lambda_B2 = self.multipliers_C2[index]
         return (lm_loss_B + lambda_B2[:, 0] * gap_B.abs() + lambda_B2[:, 1] * gap_B.square()).mean()
 

@@ -76,6 +76,7 @@ def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
     if recipe.start is None:
         return attach(model, recipe.flux_config)
     folder, start = load_config(names.adapter_path(recipe.start))
+    check_budget(start, recipe)
     if start.ranking is None:
         return attach(model, folder, decide=recipe.decide)
     routing = attach(model, from_ranking(start, recipe))
@@ -86,6 +87,23 @@ def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
         raise
     bias_by_rank([routing.router(layer) for layer in start.ranking])
     return routing
+
+
+def check_budget(start: FluxConfig, recipe: Recipe) -> None:
+    """
+    Refuse to train routers with budgets that were trained without, and the reverse.
+
+    Raises
+    ------
+    RecipeError
+        With what the adapter is.
+    """
+    if start.ranking is None and (start.budget is not None) != recipe.budget:
+        kind = "without budgets" if start.budget is None else "with budgets"
+        raise RecipeError(
+            f"budget is {str(recipe.budget).lower()}, but the routers of {recipe.start} were trained {kind}: set it "
+            "as they were, or start from a calibrated adapter or fresh routers"
+        )
 
 
 def from_ranking(start: FluxConfig, recipe: Recipe) -> FluxConfig:
@@ -274,6 +292,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     sizes, made_for = recipe.flux_config, None
     if recipe.start is not None:
         start = load_config(names.adapter_path(recipe.start))[1]
+        check_budget(start, recipe)
         sizes, made_for = replace(start, base_model=None), start.base_model
         if start.ranking is not None:
             sizes = from_ranking(start, recipe)

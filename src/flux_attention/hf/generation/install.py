@@ -114,16 +114,16 @@ def _check_chunks(
     attention_mask=None,
     **kwargs,
 ) -> None:
-    """Refuse to cut a prompt into chunks that has to be read whole."""
+    """Refuse to cut a prompt into chunks that has to be read whole; of a cache that decides anew, the new tokens."""
     size = getattr(generation_config, "prefill_chunk_size", None)
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if size is None or seen or columns <= size:
+    again = seen and any(getattr(layer, "is_undecided", False) for layer in past_key_values.layers)
+    if size is None or columns - seen <= size or (seen and not again):
         return
     is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
     lengths = attention_mask.sum(1).tolist() if is_mask else [columns] * len(input_ids)
-    if routing.needs_whole_prompt(lengths):
+    if reason := routing.needs_whole_prompt(lengths, bool(again)):
         raise UnsupportedModelError(
-            f"prefill_chunk_size is {size}, but the prompt's {columns} tokens have to come in one call: routers read "
-            "both of its ends, and triangle's last rows see all of it; leave prefill_chunk_size out, attach with "
-            "decide='ends', or force routes (generate(..., routes=...)), with a pattern without such rows"
+            f"prefill_chunk_size is {size}, but the prompt's {columns - seen} tokens have to come in one call: "
+            f"{reason}; or leave prefill_chunk_size out"
         )
