@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from flux_attention import __version__
 from flux_attention.config import FluxConfig
+from flux_attention.evaluation.base import AdapterEvaluation
 from flux_attention.evaluation.methods import DEFAULT_METHODS
-from flux_attention.evaluation.quality import AdapterEvaluation
 from flux_attention.hf.attach import attach
 from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
 from flux_attention.tasks.scoring import Scores

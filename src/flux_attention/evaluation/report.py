@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 INK = "#010203"
 COLOURS = {"dense": "#009e73", "sparse": "#888888", "routed": "#d55e00", "static": "#0072b2", "random": "#cc79a7"}
 COLOURS |= {"head": "#e69f00", "head-static": "#56b4e9", "best-static": "#004a7c", "best-static-fewer": "#8c564b"}
+COLOURS |= {"static-nll": "#f0b400", "routed-ends": "#7b3294", "forced": "#44aa99"}
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=lambda name: name.startswith("report.html"),
