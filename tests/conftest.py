@@ -1,6 +1,9 @@
 """What all tests share: one thread a process, Triton's interpreter where there is no GPU, models by family."""
 
+import atexit
 import os
+import shutil
+import tempfile
 import warnings
 from importlib.util import find_spec
 
@@ -10,6 +13,10 @@ from helpers.models import FAMILIES, tiny_model
 
 if not torch.cuda.is_available():  # before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What `datasets` keeps of earlier test runs would hide what this code does; before it is imported.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="flux-datasets-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # One test process a core: more threads than cores slow each other down many times over.
 torch.set_num_threads(1)

@@ -29,7 +29,7 @@ def bench(
 
     Parameters
     ----------
-    what : {"attention", "prefill", "decode", "training", "packs", "memory"}
+    what : {"attention", "prefill", "decode", "ends", "training", "packs", "memory"}
     shapes : sequence of str
         Of ``SHAPES``.
     lengths, sparsities, batches, compile, repeats, gpu_bytes
@@ -61,6 +61,7 @@ def bench(
         },
         "prefill": {"e2e_prefill": lambda shape: model.prefill(shape, lengths, batches, sparsities, compile, repeats)},
         "decode": {"e2e_decode": lambda shape: model.decode(shape, lengths, batches, sparsities, compile)},
+        "ends": {"ends": lambda shape: model.ends(shape, lengths, sparsities[-1], compile, repeats)},
         "training": {"training": training},
         "packs": {"packs": training},
         "memory": {"memory": lambda shape: model.memory(shape, lengths, sparsities, gpu_bytes)},

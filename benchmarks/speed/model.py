@@ -13,6 +13,7 @@ import gc
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -170,6 +171,38 @@ def prefill(
             dense = None if (0.0, False) in failed else times[0.0, False]
             yield row(times[sparsity, routed], "own-dense", dense, **facts, sparsity=sparsity, method=method,
                       floor_ms=round(floor, 3), **held[sparsity, routed])  # fmt: skip
+
+
+def ends(
+    shape: str, lengths: Sequence[int], sparsity: float, compile: bool, repeats: int = 3
+) -> Iterator[dict[str, Any]]:
+    """
+    Measure the prefill of one prompt by when its routes are decided: forced, in the prefill, by its ends beforehand.
+
+    Yields
+    ------
+    dict
+        Methods ``static`` (forced, the baseline), ``routed`` and ``routed-ends``; the routers decide as is forced.
+    """
+    require_gpu()
+    routing = random_model(shape, compile)
+    model, config = routing.model, routing.config
+    routing.routers.load_state_dict(_deciding(routing, sparsity))
+
+    @torch.no_grad()
+    def run(ids, method):
+        routing.config = replace(config, decide="ends" if method == "routed-ends" else "prefill")
+        with routing.force(sparsity if method == "static" else None):
+            model(ids, use_cache=True, logits_to_keep=1)
+
+    methods = ("static", "routed", "routed-ends")
+    for length in lengths:
+        ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
+        torch.cuda.empty_cache()
+        times = measure_in_turn([partial(run, ids, method) for method in methods], 2, repeats, warm=1)
+        for method, found in zip(methods, times, strict=True):
+            facts = dict(shape=shape, seq_len=length, batch=1, phase="prefill", engine=ENGINES[compile])
+            yield row(found, "static", times[0], **facts, method=method, sparsity=sparsity)
 
 
 def _deciding(routing: Routing, sparsity: float) -> dict[str, torch.Tensor]:

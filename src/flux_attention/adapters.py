@@ -262,7 +262,9 @@ def load(
         raise AdapterError(
             f"{path} cannot be read ({error}); the file may be truncated: copy or download it again"
         ) from None
-    routers = nn.ModuleDict({str(index): LayerRouter(base_model.head_dim) for index in base_model.routed_layers})
+    routers = nn.ModuleDict(
+        {str(index): LayerRouter(base_model.head_dim, config.budget is not None) for index in base_model.routed_layers}
+    )
     expected = routers.state_dict()
     missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or unknown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -162,7 +162,8 @@ class FluxConfig:
         The routed layers, the one that needs full attention most first. There are no routers then: every input runs
         the same layers full, the first ones of the ranking.
     budget : float, optional
-        With ``ranking``, the share of layers that run sparse (Ω_MSR), unless ``attach`` is told otherwise.
+        The share of layers that run sparse (Ω_MSR), unless ``attach`` is told otherwise: of a ``ranking`` exactly, of
+        routers that were trained with budgets about. Other routers have none.
     base_model : BaseModel, optional
         Filled in by ``attach``; checked when routers are loaded.
 
@@ -189,11 +190,8 @@ class FluxConfig:
                 f"end_tokens is {self.end_tokens}, but routers read {self.pool_size} tokens at each end (pool_size); "
                 "expected at least as many"
             )
-        if (self.ranking is None) != (self.budget is None):
-            raise FluxConfigError(
-                f"ranking is {self.ranking} and budget {self.budget}: both or neither, as routers without a ranking "
-                "decide how many layers run sparse themselves"
-            )
+        if self.ranking is not None and self.budget is None:
+            raise FluxConfigError("a ranking needs a budget, the share of layers that run sparse")
         if self.ranking is not None and (self.granularity == "head" or self.decide == "ends"):
             raise FluxConfigError(
                 f"a ranking is of layers and has no routers, but granularity is {self.granularity} and decide "
@@ -201,6 +199,22 @@ class FluxConfig:
             )
         if self.ranking is not None and len(set(self.ranking)) < len(self.ranking):
             raise FluxConfigError(f"ranking is {list(self.ranking)}, expected each routed layer once")
+
+    def with_budget(self, budget: float) -> FluxConfig:
+        """
+        Return this configuration with another budget.
+
+        Raises
+        ------
+        FluxConfigError
+            If it has none.
+        """
+        if self.budget is None:
+            raise FluxConfigError(
+                f"a budget of {budget} was asked for, but these routers were not trained with one and decide how many "
+                "layers run sparse themselves; calibrate the model, or train with `budget: true`"
+            )
+        return replace(self, budget=budget)
 
     @property
     def full_layers(self) -> tuple[int, ...]:

@@ -203,6 +203,13 @@ class SoftBeforehand(Forced):
         return Decided(self.routes_BU, self.logits_BU2, self.gates_BU.cpu())
 
 
+def budgets_of(budget: float | torch.Tensor | None, pooled_BD: torch.Tensor) -> torch.Tensor | None:
+    """Return float32 (B,) on the pooled queries' device, of one budget for all sequences or one for each."""
+    if isinstance(budget, float | int):  # filled there: the host does not wait
+        return torch.full(pooled_BD.shape[:1], float(budget), device=pooled_BD.device)
+    return budget if budget is None else budget.to(pooled_BD.device)
+
+
 def check_finite(logits_B2: torch.Tensor, unit: Unit) -> None:
     """
     Refuse what a router makes of NaN.
@@ -256,8 +263,14 @@ class _ByRouters(Decision):
 
     reads_queries = True
 
-    def __init__(self, units: tuple[Unit, ...], routers: Mapping[Unit, LayerRouter], pooling: Pooling):
-        self.units, self.routers, self.pooling = units, routers, pooling
+    def __init__(
+        self,
+        units: tuple[Unit, ...],
+        routers: Mapping[Unit, LayerRouter],
+        pooling: Pooling,
+        budget: float | torch.Tensor | None = None,
+    ):
+        self.units, self.routers, self.pooling, self.budget = units, routers, pooling, budget
         self.finished = False
         self._logits: dict[Unit, torch.Tensor] = {}
         self._routes: dict[Unit, list[bool]] = {}
@@ -267,7 +280,8 @@ class _ByRouters(Decision):
         if next(router.parameters()).device != device:
             router.to(device)
         with torch.autocast(device.type, enabled=False):
-            return router(self.pooling(query_BSHD))
+            pooled_BD = self.pooling(query_BSHD)
+            return router(pooled_BD, budgets_of(self.budget, pooled_BD))
 
     def _all_logits(self) -> torch.Tensor:
         logits = [self._logits[unit] for unit in self.units]
@@ -286,6 +300,8 @@ class Routed(_ByRouters):
         What they read of each prompt.
     short : sequence of bool
         Of each sequence whether it runs full, whatever the routers say.
+    budget : float or torch.Tensor, optional
+        The Ω_MSR that routers which take one are told; of all sequences, or float32 (B,).
     """
 
     def __init__(
@@ -294,8 +310,9 @@ class Routed(_ByRouters):
         routers: Mapping[Unit, LayerRouter],
         pooling: Pooling,
         short: Sequence[bool],
+        budget: float | torch.Tensor | None = None,
     ):
-        super().__init__(units, routers, pooling)
+        super().__init__(units, routers, pooling, budget)
         self.short = short
         self._copies: dict[Unit, _LogitsCopy] = {}
 
@@ -336,7 +353,7 @@ class Soft(_ByRouters):
 
     Parameters
     ----------
-    units, routers, pooling
+    units, routers, pooling, budget
         As in ``Routed``.
     temperature : float or torch.Tensor
         τ.
@@ -356,8 +373,9 @@ class Soft(_ByRouters):
         pooling: Pooling,
         temperature: float | torch.Tensor,
         noise_BU2: torch.Tensor | None = None,
+        budget: float | torch.Tensor | None = None,
     ):
-        super().__init__(units, routers, pooling)
+        super().__init__(units, routers, pooling, budget)
         self.temperature, self.noise_BU2 = temperature, noise_BU2
         self._gates: dict[Unit, torch.Tensor] = {}
         _check_noise(noise_BU2, (len(pooling.lengths), len(units), 2))

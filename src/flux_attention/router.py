@@ -118,13 +118,16 @@ class LayerRouter(nn.Module):
     ----------
     head_dim : int
         D of the layer that it routes.
+    takes_budget : bool
+        Whether it is told the Ω_MSR that is asked for, as one more input.
     """
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, takes_budget: bool = False):
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.takes_budget = head_dim, takes_budget
         linear = partial(nn.Linear, dtype=torch.float32, device="cpu")  # whatever PyTorch's defaults are
-        self.encoder = nn.Sequential(linear(head_dim, 8 * head_dim), nn.SiLU(), linear(8 * head_dim, 2 * head_dim))
+        inputs = head_dim + takes_budget
+        self.encoder = nn.Sequential(linear(inputs, 8 * head_dim), nn.SiLU(), linear(8 * head_dim, 2 * head_dim))
         self.head = nn.Sequential(
             linear(2 * head_dim, 4 * head_dim),
             nn.SiLU(),
@@ -136,9 +139,29 @@ class LayerRouter(nn.Module):
         with torch.no_grad():
             self.head[-1].bias.copy_(torch.tensor(INITIAL_BIAS, device="cpu"))
 
-    def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
-        """Return ``logits_B2`` in float32 from pooled query states; index 1 is full attention, index 0 sparse."""
-        return self.head(self.encoder(pooled_BD.float()))
+    def forward(self, pooled_BD: torch.Tensor, budget_B: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Return ``logits_B2`` in float32 from pooled query states; index 1 is full attention, index 0 sparse.
+
+        ``budget_B`` is float32, for routers that take one.
+        """
+        x = pooled_BD.float()
+        if self.takes_budget:
+            x = torch.cat([x, budget_B[:, None]], dim=1)
+        return self.head(self.encoder(x))
+
+
+@torch.no_grad()
+def bias_by_rank(routers: Sequence[LayerRouter]) -> None:
+    """
+    Start routers from a ranking, the one of the layer that needs full attention most first.
+
+    Before training they decide by rank alone: the first as surely full as a fresh one, the last as surely sparse, those
+    in the middle by the noise.
+    """
+    for place, router in enumerate(routers):
+        share = 1 - 2 * place / max(1, len(routers) - 1)
+        router.head[-1].bias.copy_(torch.tensor(INITIAL_BIAS, device="cpu") * share)
 
 
 def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ def test_other_models_and_damaged_rankings_are_refused(calibrated, base, tmp_pat
     for change, message in (
         ({"ranking": [0, 1]}, r"the ranking in .* is \[0, 1\], expected each routed layer"),
         ({"ranking": [0, 0, 1]}, "expected each routed layer once"),
-        ({"budget": None}, "both or neither"),
+        ({"budget": None}, "a ranking needs a budget"),
         ({"budget": 2}, "budget is 2, expected a share"),
         ({"decide": "ends"}, "a ranking is of layers and has no routers"),
     ):

@@ -243,8 +243,9 @@ def test_images_are_refused(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_the_pass_as_a_graph_says_what_it_says_without(compile):
-    model = tiny_model("qwen3").to("cuda", torch.bfloat16)
+    model = tiny_model("qwen3").to(torch.bfloat16)
     routing = randomize(attach(model, ENDS, compile=compile))
+    model.cuda()
     prompts = [ids(2, 40, seed).cuda() for seed in range(3)]
     found = {}
     with torch.no_grad():
@@ -267,8 +268,9 @@ def test_the_pass_as_a_graph_says_what_it_says_without(compile):
 
 @pytest.mark.gpu
 def test_a_prefill_by_ends_waits_for_the_device_once_more_than_forced():
-    model = tiny_model("qwen3").to("cuda", torch.bfloat16)
+    model = tiny_model("qwen3").to(torch.bfloat16)
     routing = randomize(attach(model, ENDS))
+    model.cuda()
     prompt = ids(1, 300).cuda()
 
     def waits(routes):

@@ -8,19 +8,25 @@ from helpers.training import record
 
 from flux_attention.errors import DataError
 from flux_attention.training import load_data
-from flux_attention.training.records import PLAIN, encode_record
+from flux_attention.training.encoding import Encoder
+from flux_attention.training.records import PLAIN
+
+
+def encode(record, tokenizer, max_length, chat_template=False, chat_template_kwargs=None):
+    (example,) = Encoder(tokenizer, max_length, chat_template, chat_template_kwargs or {})([record])
+    return example, example.shortened
 
 
 def test_records_become_prompt_and_labelled_answer(tokenizer):
-    example, cut = encode_record(record(index=2), tokenizer, 512, chat_template=False)
+    example, cut = encode(record(index=2), tokenizer, 512, chat_template=False)
     prompt, answer = example.input_ids[: example.labels_from], example.input_ids[example.labels_from :]
     assert not cut and example.prompt_length == example.labels_from
     assert tokenizer.decode(prompt, skip_special_tokens=True).strip().endswith("What does f2 add?")
     assert tokenizer.decode(answer, skip_special_tokens=True) == "It adds 2."
     assert answer[-1] == tokenizer.eos_token_id or tokenizer.eos_token_id is None
-    prefix, _ = encode_record(record(index=3), tokenizer, 512, chat_template=False)
+    prefix, _ = encode(record(index=3), tokenizer, 512, chat_template=False)
     assert tokenizer.decode(prefix.input_ids, skip_special_tokens=True).strip().startswith("What does f3 add?")
-    text, _ = encode_record({"text": "import os\n"}, tokenizer, 512, chat_template=False)
+    text, _ = encode({"text": "import os\n"}, tokenizer, 512, chat_template=False)
     assert (text.labels_from, text.prompt_length, text.task) == (1, len(text.input_ids), PLAIN)
 
 
@@ -29,16 +35,16 @@ def test_chat_templates_frame_the_prompt(tokenizer):
 
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant{{ mood }}]"
-    example, _ = encode_record(record(index=2), chat, 512, chat_template=True)
+    example, _ = encode(record(index=2), chat, 512, chat_template=True)
     prompt = chat.decode(example.input_ids[: example.labels_from])
     assert prompt.startswith("[user] def f2(x)") and prompt.endswith("What does f2 add?\n[assistant]")
-    example, _ = encode_record(record(index=2), chat, 512, True, {"mood": ", calm"})
+    example, _ = encode(record(index=2), chat, 512, True, {"mood": ", calm"})
     assert chat.decode(example.input_ids[: example.labels_from]).endswith("[assistant, calm]")
 
 
 def test_long_prompts_are_cut_in_the_middle(tokenizer):
-    whole, _ = encode_record(record(index=2), tokenizer, 10_000, chat_template=False)
-    short, cut = encode_record(record(index=2), tokenizer, 60, chat_template=False)
+    whole, _ = encode(record(index=2), tokenizer, 10_000, chat_template=False)
+    short, cut = encode(record(index=2), tokenizer, 60, chat_template=False)
     answer = len(whole.input_ids) - whole.labels_from
     assert cut and len(short.input_ids) == 60 and short.labels_from == 60 - answer
     half = short.labels_from // 2
@@ -48,9 +54,9 @@ def test_long_prompts_are_cut_in_the_middle(tokenizer):
 
 def test_long_answers_and_texts_are_reported(tokenizer):
     long = record(answer="It adds 1. " * 200)
-    example, cut = encode_record(long, tokenizer, 100, chat_template=False)
+    example, cut = encode(long, tokenizer, 100, chat_template=False)
     assert cut and len(example.input_ids) == 100 and example.labels_from == 50
-    text, cut = encode_record({"text": "import os\n" * 200}, tokenizer, 100, chat_template=False)
+    text, cut = encode({"text": "import os\n" * 200}, tokenizer, 100, chat_template=False)
     assert cut and len(text.input_ids) == 100
 
 
@@ -58,12 +64,12 @@ def test_an_end_that_a_tokenizer_adds_does_not_stand_before_the_answer(tokenizer
     class Ending:
         eos_token_id, bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
 
-        def __call__(self, text, add_special_tokens=True):
-            ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-            return {"input_ids": ids + [self.eos_token_id] * add_special_tokens}
+        def __call__(self, texts, add_special_tokens=True, **settings):
+            ids = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+            return {"input_ids": [some + [self.eos_token_id] * add_special_tokens for some in ids]}
 
-    plain, _ = encode_record(record(), tokenizer, 512, chat_template=False)
-    ended, _ = encode_record(record(), Ending(), 512, chat_template=False)
+    plain, _ = encode(record(), tokenizer, 512, chat_template=False)
+    ended, _ = encode(record(), Ending(), 512, chat_template=False)
     assert plain.input_ids.tolist() == ended.input_ids.tolist()
 
 

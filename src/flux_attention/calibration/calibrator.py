@@ -155,7 +155,7 @@ class Calibrator:
 
     def judge(self, ranking: tuple[int, ...]) -> list[dict[str, Any]]:
         """
-        Measure held-out loss and generated answers at each budget.
+        Measure held-out loss and generated answers at each budget; answers where dense gives them, which comes first.
 
         Raises
         ------
@@ -165,16 +165,18 @@ class Calibrator:
         counts = dict.fromkeys(len(ranking) - round(budget * len(ranking)) for budget in BUDGETS)
         total = len(counts) * len(self.samples.judged)
         rows: list[dict[str, Any]] = []
+        asked = set(self.samples.judged)
         for count in counts:
             for family in self.samples.judged:
                 self.progress("judging budgets", len(rows), total)
-                rows.append(self._judged(family, sorted(ranking[:count]), len(ranking)))
+                rows.append(self._judged(family, sorted(ranking[:count]), len(ranking), family in asked))
             if count == len(ranking):
                 self._check_dense(rows)
+                asked = set(answered(rows))
         self.progress("judging budgets", total, total)
         return rows
 
-    def _judged(self, family: str, full: list[int], layers: int) -> dict[str, Any]:
+    def _judged(self, family: str, full: list[int], layers: int, asks: bool) -> dict[str, Any]:
         facts = dict(phase="judge", task=family, full_layers=full)
         row = self._find(**facts)
         if row is not None:
@@ -183,7 +185,7 @@ class Calibrator:
         nats = evaluate(model, samples, self.routing, self.batch_size, full).nats
         question, scores = samples[0].question, None
         metric = "perplexity" if question is None else question.metric
-        if metric in MIN_DENSE:
+        if asks and metric in MIN_DENSE:
             texts = generate_answers(
                 model, self.tokenizer, samples, self.batch_size, routes=full, routing=self.routing
             ).texts

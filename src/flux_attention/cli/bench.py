@@ -11,13 +11,11 @@ from flux_attention.cli.arguments import read_numbers
 from flux_attention.cli.console import UserError, out
 from flux_attention.files import check_writable
 
-WHAT = ("attention", "prefill", "decode", "training", "packs", "memory")
+WHAT = ("attention", "prefill", "decode", "ends", "training", "packs", "memory")
 
 
 def bench(
-    what: Annotated[
-        str, typer.Argument(help="attention, prefill, decode, training, packs, memory.", show_default=False)
-    ],
+    what: Annotated[str, typer.Argument(help="attention, prefill, decode, ends, training …", show_default=False)],
     shapes: Annotated[str, typer.Option(help="Sizes of the model: qwen3-8b, smollm2-135m …")] = "qwen3-8b",
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "1K,2K,4K,8K,16K,32K,64K,128K,256K",
     sparsities: Annotated[str, typer.Option(help="Forced Ω_MSR.")] = "0,0.25,0.5,0.75,0.9",

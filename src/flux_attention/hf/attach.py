@@ -81,7 +81,8 @@ def attach(
     revision : str, optional
         Branch, tag or commit of a Hub repository.
     budget : float, optional
-        Of a fixed set, the share of layers that run sparse; default: as the adapter says.
+        The share of layers that run sparse, of a fixed set or of routers trained with budgets; default: as the adapter
+        says.
     decide : {"prefill", "ends"}, optional
         When routers read a prompt, see ``FluxConfig``; default: as the adapter says.
     keep_full_kv : bool
@@ -129,7 +130,8 @@ def attach(
         config, modules = _fresh(routers or FluxConfig(), base)
     else:
         config, modules = adapters.load(routers, base, revision)
-    config = _changed(config, budget=budget, decide=decide)
+    config = config if budget is None else config.with_budget(budget)
+    config = config if decide is None else replace(config, decide=decide)
     if config.granularity == "head" and tensor_parallel_group(decoder) is not None:
         raise UnsupportedModelError("routers of granularity 'head' are not for tensor parallelism: use one process")
     for index, attention in attentions.items():
@@ -151,13 +153,8 @@ def _fresh(config: FluxConfig, base: BaseModel) -> tuple[FluxConfig, nn.ModuleDi
     if config.ranking is not None:
         adapters.check_base_model(config, base)
         return replace(config, base_model=base), nn.ModuleDict()
-    routers = {str(index): LayerRouter(base.head_dim) for index in base.routed_layers}
+    routers = {str(index): LayerRouter(base.head_dim, config.budget is not None) for index in base.routed_layers}
     return replace(config, base_model=base), nn.ModuleDict(routers)
-
-
-def _changed(config: FluxConfig, **changes: Any) -> FluxConfig:
-    """Put what ``attach`` was given in place of what an adapter says."""
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _install(routing: Routing, model: nn.Module, decoder: nn.Module, attentions: dict[int, nn.Module]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flux_attention import kernels
-from flux_attention.decision import PooledQueries
+from flux_attention.decision import PooledQueries, budgets_of
 from flux_attention.hf.capture import captured_state, capturing
 from flux_attention.hf.context import CONTEXT
 from flux_attention.hf.forward import ForwardPass
@@ -20,6 +20,9 @@ from flux_attention.hf.inputs import Inputs, Prompt
 from flux_attention.hf.layout import BatchLayout
 from flux_attention.router import LayerRouter, Pooling
 from flux_attention.routes import Unit
+
+#: Graphs that are kept.
+MAX_GRAPHS = 8
 
 
 def take_ends(prompt: Prompt, end_tokens: int) -> tuple[torch.Tensor, list[int]]:
@@ -75,7 +78,7 @@ class EndsReader:
     ):
         self.decoder, self.units, self.routers = decoder, units, routers
         self.make_pass, self.make_pooling, self.end_tokens = make_pass, make_pooling, end_tokens
-        self._graphs: dict[int, tuple[tuple, _EndsGraph]] = {}
+        self._graphs: dict[tuple[int, float | None], tuple[tuple, _EndsGraph]] = {}
         self._lock = threading.Lock()  # one call at a time: graphs have fixed places in memory
 
     def pooled(self, prompt: Prompt) -> dict[Unit, torch.Tensor]:
@@ -105,19 +108,19 @@ class EndsReader:
         )
         return reading.pooled
 
-    def logits(self, pooled: Mapping[Unit, torch.Tensor]) -> torch.Tensor:
-        """Return what the routers make of pooled query states: float32 (B, U, 2)."""
+    def logits(self, pooled: Mapping[Unit, torch.Tensor], budget: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the routers make of pooled query states, and of a budget: float32 (B, U, 2)."""
         outputs = []
         for unit in self.units:
             router, x_BD = self.routers[unit], pooled[unit]
             if next(router.parameters()).device != x_BD.device:
                 router.to(x_BD.device)
             with torch.autocast(x_BD.device.type, enabled=False):
-                outputs.append(router(x_BD))
+                outputs.append(router(x_BD, budgets_of(budget, x_BD)))
         return torch.stack([output.to(outputs[0].device) for output in outputs], dim=1)
 
     @torch.no_grad()
-    def read(self, prompt: Prompt, by_graph: bool) -> torch.Tensor:
+    def read(self, prompt: Prompt, by_graph: bool, budget: float | None = None) -> torch.Tensor:
         """
         Read the prompts' ends, and wait for what the routers say.
 
@@ -125,7 +128,9 @@ class EndsReader:
         ----------
         prompt : Prompt
         by_graph : bool
-            Whether the pass may be a CUDA graph, kept for each batch size.
+            Whether the pass may be a CUDA graph, kept for each batch size and budget.
+        budget : float, optional
+            What routers that take one are told.
 
         Returns
         -------
@@ -134,19 +139,24 @@ class EndsReader:
         """
         tokens, lengths = take_ends(prompt, self.end_tokens)
         if not by_graph or tokens.ndim != 2 or min(lengths) < 2 * self.end_tokens:
-            return self._logits_of(tokens, lengths)(tokens).cpu()
+            return self._logits_of(tokens, lengths, budget)(tokens).cpu()
         with self._lock:
             state = captured_state(self.decoder, self.routers.values())
             if any(made_for != state for made_for, _ in self._graphs.values()):
                 self._graphs.clear()
-            if len(tokens) not in self._graphs:
-                self._graphs[len(tokens)] = state, _EndsGraph(self._logits_of(tokens, lengths), tokens)
-            return self._graphs[len(tokens)][1].run(tokens)
+            key = len(tokens), budget
+            if key not in self._graphs:
+                while len(self._graphs) >= MAX_GRAPHS:
+                    del self._graphs[next(iter(self._graphs))]
+                self._graphs[key] = state, _EndsGraph(self._logits_of(tokens, lengths, budget), tokens)
+            return self._graphs[key][1].run(tokens)
 
-    def _logits_of(self, tokens: torch.Tensor, lengths: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _logits_of(
+        self, tokens: torch.Tensor, lengths: list[int], budget: float | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Make what gives the logits of ends of these lengths, with all that is not the GPU's work done before."""
         plan = self._plan(tokens, lengths)
-        return lambda ends: self.logits(self._run(ends, *plan))
+        return lambda ends: self.logits(self._run(ends, *plan), budget)
 
     def clear(self) -> None:
         """Forget all graphs."""

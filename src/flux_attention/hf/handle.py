@@ -57,11 +57,14 @@ class Settings:
         Of soft decisions; None outside of ``Routing.soft``.
     noise : torch.Tensor or None
         Their Gumbel noise; None draws it.
+    budgets : torch.Tensor or None
+        The Ω_MSR that each sequence's routers are told.
     """
 
     forced: RouteSpec | None = None
     temperature: float | torch.Tensor | None = None
     noise: torch.Tensor | None = None
+    budgets: torch.Tensor | None = None
 
 
 #: What the ``with`` blocks that are open say: (the block, the handle's id, its changes), outermost first. A context
@@ -157,12 +160,12 @@ class Routing(AdapterMixin):
 
     @property
     def budget(self) -> float | None:
-        """Of a fixed set, the share of layers that run sparse; may be set at any time, for all threads."""
+        """The share of layers that run sparse, where the adapter has one; may be set at any time, for all threads."""
         return self.config.budget
 
     @budget.setter
     def budget(self, value: float) -> None:
-        self.config = replace(self.config, budget=value)
+        self.config = self.config.with_budget(value)
 
     @property
     def _last(self) -> Finished | None:
@@ -221,7 +224,12 @@ class Routing(AdapterMixin):
             parse_routes(routes, 1, self.units)  # a wrong request fails here, not in the next forward
         return self._set(forced=routes)
 
-    def soft(self, temperature: float | torch.Tensor, noise: torch.Tensor | None = None):
+    def soft(
+        self,
+        temperature: float | torch.Tensor,
+        noise: torch.Tensor | None = None,
+        budgets: torch.Tensor | None = None,
+    ):
         """
         Decide by straight-through Gumbel-Softmax within a ``with`` block: for training, without a KV cache.
 
@@ -234,6 +242,8 @@ class Routing(AdapterMixin):
             τ of the Gumbel-Softmax.
         noise : torch.Tensor, optional
             float32 (B, U, 2), the Gumbel noise, for decisions that can be repeated; drawn where it is not given.
+        budgets : torch.Tensor, optional
+            float32 (B,), the Ω_MSR that routers are told, for those that take one; default: ``budget``.
 
         Raises
         ------
@@ -248,7 +258,7 @@ class Routing(AdapterMixin):
             )
         if self._group is not None:
             raise UnsupportedModelError("routers cannot be trained under tensor parallelism: use DDP or FSDP2")
-        return self._set(temperature=temperature, noise=noise)
+        return self._set(temperature=temperature, noise=noise, budgets=budgets)
 
     def reroute(self, cache: DynamicCache) -> None:
         """
@@ -320,25 +330,28 @@ class Routing(AdapterMixin):
         short = [length < self.min_tokens for length in inputs.contexts]
         if settings.temperature is None and (all(short) or self.config.ranking is not None):
             return Static(self.units, self.units if self.config.ranking is None else self.config.full_layers, short)
+        budget = self.config.budget if settings.budgets is None else settings.budgets
         if self.config.decide == "ends":
-            return self._by_ends(inputs, settings, short)
+            return self._by_ends(inputs, settings, short, budget)
         routers = {unit: self.router(unit) for unit in self.units}
         pooling = self._pooling(inputs.prompt_lengths, inputs.layout.columns)
         if settings.temperature is not None:
-            return Soft(self.units, routers, pooling, settings.temperature, settings.noise)
-        return Routed(self.units, routers, pooling, short)
+            return Soft(self.units, routers, pooling, settings.temperature, settings.noise, budget)
+        return Routed(self.units, routers, pooling, short, budget)
 
-    def _by_ends(self, inputs: Inputs, settings: Settings, short: list[bool]) -> Decision:
+    def _by_ends(
+        self, inputs: Inputs, settings: Settings, short: list[bool], budget: float | torch.Tensor | None
+    ) -> Decision:
         if enclosing.get() and not enclosing.get()[-1].text_only:
             raise UnsupportedModelError(
                 "decide='ends' reads a prompt's first and last tokens alone, which is not for prompts with images, "
                 "videos or sound; attach with decide='prefill'"
             )
         if settings.temperature is not None:
-            logits_BU2 = self._ends.logits(self._ends.pooled(inputs.prompt))
+            logits_BU2 = self._ends.logits(self._ends.pooled(inputs.prompt), budget)
             return SoftBeforehand(self.units, logits_BU2, settings.temperature, settings.noise)
         by_graph = self.cuda_graphs and unsupported(self) is None
-        return RoutedBeforehand(self.units, self._ends.read(inputs.prompt, by_graph), short)
+        return RoutedBeforehand(self.units, self._ends.read(inputs.prompt, by_graph, budget), short)
 
     def _pooling(self, lengths: list[int], columns: Callable[[torch.Tensor], torch.Tensor]) -> Pooling:
         return Pooling(lengths, self.config.pool_size, columns, self.config.base_model.num_heads, self._group)

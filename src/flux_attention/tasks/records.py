@@ -33,32 +33,52 @@ def read_records(source: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         If there is no such file or dataset.
     """
     path = source["path"]
-    if path.endswith((".jsonl", ".json")):
+    if has_lines(path):
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+            with open(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        try:
-                            record = json.loads(line)
-                        except (ValueError, RecursionError) as error:
-                            record = error
-                        yield f"{path}, line {number}", record
+                        yield f"{path}, line {number}", parse_line(line)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         return
+    for number, row in enumerate(open_dataset(source)):
+        yield f"{path}, row {number}", row
+
+
+def has_lines(path: str) -> bool:
+    """Whether a source is a file with a record in each line."""
+    return path.endswith((".jsonl", ".json"))
+
+
+def parse_line(line: bytes) -> Any:
+    """Parse a line of a file; if it is not JSON, return the error that it raised."""
+    try:
+        return json.loads(line.decode("utf-8", errors="surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def open_dataset(source: dict[str, Any]):
+    """
+    Open a source that ``datasets`` reads; see ``read_records``.
+
+    Returns
+    -------
+    datasets.Dataset
+        One row a record.
+    """
+    path = source["path"]
     try:
         import datasets
     except ImportError:
         raise DataError(f"reading {path} needs datasets: pip install 'flux-attention[train]'") from None
     try:
         if path.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=path, split="train")
-        else:
-            rows = datasets.load_dataset(path, source.get("name"), split=source.get("split", "train"))
+            return datasets.load_dataset("parquet", data_files=path, split="train")
+        return datasets.load_dataset(path, source.get("name"), split=source.get("split", "train"))
     except Exception as error:  # datasets raises many kinds
         raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from None
-    for number, row in enumerate(rows):
-        yield f"{path}, row {number}", row
 
 
 def is_plain(record: dict[str, Any]) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from flux_attention.errors import DataError, RecipeError
 from flux_attention.training.generated import generate
 from flux_attention.training.packing import PackedExamples
 from flux_attention.training.recipe import Recipe
-from flux_attention.training.records import Example, Report, load_records
+from flux_attention.training.records import Example, Report
+from flux_attention.training.tokenising import load_records
 
 #: Keys of a source in a recipe, by its kind.
 SOURCES = {
@@ -42,9 +44,16 @@ def check_sources(recipe: Recipe) -> None:
             raise RecipeError(f"data: the source {source} has {what}; known are {sorted(SOURCES[kind or 'path'])}")
 
 
-def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
+def load_data(
+    recipe: Recipe, tokenizer, turn: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[PackedExamples, Report]:
     """
     Load all sources of a recipe.
+
+    Parameters
+    ----------
+    turn : callable
+        See ``load_records``: several processes take turns.
 
     Raises
     ------
@@ -58,7 +67,9 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
     check_sources(recipe)
     for source in recipe.data:
         if "path" in source:
-            examples: Sequence[Example] = load_records(source, tokenizer, recipe.max_length, recipe.targets, report)
+            examples: Sequence[Example] = load_records(
+                source, tokenizer, recipe.max_length, recipe.targets, report, turn
+            )
             report.tasks.update(example.task for example in examples)
         else:
             seed = len(sources) + 1000 * recipe.training_arguments["seed"]
@@ -67,5 +78,6 @@ def load_data(recipe: Recipe, tokenizer) -> tuple[PackedExamples, Report]:
         sources.append(examples)
     report.used = sum(map(len, sources))
     if not report.used:
-        raise DataError(f"no usable record is left to train on\n{report}" if report.malformed else "there is no data")
+        found = report.malformed or report.left_out
+        raise DataError(f"no usable record is left to train on\n{report}" if found else "there is no data")
     return PackedExamples(sources, recipe.pack_length, recipe.training_arguments["seed"]), report

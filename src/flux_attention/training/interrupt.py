@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,3 +66,34 @@ class SaveOnInterrupt(TrainerCallback):
         if asked and state.global_step < state.max_steps:
             self.stopped = True
             control.should_log = control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def workers_end_quietly() -> Iterator[None]:
+    """
+    Leave Ctrl-C to this process within a ``with`` block: those that it forks do not answer, and end with the block.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        By Ctrl-C, whatever error ending the workers led to.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone can take signals
+        yield
+        return
+    parent, asked, before = os.getpid(), [], signal.getsignal(signal.SIGINT)
+
+    def handle(number, frame) -> None:
+        if os.getpid() == parent and callable(before):
+            asked.append(number)
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    except Exception:
+        if asked:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)

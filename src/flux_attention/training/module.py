@@ -122,16 +122,17 @@ class RoutedTraining(nn.Module):
         temperature: float,
         noise: torch.Tensor,
         progress: float,
+        budgets: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
-        Compute the objective of one pack (see ``packing.collate``).
+        Compute the objective of one pack (see ``packing.collate``); ``budgets`` (N,) are the sequences' own targets.
 
         Returns
         -------
         dict
             ``loss``: the sequences' mean; ``lm_loss_N``: float32, nats a labelled token; ``gates_NL``.
         """
-        with self.routing.soft(temperature, noise):
+        with self.routing.soft(temperature, noise, budgets):
             hidden_SD = (
                 self.backbone.get_decoder()(
                     input_ids=input_ids,
@@ -155,15 +156,21 @@ class RoutedTraining(nn.Module):
         lm_loss_N = total_N / owner_P.bincount(minlength=count)
         gates_NL = self.routing.gates.to(lm_loss_N.device)
         names = [self.names[index] for index in classes.tolist()]
-        loss = self.objective(lm_loss_N, gates_NL, names, progress)
+        loss = self.objective(lm_loss_N, gates_NL, names, progress, budgets)
         return {"loss": loss, "lm_loss_N": lm_loss_N.detach(), "gates_NL": gates_NL.detach()}
 
 
 def noise_of(seed: int, step: int, numbers: list[int], layers: int) -> torch.Tensor:
     """Draw the Gumbel noise (N, L, 2) of these sequences in this step, whatever the pack or the process they are in."""
-    noise = []
-    for number in numbers:
-        digest = hashlib.sha256(f"{seed}-{step}-{number}".encode()).digest()
-        generator = np.random.default_rng(int.from_bytes(digest[:16], "big"))
-        noise.append(torch.from_numpy(generator.gumbel(size=(layers, 2)).astype(np.float32)))
-    return torch.stack(noise)
+    noise = [_generator(f"{seed}-{step}-{number}").gumbel(size=(layers, 2)) for number in numbers]
+    return torch.from_numpy(np.stack(noise).astype(np.float32))
+
+
+def budgets_of(seed: int, step: int, numbers: list[int], low: float, high: float) -> torch.Tensor:
+    """Draw the target (N,) of these sequences in this step, whatever the pack or the process they are in."""
+    drawn = [_generator(f"budget-{seed}-{step}-{number}").uniform(low, high) for number in numbers]
+    return torch.tensor(drawn, dtype=torch.float32)
+
+
+def _generator(name: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big"))

@@ -53,7 +53,12 @@ class SparsityObjective(nn.Module):
         self.multipliers_C2 = nn.Parameter(torch.full((len(targets), 2), initial))
 
     def forward(
-        self, lm_loss_B: torch.Tensor, gates_BL: torch.Tensor, classes: list[str], progress: float = 1.0
+        self,
+        lm_loss_B: torch.Tensor,
+        gates_BL: torch.Tensor,
+        classes: list[str],
+        progress: float = 1.0,
+        targets_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Compute the batch's mean loss.
@@ -68,6 +73,8 @@ class SparsityObjective(nn.Module):
             Task class of each sequence.
         progress : float
             Share of training done, for the targets' warm-up.
+        targets_B : torch.Tensor, optional
+            float32, each sequence's own target; default: that of its class.
 
         Raises
         ------
@@ -80,7 +87,7 @@ class SparsityObjective(nn.Module):
         index = torch.tensor([self.classes[name] for name in classes], device=lm_loss_B.device)
         rise = min(1.0, progress / self.warmup) if self.warmup > 0 else 1.0
         sparsity_B = 1 - gates_BL.to(lm_loss_B.device).mean(1)
-        gap_B = sparsity_B - rise * self.targets_C[index]
+        gap_B = sparsity_B - rise * (self.targets_C[index] if targets_B is None else targets_B.to(index.device))
         lambda_B2 = self.multipliers_C2[index]
         return (lm_loss_B + lambda_B2[:, 0] * gap_B.abs() + lambda_B2[:, 1] * gap_B.square()).mean()
 

@@ -77,6 +77,12 @@ TAKEN = {
 }
 
 
+#: What ``routers`` may hold, written out; ``FluxConfig``'s shorthand is short for the first.
+ROUTER_KEYS = ("sparse", "full", "pool_size", "granularity", "end_tokens")
+#: Between which a sample's target is drawn with ``budget: true``, and the adapter's default then.
+BUDGETS, MEAN_BUDGET = (0.2, 0.95), 0.6
+
+
 class _Loader(yaml.SafeLoader):
     """Reads 5e-4 as a number, as YAML 1.2 does."""
 
@@ -141,7 +147,13 @@ class Recipe:
         ``pattern, sink, window, last_n, pool_size`` of ``FluxConfig``.
     start : str, optional
         Adapter whose routers training goes on from, a directory or Hub id (``shipped`` for the one that comes along);
-        it says all that ``routers`` would. Multipliers start as ``objective`` says.
+        it says all that ``routers`` would. Multipliers start as ``objective`` says. Of a calibrated adapter, which has
+        no routers, fresh ones start from its ranking of layers.
+    decide : {"prefill", "ends"}, optional
+        When routers read a prompt, see ``FluxConfig``; default: as ``start`` says, else "prefill".
+    budget : bool
+        Train one adapter for every budget: each sample's target is drawn anew and told to the routers, in place of the
+        targets of task classes.
     targets : dict
         Target Ω_MSR of each task class.
     max_length : int
@@ -170,6 +182,8 @@ class Recipe:
     data: _Sources
     routers: _Keys = field(default_factory=dict)
     start: nonempty_text("an adapter's directory or Hub id") | None = None
+    decide: Annotated[Literal["prefill", "ends"] | None, expected("prefill or ends")] = None
+    budget: Annotated[bool, Strict(), expected("true or false")] = False
     targets: Annotated[dict[str, _Ratio], _PLAIN, expected("keys and values")] = field(
         default_factory=lambda: dict(TARGETS)
     )
@@ -189,6 +203,10 @@ class Recipe:
     def __post_init__(self):
         if self.start is not None and self.routers:
             raise RecipeError(f"routers and start are both there: the adapter {self.start} says what `routers` would")
+        if taken := sorted({"decide", "budget", "ranking", "base_model"} & set(self.routers)):
+            raise RecipeError(
+                f"routers: {taken} cannot be set there; `decide`, `budget` and `start` are keys of a recipe"
+            )
         if self.pack_length is None:
             self.pack_length = self.max_length
         if self.pack_length < self.max_length:
@@ -205,7 +223,9 @@ class Recipe:
         for name in sorted(set(self.training) & set(TAKEN)):
             raise RecipeError(f"training.{name} cannot be set; the recipe's key for it is {TAKEN[name]}")
         try:
-            self.flux_config = FluxConfig(**self.routers)
+            self.flux_config = FluxConfig(
+                **self.routers, decide=self.decide or "prefill", budget=MEAN_BUDGET if self.budget else None
+            )
             sparse_pattern(self.flux_config), full_pattern(self.flux_config)
         except FluxConfigError as error:
             raise RecipeError(f"routers: {error}") from None
@@ -255,7 +275,7 @@ class Recipe:
     @property
     def resolved(self) -> dict[str, Any]:
         """The recipe as ``to_dict`` gives it, with the defaults within ``routers`` and ``training`` written out."""
-        routers = {name: value for name, value in self.flux_config.to_dict().items() if name != "base_model"}
+        routers = {name: getattr(self.flux_config, name) for name in ROUTER_KEYS}
         routers = routers if self.start is None else {}
         return {**self.to_dict(), "routers": routers, "training": self.training_arguments}
 

@@ -14,13 +14,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 from flux_attention import names
-from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_config
-from flux_attention.errors import RecipeError
+from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, check_base_model, load_config
+from flux_attention.config import FluxConfig
+from flux_attention.errors import AdapterError, RecipeError
 from flux_attention.files import check_writable
 from flux_attention.hf import loading
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import max_positions
+from flux_attention.router import bias_by_rank
 from flux_attention.routes import unit_name
 from flux_attention.sizes import SHAPES
 from flux_attention.training.card import card, plot
@@ -29,11 +31,11 @@ from flux_attention.training.data import check_sources, load_data
 from flux_attention.training.interrupt import Interrupted, SaveOnInterrupt
 from flux_attention.training.module import CHUNK
 from flux_attention.training.packing import PackedExamples
-from flux_attention.training.recipe import Recipe
+from flux_attention.training.recipe import MEAN_BUDGET, Recipe
 from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.
-RESULTS = (CARD_FILE, "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt")
+RESULTS = (CARD_FILE, "training.svg", "training_log.json", WEIGHTS_FILE, CONFIG_FILE, "malformed.txt", "left_out.txt")
 
 
 def check_model(recipe: Recipe) -> None:
@@ -71,8 +73,25 @@ def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
         If there is no such model, or no such adapter for it.
     """
     model = loading.load_model(recipe.model, recipe.dtype, device, **recipe.config)
-    routers = recipe.flux_config if recipe.start is None else names.adapter_path(recipe.start)
-    return attach(model, routers)
+    if recipe.start is None:
+        return attach(model, recipe.flux_config)
+    folder, start = load_config(names.adapter_path(recipe.start))
+    if start.ranking is None:
+        return attach(model, folder, decide=recipe.decide)
+    routing = attach(model, from_ranking(start, recipe))
+    try:
+        check_base_model(start, routing.config.base_model, str(folder))
+    except AdapterError:
+        routing.detach()
+        raise
+    bias_by_rank([routing.router(layer) for layer in start.ranking])
+    return routing
+
+
+def from_ranking(start: FluxConfig, recipe: Recipe) -> FluxConfig:
+    """Make the configuration of routers that are trained from a ranking of layers: its patterns and sizes."""
+    budget = MEAN_BUDGET if recipe.budget else None
+    return replace(start, ranking=None, budget=budget, decide=recipe.decide or "prefill", base_model=None)
 
 
 def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
@@ -87,7 +106,7 @@ def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
     if recipe.start is not None and Path(names.adapter_path(recipe.start)).resolve() == folder.resolve():
         raise RecipeError(f"the output is {folder}, the adapter that is started from: use another output")
     kept, checkpoint = folder / "recipe.yaml", last_checkpoint(folder)
-    found = [name for name in RESULTS if name != "malformed.txt" and (folder / name).exists()]
+    found = [name for name in RESULTS if not name.endswith(".txt") and (folder / name).exists()]
     if found and not kept.exists():
         raise RecipeError(f"{folder} holds {', '.join(found)}, but no recipe.yaml of a run: use another output")
     if found and not restart and checkpoint is None:
@@ -111,7 +130,8 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     Train routers by a recipe; a run that was interrupted goes on from its last checkpoint.
 
     The output folder gets the adapter (``flux_config.json``, ``routers.safetensors``), ``README.md`` (its card),
-    ``training.svg``, ``training_log.json``, ``recipe.yaml``, and ``malformed.txt`` if records were left out.
+    ``training.svg``, ``training_log.json``, ``recipe.yaml``, and ``malformed.txt`` or ``left_out.txt`` if records were
+    left out, as unusable or too long.
 
     Parameters
     ----------
@@ -145,7 +165,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     if main:
         check_writable(folder)
     # Before the model: what is wrong with data is known before a large one is loaded.
-    data, report = load_data(recipe, loading.load_tokenizer(recipe.model))
+    data, report = load_data(recipe, loading.load_tokenizer(recipe.model), args.main_process_first)
     if main:
         say(f"{report}\n{len(data):,} packs of up to {recipe.pack_length:,} tokens, {recipe.batch_size} in a step")
     if len(data) < recipe.batch_size:
@@ -173,10 +193,11 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
             for name in RESULTS:
                 (folder / name).unlink(missing_ok=True)
         recipe.to_yaml(folder / "recipe.yaml")
-        if report.malformed:
-            lines = "".join(f"{where}: {reason}\n" for where, reason in report.malformed)
-            (folder / "malformed.txt").write_text(lines, encoding="utf-8")
-            say(f"all malformed records are listed in {folder / 'malformed.txt'}")
+        for name, kind in (("malformed", "malformed"), ("left_out", "too long")):
+            if some := getattr(report, name):
+                lines = "".join(f"{where}: {reason}\n" for where, reason in some)
+                (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
+                say(f"all {kind} records are listed in {folder / f'{name}.txt'}")
         (folder / "data.sha256").write_text(digest + "\n")
     _fit(trainer, interrupt, checkpoint)
     trainer.gather()
@@ -254,6 +275,8 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     if recipe.start is not None:
         start = load_config(names.adapter_path(recipe.start))[1]
         sizes, made_for = replace(start, base_model=None), start.base_model
+        if start.ranking is not None:
+            sizes = from_ranking(start, recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         routing = attach(model, sizes)

@@ -30,11 +30,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from flux_attention.hf.handle import Routing
 from flux_attention.routes import unit_name
 from flux_attention.training.checkpoints import SHARDED, WEIGHTS, whole
-from flux_attention.training.module import RoutedTraining, keep_attention, noise_of
+from flux_attention.training.module import RoutedTraining, budgets_of, keep_attention, noise_of
 from flux_attention.training.objective import SparsityObjective, temperature
 from flux_attention.training.packing import PackedExamples, Steps, collate
 from flux_attention.training.progress import Progress
-from flux_attention.training.recipe import Recipe
+from flux_attention.training.recipe import BUDGETS, Recipe
 
 
 class RouterTrainer(Trainer):
@@ -139,7 +139,10 @@ class RouterTrainer(Trainer):
         progress = step / max(1, self.state.max_steps)
         tau = temperature(progress, knobs.temperature_start, knobs.temperature_end, knobs.temperature_until)
         noise = noise_of(self.args.seed, step, numbers, len(self.routing.units))
-        outputs = model(**inputs, temperature=tau, noise=noise, progress=progress)
+        budgets = budgets_of(self.args.seed, step, numbers, *BUDGETS) if self.recipe.budget else None
+        if budgets is not None:
+            budgets = budgets.to(self.args.device)
+        outputs = model(**inputs, temperature=tau, noise=noise, progress=progress, budgets=budgets)
         self._note(inputs["classes"], outputs)
         loss = outputs["loss"]
         if not torch.isfinite(loss):
