@@ -15,14 +15,22 @@ from flux_attention.files import check_writable
 
 
 def _print(rows: list[dict], page: Path) -> None:
-    from flux_attention.evaluation.report import label, short_names, summary, tokens
+    from flux_attention.evaluation.report import class_table, label, short_names, summary, task_classes, tokens
 
-    table = Table("method", "tokens", "mean accuracy", "perplexity", "mean Ω_MSR")
-    for each in summary(rows):
-        numbers = [each["accuracy"], each["perplexity"], each["sparsity"]]
-        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
-        table.add_row(label(each, short_names(rows)), tokens(each["seq_len"]), *cells)
-    out.print(table)
+    if task_classes(rows):
+        for length in dict.fromkeys(row["seq_len"] for row in rows):
+            heading, lines = class_table([row for row in rows if row["seq_len"] == length])
+            table = Table(*heading, title=f"{length:,} tokens")
+            for line in lines:
+                table.add_row(*map(escape, line))
+            out.print(table)
+    else:
+        table = Table("method", "tokens", "mean accuracy", "perplexity", "mean Ω_MSR")
+        for each in summary(rows):
+            numbers = [each["accuracy"], each["perplexity"], each["sparsity"]]
+            cells = ["" if number is None else f"{number:.3f}" for number in numbers]
+            table.add_row(label(each, short_names(rows)), tokens(each["seq_len"]), *cells)
+        out.print(table)
     out.print(f"the report is {page}", highlight=False, soft_wrap=True)
 
 
@@ -62,7 +70,8 @@ def _methods(asked: str | None, natural: bool, subject: Subject, budgets: list[f
 
     configs = [load_config(adapter)[1] for adapter in subject.adapters]
     usual = NATURAL_METHODS if natural else DEFAULT_METHODS
-    possible = [method for method in usual if not missing(method, configs, budgets, force)]
+    # Sets at budgets take a search, or answer little: they are judged where they are asked for.
+    possible = [method for method in usual if not missing(method, configs, None, force)]
     chosen = asked.split(",") if asked else possible
     chosen += ["forced"] if force and "forced" not in chosen else []
     check_methods(chosen, configs, budgets, force)

@@ -68,7 +68,7 @@ calibration, batch_size
         The report.
     """
 
-    shared = dict(config=config, budgets=budgets, force=force)
+    shared: dict[str, Any] = dict(config=config, budgets=budgets, force=force)
 
     def generated() -> quality.Evaluation:
         haystack = None
@@ -91,7 +91,7 @@ calibration, batch_size
         from flux_attention.evaluation.lm_harness import TaskEvaluation  # lm-eval is optional
 
         evaluation: AdapterEvaluation = TaskEvaluation(
-            model, tokenizer, adapters, tasks, methods, samples, batch_size, static, include_path
+            model, tokenizer, adapters, tasks, methods, samples, batch_size, static, include_path, **shared
         )
     else:
         evaluation = generated()
