@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/flux-attention demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # MODEL: folder, Hub id or GGUF file of a pretrained model; default: a small one from the Hub.
 test-real: $(READY)

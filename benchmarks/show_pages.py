@@ -20,6 +20,7 @@ FILES = {
     "profile": ("where the time of a prompt and a step goes", "python benchmarks/profile_speed.py --compile"),
     "memory": ("bytes of KV caches, by arithmetic", "flux-attention bench memory"),
     "training": ("speed and memory of router training", "flux-attention bench training"),
+    "packs": ("router training on packs of sequences", "flux-attention bench packs"),
     "cpu_prefill": ("the shipped model's prefill on a CPU", "python benchmarks/cpu_prefill.py"),
     "demo_quality": ("what the shipped model answers", "flux-attention eval shipped"),
     "two_prompts": ("routes of two prompts: README's picture", "python benchmarks/two_prompts.py"),
@@ -61,7 +62,11 @@ def pages():
         "README.md": {"key figures": key_figures()},
         "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
         "docs/quality.md": {"in short": show_quality.brief()},
-        "docs/training.md": {"quick start": show_shipped.quickstart_table(), "speed": show_speed.training_table()},
+        "docs/training.md": {
+            "quick start": show_shipped.quickstart_table(),
+            "speed": show_speed.training_table(),
+            "packs": show_speed.packs_table(),
+        },
     }
     for name, parts in marked.items():
         found[name] = filled((ROOT / name).read_text(encoding="utf-8"), parts)

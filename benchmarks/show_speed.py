@@ -174,6 +174,25 @@ def training_table():
     )
 
 
+def packs_table():
+    return table(
+        ["model's sizes", "tokens", "sequences", "in", "checkpointing", "tokens/s", "least and most ms", "peak, GB"],
+        [
+            [
+                row["shape"],
+                label(row["seq_len"]),
+                row["batch"],
+                {"flux": "one pack", "alone": "a call each"}[row["engine"]],
+                "on" if row["checkpointing"] else "off",
+                f"{row['tokens_per_s']:,}",
+                f"{row['ms_min']:,.0f} to {row['ms_max']:,.0f}",
+                f"{row['peak_bytes'] / 1e9:.1f}",
+            ]
+            for row in load("packs")["rows"]
+        ],
+    )
+
+
 def attention_page(name, title, rate, *parts):
     body = table(
         ["tokens", "batch", "engine, method", "ms", rate[1], "baseline", "its ms", "ratio"],

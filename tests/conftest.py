@@ -1,6 +1,7 @@
 """What all tests share: one thread a process, Triton's interpreter where there is no GPU, models by family."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -28,7 +29,14 @@ collect_ignore = [
     if find_spec(package) is None
 ]
 #: Where fixtures that several folders share are.
-pytest_plugins = ["helpers.decoding", "helpers.kernels", "helpers.shipped", "helpers.training"]
+pytest_plugins = ["helpers.compiling", "helpers.decoding", "helpers.kernels", "helpers.shipped", "helpers.training"]
+
+
+def pytest_collection_finish():
+    """What is imported stays: each compilation looked through its million objects for garbage, a third of its time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -11,9 +11,8 @@ import torch
 from flux_attention.evaluation.base import adapter_hash
 from flux_attention.shipped import BACKBONE, ROUTERS, load_shipped
 from flux_attention.tasks.families import FAMILIES
-from flux_attention.tasks.samples import Haystack, make_sample
+from flux_attention.tasks.samples import make_sample
 from flux_attention.tasks.scoring import evaluate
-from flux_attention.tasks.text import local_texts
 
 #: Tokens of a sample: more than the 768 that sparse layers keep; and of those of the report.
 LENGTH, REPORT_LENGTH = 2048, 4096
@@ -22,11 +21,6 @@ LENGTH, REPORT_LENGTH = 2048, 4096
 @pytest.fixture(scope="module")
 def shipped():
     return load_shipped()
-
-
-@pytest.fixture(scope="module")
-def haystack(shipped):
-    return Haystack(local_texts(True, max_chars=200_000), shipped[1])
 
 
 def test_files_are_small_stock_and_safe():

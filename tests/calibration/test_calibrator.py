@@ -155,12 +155,16 @@ def test_what_dense_does_not_answer_is_refused_by_name(monkeypatch):
     routed = calibrator_of(model(), CalibrationSet([], judged, {}))
     given = {"first": "x", "second": "no"}
 
+    asked = []
+
     def generate(model, tokenizer, samples, *arguments, **options):
+        asked.append((samples[0].family, len(options["routes"])))
         return type("Answers", (), dict(texts=[given[samples[0].family]]))
 
     monkeypatch.setattr(calibrator, "generate_answers", generate)
     rows = routed.judge(tuple(range(LAYERS)))
     assert answered(rows) == ["first"]
+    assert asked == [("first", 6), ("second", 6), *(("first", count) for count in (5, 4, 3, 2, 1, 0))]
     given["first"] = "neither"
     routed.rows.clear()
     with pytest.raises(CalibrationError, match=r"answers none of the families.*first 0.00, second 0.00"):
@@ -187,7 +191,7 @@ def rows_of(table):
         ({0: {"a": (1.0, 1.0), "p": (3.0, None)}, 0.5: {"a": (1.0, 1.0), "p": (3.04, None)}}, 0.5),
         # The mean over families counts, and families that dense does not answer do not.
         ({0: {"a": (1.0, 1.0), "b": (1.0, 0.9)}, 0.5: {"a": (1.0, 0.97), "b": (1.0, 0.92)}}, 0.5),
-        ({0: {"a": (1.0, 1.0), "b": (1.0, 0.3)}, 0.5: {"a": (1.0, 1.0), "b": (1.0, 0.0)}}, 0.5),
+        ({0: {"a": (1.0, 1.0), "b": (1.0, 0.3)}, 0.5: {"a": (1.0, 1.0), "b": (9.0, None)}}, 0.5),
         # A larger budget may be good where a smaller one was not.
         ({0: {"a": (1.0, 1.0)}, 0.5: {"a": (1.0, 0.9)}, 0.75: {"a": (1.0, 1.0)}}, 0.75),
     ],

@@ -38,7 +38,7 @@ def test_the_command_writes_an_adapter_and_says_what_it_found(calibrated, base, 
     assert sorted(config.ranking) == list(config.base_model.routed_layers) and 0 <= config.budget <= 1
     assert not (folder / "routers.safetensors").exists()
     full = len(config.full_layers)
-    assert f"default budget {config.budget:g}: {full} of {len(config.ranking)} layers full" in said
+    assert f"default budget {config.budget:.3g}: {full} of {len(config.ranking)} layers full" in said
     assert "<svg" in (folder / "calibration.svg").read_text()
     card = (folder / "README.md").read_text()
     assert "same" in card and "budget" in card

@@ -1,12 +1,12 @@
 """lm-evaluation-harness with routed models: likelihoods, routes by context, generation, its command line."""
 
+import functools
 import importlib
 import json
 import math
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -17,6 +17,7 @@ from helpers.shipped import SPARSE
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch.utils import collect_env
 
 from flux_attention import FluxConfig, attach
 from flux_attention.evaluation import lm_harness, quality
@@ -41,6 +42,14 @@ def context(code, lines=26):
 
 
 CONTEXTS = [context(48213), context(77015, lines=18), "# Answer:"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages_listed_once():
+    """Each evaluation by lm-eval asks pip for what is installed, which takes longer than most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_pretty_env_info", functools.cache(collect_env.get_pretty_env_info))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +261,14 @@ def test_tasks(tasks, shipped, short_adapter):
 
 
 def test_command_line(tasks, tmp_path, short_adapter):
-    command = [sys.executable, "-m", "flux_attention.evaluation.lm_harness", "--model", "flux", "--device", "cpu"]
+    """``python -m``, but for the index of lm-eval's own tasks."""
+    module = (
+        "import functools, runpy\n"
+        "from lm_eval import tasks\n"
+        "tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)\n"
+        "runpy.run_module('flux_attention.evaluation.lm_harness', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", module, "--model", "flux", "--device", "cpu"]
     arguments = f"pretrained={BACKBONE},routers={short_adapter},dtype=float32,force=3;7"
     command += ["--model_args", arguments, "--tasks", "flux_choice", "--include_path", str(tasks)]
     result = subprocess.run(
@@ -272,7 +288,7 @@ def test_command_line(tasks, tmp_path, short_adapter):
 @pytest.fixture
 def own_tasks_only(monkeypatch):
     """An index of lm-eval's thousands of tasks takes ten seconds to build."""
-    monkeypatch.setattr(lm_harness, "TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr(lm_harness, "TaskManager", functools.partial(TaskManager, include_defaults=False))
 
 
 def test_tasks_by_method(tasks, tmp_path, monkeypatch, own_tasks_only, short_adapter):

@@ -57,6 +57,17 @@ def short_recipe(base, path, output):
     )
 
 
+#: What shards the model of ``short_recipe``.
+FSDP = {
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
+    },
+}
+
+
 @pytest.fixture
 def recipe(base, records_file, tmp_path):
     """Of a run that takes seconds."""

@@ -1,32 +1,15 @@
 """Layers fused by torch.compile against the same layers as they are."""
 
-import functools
 import re
 import shutil
 
 import pytest
 import torch
 from helpers.models import CONFIG, FAMILIES, ids, randomize, tiny_model
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 from flux_attention import UnsupportedModelError, attach
 from flux_attention.hf import compiled, mlp
-
-
-class Counter(CompileCounterWithBackend):
-    def __call__(self, graph, inputs, options=None):
-        return super().__call__(graph, inputs)
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    """What the compiler captures, run without code generation; counts graphs."""
-    torch._dynamo.reset()
-    counter = Counter("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    yield counter
-    torch._dynamo.reset()
 
 
 def again(routing, model):

@@ -155,6 +155,18 @@ def test_short_prompts_run_full():
     assert routing.routes.routes_BL[1].all() and not routing.routes.routes_BL[0].all()
 
 
+def test_a_call_that_is_traced_is_not_taken_for_packed(monkeypatch):
+    """While a graph is captured, transformers cannot tell, and takes every call without a mask for packed."""
+    model = tiny_model("llama")
+    routing = randomize(attach(model, ENDS))
+    with torch.no_grad():
+        model(ids(2, 40))
+        expected = routing.routes.logits_BL2
+        monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *arguments: True)
+        found = routing._ends.read(Prompt(ids(2, 40), BatchLayout.all_real(2, 40), [40, 40]), by_graph=False)
+    assert torch.equal(found, expected)
+
+
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.booleans())
 @settings(deadline=None)
 def test_ends_are_the_first_and_last_tokens(first, second, end_tokens, left):

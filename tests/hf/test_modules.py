@@ -31,14 +31,7 @@ def hooks(model):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_lora_before_and_after_attach_decide_alike(family, compile, monkeypatch):
-    if compile:
-        compiled = torch.compile
-
-        def eagerly(function, **options):  # the graphs are made, and run as they are
-            return compiled(function, dynamic=options.get("dynamic"), fullgraph=True, backend="eager")
-
-        monkeypatch.setattr(torch, "compile", eagerly)
+def test_lora_before_and_after_attach_decide_alike(family, compile, backend):
     target = ["qkv_proj"] if family == "phi3" else ["q_proj"]
     config = LoraConfig(target_modules=target, r=4, init_lora_weights=False)
 
@@ -62,6 +55,7 @@ def test_lora_before_and_after_attach_decide_alike(family, compile, monkeypatch)
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     routing.detach()
     assert hooks(unloaded) == 0
+    assert bool(backend.frame_count) == compile
 
 
 @pytest.mark.parametrize("then", ["keep", "unload", "merge"])

@@ -1,10 +1,12 @@
-"""The command line with FSDP2 on CPUs, which accelerate offers for accelerators only and else leaves out silently.
+"""The command line, thrice, on the same processes: as it was called, then for a run that shares the model by FSDP2.
 
-Run twice: what the first run wrote after its last but one checkpoint is moved to ``first`` beside it, so that the
-second one goes on from there, on the same processes.
+Accelerate offers that for accelerators only, and else leaves it out silently. The recipe ``SHARED`` is run twice: what
+the first run wrote after its last but one checkpoint is moved to ``first`` beside it, so that the second one goes on
+from there.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -12,8 +14,11 @@ from accelerate.utils import DistributedType
 from torch import distributed
 
 from flux_attention import cli
+from flux_attention.training import Recipe
 
-stock, first = AcceleratorState.__init__, Path(os.environ["FIRST"])
+stock, shared = AcceleratorState.__init__, Path(os.environ["SHARED"])
+output = Path(Recipe.from_yaml(shared).output)
+first = output.with_name("first")
 
 
 def sharded(self, *args, fsdp_plugin=None, **kwargs):
@@ -32,10 +37,12 @@ def run():
 
 AcceleratorState.__init__ = sharded
 run()
+sys.argv[1:] = ["--debug", "train", str(shared)]
+run()
 distributed.barrier()
 if distributed.get_rank() == 0:
     first.mkdir()
     for name in ("checkpoint-6", "routers.safetensors"):
-        (first.parent / "run" / name).rename(first / name)
+        (output / name).rename(first / name)
 distributed.barrier()
 run()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import tiny_model
-from helpers.training import losses, same_losses
+from helpers.training import FSDP, losses, same_losses
 from safetensors.torch import load_file
 
 from flux_attention import AdapterError, attach
@@ -169,12 +169,12 @@ def test_prompts_beyond_the_models_positions_are_refused(recipe):
         train(recipe)
 
 
-def command(recipe, tmp_path, processes=1, program=("-m", "flux_attention.cli")):
+def command(recipe, tmp_path, processes=1):
     recipe.to_yaml(tmp_path / "recipe.yaml")
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*start, *program, "--debug", "train", str(tmp_path / "recipe.yaml")]
+    return [*start, "-m", "flux_attention.cli", "--debug", "train", str(tmp_path / "recipe.yaml")]
 
 
 def environment():
@@ -208,36 +208,6 @@ def test_a_killed_run_goes_on_to_the_same_end(recipe, finished, tmp_path):
     assert losses(killed) == losses(finished)
     first, second = (load_file(folder / "routers.safetensors") for folder in (finished, killed))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-#: What shards the model of ``recipe``.
-FSDP = {
-    "fsdp": "full_shard auto_wrap",
-    "fsdp_config": {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
-    },
-}
-
-
-def test_two_processes_that_share_the_model_give_the_same_run_as_one(recipe, finished, tmp_path):
-    """Those that have a copy each: see test_interrupt.py."""
-    shared, earlier = Path(recipe.output), tmp_path / "first"
-    recipe.training = {**recipe.training, **FSDP}
-    both = command(recipe, tmp_path, 2, (str(Path(__file__).parent / "fsdp_on_cpu.py"),))
-    done = subprocess.run(both, env={**environment(), "FIRST": str(earlier)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    # It names what it saves; a run that was stopped goes on to the same end.
-    saved = torch.load(shared / "checkpoint-4/optimizer.pt", weights_only=True)
-    assert {name.split(".")[0] for name in saved["state"]} == {"routers", "objective"}
-    assert f"going on from {shared / 'checkpoint-4'}" in done.stdout
-    before, after = (load_file(folder / "routers.safetensors") for folder in (earlier, shared))
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    same_losses(finished, shared, 1e-4)
-    first, second = (load_file(folder / "routers.safetensors") for folder in (finished, shared))
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.gpu

@@ -238,7 +238,7 @@ def choose_budget(
     rows : sequence of dict
         ``task``, ``sparsity``, ``nats`` and ``accuracy`` of each family at each budget, 0 included.
     answered : sequence of str
-        Families whose accuracy counts.
+        Families whose accuracy and loss count; of others that are asked neither does.
     tolerance : float
         Nats a token by which no family's loss may rise above that of budget 0.
     max_lost : float
@@ -247,7 +247,7 @@ def choose_budget(
     at: dict[float, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         at.setdefault(row["sparsity"], {})[row["task"]] = row
-    dense = at[0.0]
+    dense = {task: row for task, row in at[0.0].items() if task in answered or row["accuracy"] is None}
 
     def loses_nothing(found: dict[str, Mapping[str, Any]]) -> bool:
         if any(found[task]["nats"] - dense[task]["nats"] > tolerance for task in dense):

@@ -56,7 +56,7 @@ def plot(
     points = by_class(rows, answered)
     classes = list(dict.fromkeys(point["task_class"] for point in points))
     with plt.rc_context({"svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         for key, axis, title in (
             ("rise", axes[0], f"loss above dense, nats a token (dotted: {tolerance:g})"),
             ("accuracy", axes[1], "score of generated answers"),
@@ -71,11 +71,11 @@ def plot(
                     axis.plot(*zip(*line, strict=True), marker="o", markersize=3, color=f"C{place}", label=name)
             axis.axvline(budget, color="0.4", linestyle="--", linewidth=1)
             axis.set_title(title, size=9)
-            axis.set_xlabel(f"budget: share of sparse layers (dashed: default, {budget:g})")
+            axis.set_xlabel(f"budget: share of sparse layers (dashed: default, {budget:.2f})")
             axis.grid(alpha=0.25)
         axes[0].axhline(tolerance, color="0.4", linestyle=":", linewidth=1)
-        axes[0].set_yscale("symlog", linthresh=tolerance)
+        axes[0].set_yscale("symlog", linthresh=4 * tolerance, linscale=2)  # small differences decide
         axes[1].set_ylim(-0.02, 1.02)
-        axes[0].legend(fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         figure.savefig(path)
         plt.close(figure)

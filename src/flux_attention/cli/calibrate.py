@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.box import SIMPLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -14,6 +14,9 @@ from flux_attention.cli.arguments import Device, Dtype, Json, Model, read_number
 from flux_attention.cli.console import UserError, err, out
 from flux_attention.cli.subject import Subject, check_precision
 from flux_attention.files import check_writable
+
+#: In the output folder; as in ``calibration.calibrator``, which takes long to import.
+PLOT_FILE = "calibration.svg"
 
 
 class _Bar:
@@ -28,26 +31,31 @@ class _Bar:
         self.progress.update(self.tasks[what], completed=done, total=total)
 
 
+def _table(points: list[dict], key: str, title: str, style: str) -> Table:
+    """Make a table with a row for each class of task and a column for each budget."""
+    budgets = sorted({point["sparsity"] for point in points})
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("budget", no_wrap=True)
+    for budget in budgets:
+        table.add_column(f"{budget:.2f}", justify="right", no_wrap=True)
+    for name in dict.fromkeys(point["task_class"] for point in points):
+        values = {point["sparsity"]: point[key] for point in points if point["task_class"] == name}
+        if any(value is not None for value in values.values()):
+            table.add_row(
+                name, *("" if values[budget] is None else format(values[budget], style) for budget in budgets)
+            )
+    return table
+
+
 def _print(config, points: list[dict], unanswered: list[str], output: Path) -> None:
-    layers = len(config.ranking)
-    classes = list(dict.fromkeys(point["task_class"] for point in points))
-    table = Table("budget", "full layers", *(escape(name) for name in classes))
-    for sparsity in sorted({point["sparsity"] for point in points}):
-        some = {point["task_class"]: point for point in points if point["sparsity"] == sparsity}
-        cells = []
-        for name in classes:
-            accuracy = some[name]["accuracy"]
-            cells.append(f"{some[name]['rise']:+.3f}" + ("" if accuracy is None else f"  {accuracy:.2f}"))
-        full = next(iter(some.values()))["full"]
-        style = "bold" if round(config.budget * layers) == layers - full else None
-        table.add_row(f"{sparsity:.3f}", f"{full} of {layers}", *cells, style=style)
-    out.print(table)
-    out.print("each class: loss above dense in nats a token, then the score of generated answers", highlight=False)
+    out.print(_table(points, "rise", "loss above dense, nats a token", ".2f"))
+    out.print(_table(points, "accuracy", "score of generated answers", ".2f"))
     if unanswered:
-        out.print(f"not judged by answers, which dense does not give either: {', '.join(unanswered)}", highlight=False)
+        out.print(f"not judged, as dense does not answer it either: {', '.join(unanswered)}", highlight=False)
     full = len(config.full_layers)
-    out.print(f"default budget {config.budget:g}: {full} of {layers} layers full, the rest sparse", highlight=False)
-    out.print(f"the adapter is {output}", highlight=False, soft_wrap=True)
+    text = f"default budget {config.budget:.3g}: {full} of {len(config.ranking)} layers full, the rest sparse"
+    out.print(text, highlight=False)
+    out.print(f"the adapter is {output}; look at {output / PLOT_FILE}", highlight=False, soft_wrap=True)
 
 
 def calibrate(

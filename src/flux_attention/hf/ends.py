@@ -86,18 +86,16 @@ class EndsReader:
         tokens, lengths = take_ends(prompt, self.end_tokens)
         return self._run(tokens, *self._plan(tokens, lengths))
 
-    def _plan(self, tokens: torch.Tensor, lengths: list[int]) -> tuple[BatchLayout, Pooling, torch.Tensor | None]:
+    def _plan(self, tokens: torch.Tensor, lengths: list[int]) -> tuple[BatchLayout, Pooling, torch.Tensor]:
         """Return the layout of the ends, the pooling of their queries, and their attention mask."""
-        (batch, width), device = tokens.shape[:2], tokens.device
-        if min(lengths) == width:
-            layout, mask = BatchLayout.all_real(batch, width), None
-        else:
-            real_BW = torch.arange(width, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
-            layout, mask = BatchLayout.from_mask(real_BW, device), real_BW.long().to(device)
-        return layout, self.make_pooling(lengths, layout.columns), mask
+        real_BW = torch.arange(tokens.shape[1], device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
+        layout = BatchLayout.from_mask(real_BW, tokens.device)
+        # A mask also where all tokens are real: without one transformers looks for packed sequences, which waits for
+        # the device, and while a graph is captured takes all calls for packed.
+        return layout, self.make_pooling(lengths, layout.columns), real_BW.long().to(tokens.device)
 
     @torch.no_grad()
-    def _run(self, tokens: torch.Tensor, layout: BatchLayout, pooling: Pooling, mask: torch.Tensor | None):
+    def _run(self, tokens: torch.Tensor, layout: BatchLayout, pooling: Pooling, mask: torch.Tensor):
         reading = PooledQueries(self.units, pooling)
         inputs = Inputs(layout, layout.lengths, {}, Prompt(tokens, layout, layout.lengths))
         self.decoder(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 
@@ -46,9 +46,9 @@ class Corpus:
     """
 
     split: str
-    prose: tuple[tuple[str, ...], ...]
-    documents: tuple[Document, ...] = ()
-    code: tuple[tuple[str, str], ...] = ()
+    prose: tuple[tuple[str, ...], ...] = field(repr=False)
+    documents: tuple[Document, ...] = field(repr=False, default=())
+    code: tuple[tuple[str, str], ...] = field(repr=False, default=())
 
     def paragraphs(self, rng: random.Random) -> list[str]:
         """List all paragraphs, text after text, from a random text on."""
@@ -62,7 +62,7 @@ def prose_of(source: str) -> list[str]:
     for block in re.split(r"\n\s*\n", source):
         words = block.split()
         paragraph = " ".join(words)
-        letters = sum(sign.isalpha() or sign == " " for sign in paragraph)
+        letters = sum(sign.isascii() and (sign.isalpha() or sign == " ") for sign in paragraph)
         if len(words) not in WORDS or letters < MIN_LETTERS * len(paragraph):
             continue
         if paragraph[0].isupper() and paragraph[-1] in ".!?:" and "http" not in paragraph:

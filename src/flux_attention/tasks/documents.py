@@ -19,7 +19,7 @@ FUNCTION = re.compile(r'^ *(?:def|class) +([A-Za-z]\w*)[^\n]*?:\n\s+r?"""(.+?)""
 #: Where a docstring's prose ends.
 SECTION = re.compile(r"\n[^\n]+\n *---|\n *>>>|\n *\.\. ")
 MIN_WORDS = 15
-MAX_CHARS = 3000
+MAX_CHARS = 1200
 SUMMARY_WORDS = range(3, 21)
 
 
@@ -43,7 +43,7 @@ class Document:
     facts : tuple of (str, str)
         What is known of it: "version", "licence", "maintainer", "module".
     label : str
-        The section or module that it is filed under; empty where there is none.
+        The section or the top-level module that it is filed under; empty where there is none.
     """
 
     kind: str
@@ -66,7 +66,7 @@ def _document(kind: str, name: str, origin: str, summary: str, text: str, facts:
     summary, text = " ".join(summary.split()), text.strip()
     text = re.sub(r"\n{3,}", "\n\n", text.replace(summary, "")).strip()
     if len(text) > MAX_CHARS:
-        text = text[: text.rfind("\n", 0, MAX_CHARS)].rstrip()
+        text = text[: max(text.rfind("\n\n", 0, MAX_CHARS), text.rfind(". ", 0, MAX_CHARS) + 1)].rstrip()
     if (
         len(summary.split()) not in SUMMARY_WORDS
         or re.search("[=<>]", summary)
@@ -84,7 +84,9 @@ def functions(path: str, source: str) -> Iterator[Document]:
         summary, _, text = docstring.partition("\n\n")
         prose = SECTION.split(text)[0]  # no lists of parameters, no examples
         lines = "\n".join(line.strip() for line in prose.splitlines())
-        document = _document("function", f"{module}.{name}", path, summary, lines, {"module": module}, module)
+        document = _document(
+            "function", f"{module}.{name}", path, summary, lines, {"module": module}, module.split(".")[0]
+        )
         if document:
             yield document
 
@@ -95,8 +97,9 @@ def _paragraphs(description: str) -> str:
     return "\n\n".join(" ".join(block.split()) for block in blocks)
 
 
-def debian_packages(status: Path = DPKG) -> Iterator[Document]:
+def debian_packages(status: Path | None = None) -> Iterator[Document]:
     """Yield the packages that dpkg has installed, one of each source package."""
+    status = DPKG if status is None else status
     if not status.is_file():
         return
     seen = set()

@@ -12,6 +12,13 @@ from flux_attention.routes import RouteSpec
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.scoring import pad, rows_of
 
+#: Overrides what a model's own generation settings ask for: samples, or a penalty for what a copy has to repeat.
+GREEDY = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None)
+
+
+#: Tokens beyond the reference's; many models work a problem out at length before they tell the result.
+SLACK, ROOM_TO_WORK_OUT = 24, 160
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -31,8 +38,13 @@ class Answers:
 
 
 def room_for(samples: Sequence[Sample]) -> int:
-    """Return how many tokens to generate at most: the longest reference's, and half as many again, and some."""
-    return max(len(sample.answer_ids) * 3 // 2 for sample in samples) + 24
+    """Return how many tokens to generate at most: as the references need, half as many again, and some more."""
+
+    def needed(sample: Sample) -> int:
+        works_out = sample.question is not None and sample.question.task_class == "maths"
+        return len(sample.answer_ids) * 3 // 2 + (ROOM_TO_WORK_OUT if works_out else SLACK)
+
+    return max(map(needed, samples))
 
 
 @torch.no_grad()
@@ -64,6 +76,8 @@ def generate_answers(
     progress : callable
         Told after each batch how many answers it gave.
     """
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     order = sorted(range(len(samples)), key=lambda index: -len(samples[index].prompt_ids))
     texts, full = [""] * len(samples), [[]] * len(samples) if routing is not None else []
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -77,8 +91,9 @@ def generate_answers(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=room_for(batch) if max_new_tokens is None else max_new_tokens,
-                do_sample=False,
+                eos_token_id=sorted(ends) or None,
                 pad_token_id=fill,
+                **GREEDY,
             )
         answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         for row, index in enumerate(chosen):

@@ -11,15 +11,15 @@ look_up             single-document QA     match     the code of a thing, told i
 several_keys        single-document QA     match     the same, with the codes of seven other things told too
 all_values          single-document QA     match     all three codes of one thing
 place               single-document QA     match     where one of six people lives
-hops                multi-document QA      match     in which city a guest is: where the host lives
+hops                multi-document QA      match     the host of a guest, and the city where the host lives
 several_queries     synthetic              match     the codes of three things at once
 counting            synthetic              match     how often a sentence occurs
 copying             synthetic              match     a real paragraph, word for word
 document_fact       single-document QA     match     version, maintainer or licence of one of many documented packages
 find_document       multi-document QA      match     the package that its authors' one-line summary is about
 joined_fact         multi-document QA      match     name and version of the package whose documentation has a sentence
-summary             summarisation          rouge-l   one line about one of many packages and functions
-classification      in-context learning    match     the label of a package or function, after many examples
+summary             summarisation          rouge-l   one line about one of many packages
+classification      in-context learning    match     the label of a package, function or character, after examples
 completion          code                   edit      the next line of a real source file, after other files
 worked_maths        maths                  match     an arithmetic word problem, after many worked ones
 spread_maths        maths                  match     one whose facts stand far apart in prose
@@ -39,14 +39,10 @@ import numpy as np
 from flux_attention.tasks.corpus import Corpus
 from flux_attention.tasks.encoding import encode_answer, encode_prompt, has_chat, joined, without_middle
 from flux_attention.tasks.natural import code, facts, library, maths
-from flux_attention.tasks.natural.draft import Draft
+from flux_attention.tasks.natural.draft import Draft, fit
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.words import Words
 from flux_attention.validation import check_known
-
-#: Of the length asked for, a prompt has at least so much, where the material suffices.
-FILLED = 0.98
-ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -171,25 +167,16 @@ def make_question(family: str, corpus: Corpus, tokenizer, length: int, seed: int
     kind = NATURAL[family]
     words = Words(random.Random(f"{corpus.split}-{family}-{length}-{seed}"), corpus.split)
     draft = kind.make(corpus, words, length)
-    best, chars, shortest = None, 3 * length, None
-    for _ in range(ROUNDS):
-        context = draft.context(chars)
-        question = Question(context, draft.question, draft.answer, draft.expected, family, kind.metric, kind.task_class)
-        tokens = len(prompt_ids(question, tokenizer, chat))
-        shortest = tokens if shortest is None else min(tokens, shortest)
-        if tokens <= length and (best is None or tokens > best[0]):
-            best = tokens, question
-        if FILLED * length <= tokens <= length or chars == 0:
-            break
-        grown = int((length * (1 + FILLED) / 2 - tokens) * len(context) / max(tokens, 1))
-        if best is not None and tokens < length and draft.context(chars + grown) == context:
-            break  # there is no more material
-        chars = max(0, chars + grown)
-    if best is None:
+
+    def ask(context: str) -> Question:
+        return Question(context, draft.question, draft.answer, draft.expected, family, kind.metric, kind.task_class)
+
+    context, tokens = fit(draft, length, lambda context: len(prompt_ids(ask(context), tokenizer, chat)))
+    if tokens > length:
         raise ValueError(
-            f"a prompt of {length} tokens cannot hold a question of {family}, whose shortest has {shortest}"
+            f"a prompt of {length} tokens cannot hold a question of {family}, which takes {tokens} at least"
         )
-    return best[1]
+    return ask(context)
 
 
 def as_sample(question: Question, tokenizer, chat: bool | None = None, max_length: int | None = None) -> Sample:

@@ -134,7 +134,8 @@ def question_of(record: dict[str, Any]) -> Question:
     answer = record["answer"].strip()
     metric = "match" if len(answer.split()) <= SHORT_ANSWER else "rouge-l"
     first = bool(metadata.get("is_prefix"))
-    return Question(record["context"], record["question"], answer, (answer,), task, metric, task, first)
+    # A model that says "Oslo" where the record says "Oslo." is right.
+    return Question(record["context"], record["question"], answer, (answer.rstrip("."),), task, metric, task, first)
 
 
 def read_questions(source: dict[str, Any], limit: int | None = None) -> list[Question]:

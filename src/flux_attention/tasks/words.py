@@ -48,7 +48,7 @@ Stockholm Sydney Tallinn Tampa Tokyo Toronto Tunis Turin Utrecht Venice Vienna V
 
 
 GOODS = """
-apples bags balloons blankets books bottles bowls boxes bricks brushes buttons cakes candles cards carrots chairs coins
+apples bags balloons blankets books bottles bowls bricks brushes buttons cakes candles cards carrots chairs coins
 cookies crayons cups curtains dolls eggs envelopes erasers flags flowers forks gloves grapes hats jars keys lamps leaves
 lemons magnets marbles mugs mushrooms nails notebooks onions oranges paintings pancakes pears pencils pillows plants
 plates posters potatoes ribbons rings ropes sandwiches scarves seeds shells shirts shoes socks spoons stamps stickers

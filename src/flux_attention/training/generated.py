@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from flux_attention.errors import RecipeError
+from flux_attention.tasks.corpus import Corpus, local_corpus
 from flux_attention.tasks.families import EVERY_FAMILY
-from flux_attention.tasks.samples import Haystack, make_sample
+from flux_attention.tasks.questions import NATURAL, as_sample, make_question
+from flux_attention.tasks.samples import Haystack, Sample, make_sample
 from flux_attention.tasks.text import local_texts
 from flux_attention.training.recipe import Recipe
 from flux_attention.training.records import PLAIN, Example
@@ -27,16 +31,17 @@ GENERATED_TASKS = {
 
 class Generated(Sequence):
     """
-    Makes questions of ``tasks``, hidden in the source text of the local Python installation: no download.
+    Makes questions of ``tasks``, hidden in text of the local Python installation: no download.
 
-    The sequence of one index is always the same; families take turns.
+    The sequence of one index is always the same; families take turns. Those of ``questions.NATURAL`` go through the
+    tokenizer's chat template, where it has one.
 
     Parameters
     ----------
     count : int
         Sequences.
     lengths : sequence of int
-        Tokens; drawn from for each sequence.
+        Tokens; drawn from for each sequence, of which those in natural language have a little less.
     tasks : dict of str to str
         The task class of each family that takes part.
     max_chars, held_out
@@ -56,9 +61,29 @@ class Generated(Sequence):
         seed: int,
     ):
         self.tokenizer, self.tasks, self.held_out = tokenizer, tasks, held_out
-        self.haystack = Haystack(local_texts(held_out, site_packages=True, max_chars=max_chars), tokenizer)
+        self.max_chars = max_chars
         self.families, self.first = list(tasks), seed * 10_000_000
         self.lengths = [random.Random(f"length-{self.first + index}").choice(list(lengths)) for index in range(count)]
+
+    @cached_property
+    def haystack(self) -> Haystack:
+        """The text that questions of ``families.EVERY_FAMILY`` are hidden in."""
+        return Haystack(local_texts(self.held_out, site_packages=True, max_chars=self.max_chars), self.tokenizer)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """What questions in natural language are made from."""
+        return local_corpus("test" if self.held_out else "train")
+
+    def digest(self) -> bytes:
+        """Hash what the sequences are made from (SHA-256)."""
+        found = hashlib.sha256(repr([self.lengths, self.tasks, self.held_out, self.first]).encode())
+        if not set(self.families) <= set(NATURAL):
+            found.update(self.haystack.tokens.tobytes())
+        if set(self.families) & set(NATURAL):
+            corpus = self.corpus
+            found.update(repr((corpus.prose, corpus.documents, corpus.code)).encode())
+        return found.digest()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -68,12 +93,21 @@ class Generated(Sequence):
         return self.tasks[self.families[index % len(self.families)]]
 
     def __getitem__(self, index: int) -> Example:
-        family = self.families[index % len(self.families)]
-        sample = make_sample(
-            family, self.haystack, self.tokenizer, self.lengths[index], self.first + index, self.held_out
-        )
+        sample = self.make(self.families[index % len(self.families)], self.lengths[index], self.first + index)
         prompt = len(sample.prompt_ids)
         return Example(sample.input_ids, prompt, prompt, self.task(index))
+
+    def make(self, family: str, length: int, seed: int) -> Sample:
+        """Make a sample of ``length`` tokens at most, answer included."""
+        if family not in NATURAL:
+            return make_sample(family, self.haystack, self.tokenizer, length, seed, self.held_out)
+        sample = self._ask(family, length, seed)
+        while (surplus := len(sample.input_ids) - length) > 0:  # the answer, whose length was not known
+            sample = self._ask(family, len(sample.prompt_ids) - surplus, seed)
+        return sample
+
+    def _ask(self, family: str, length: int, seed: int) -> Sample:
+        return as_sample(make_question(family, self.corpus, self.tokenizer, length, seed), self.tokenizer)
 
 
 def generate(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> Generated:
@@ -93,8 +127,8 @@ def generate(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> Ge
         raise RecipeError(
             f"data: task classes {missing} have no target in the recipe: add them, or name others in tasks"
         )
-    if unknown := sorted(set(tasks) - set(EVERY_FAMILY)):
-        raise RecipeError(f"data: unknown families {unknown}; known are {list(EVERY_FAMILY)}")
+    if unknown := sorted(set(tasks) - {*EVERY_FAMILY, *NATURAL}):
+        raise RecipeError(f"data: unknown families {unknown}; known are {[*EVERY_FAMILY, *NATURAL]}")
     if not lengths or min(lengths) < 256 or max(lengths) > recipe.max_length:
         raise RecipeError(f"data: lengths are {lengths}, expected 256 to max_length ({recipe.max_length}) tokens")
     count = source["generated"]
@@ -105,5 +139,5 @@ def generate(source: dict[str, Any], recipe: Recipe, tokenizer, seed: int) -> Ge
     )
     for family in tasks:  # fails now, not in the middle of the run
         for length in (min(lengths), max(lengths)):
-            make_sample(family, made.haystack, tokenizer, length, 0, made.held_out)
+            made.make(family, length, 0)
     return made

@@ -57,8 +57,7 @@ class PackedExamples(Dataset):
         digest = hashlib.sha256(json.dumps(self.packs).encode())
         for some in self.sources:
             if isinstance(some, Generated):
-                digest.update(json.dumps([some.lengths, some.tasks, some.held_out, some.first]).encode())
-                digest.update(some.haystack.tokens.tobytes())
+                digest.update(some.digest())
             else:
                 for example in some:
                     digest.update(f"{example.task} {example.labels_from} {example.prompt_length}".encode())

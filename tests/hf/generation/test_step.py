@@ -61,10 +61,10 @@ def test_what_cannot_be_captured_is_named(device, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3"])
-def test_compiled_layers_decode_the_same(family, device, monkeypatch):
+def test_compiled_layers_decode_the_same(family, device, request):
     torch._dynamo.reset()
     if device == "cpu":  # what is compiled is tested elsewhere; here, that it is captured
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        request.getfixturevalue("backend")
     model, routing = routed(family, device, compile=True)
     for length in (20, 31):
         stock, ours, _ = both(model, routing, input_ids=ids(3, length).to(device), max_new_tokens=5, **FULL_OUTPUT)

@@ -7,6 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+#: Of the length asked for, a prompt has at least so much, where the material suffices and can be cut.
+FILLED = 0.98
+ROUNDS = 12
+
 #: Makes a context of about so many characters, of which only what the question needs may be more.
 Context = Callable[[int], str]
 #: A sentence ends, and the next begins.
@@ -30,6 +34,44 @@ class Draft:
     question: str
     answer: str
     expected: tuple[str, ...]
+
+
+def fit(draft: Draft, length: int, count: Callable[[str], int]) -> tuple[str, int]:
+    """
+    Find a context whose prompt has nearly ``length`` tokens.
+
+    Parameters
+    ----------
+    count : callable
+        Of a context, the tokens of the whole prompt: encoded anew each time, as pieces' tokens do not add up.
+
+    Returns
+    -------
+    context, tokens
+        The longest context found whose prompt has at most ``length`` tokens; if there is none, the shortest one.
+    """
+    best, chars, low, high = None, 3 * length, -1, None
+    for _ in range(ROUNDS):
+        context = draft.context(chars)
+        tokens = count(context)
+        if tokens > length:
+            high = chars
+            if not chars:
+                return context, tokens
+        else:
+            low, best = chars, max(best or (context, tokens), (context, tokens), key=lambda pair: pair[1])
+            if tokens >= FILLED * length or (high is None and draft.context(2 * chars + 1) == context):
+                break
+        if high is None or low < 0:
+            wanted = (1 + FILLED) / 2 * length
+            chars = max(0, chars + int((wanted - tokens) * max(1, len(context)) / tokens))
+            chars = max(chars, low + 1) if high is None else min(chars, high - 1)
+        else:
+            chars = (low + high) // 2
+    if best is None:
+        context = draft.context(0)
+        return context, count(context)
+    return best
 
 
 def cut(text: str, chars: int) -> str:

@@ -121,23 +121,27 @@ def place(corpus: Corpus, words: Words, length: int, people: int = 6) -> Draft:
     return in_prose(facts, corpus, words.rng, asked, [city])
 
 
-def hops(corpus: Corpus, words: Words, length: int, pairs: int = 4) -> Draft:
-    """Ask for the city in which a guest is, which is where the host lives."""
+def hops(corpus: Corpus, words: Words, length: int, pairs: int = 3) -> Draft:
+    """Ask for the host of a guest and the city in which the host lives, which are told apart."""
     homes = [(words.draw("person"), words.draw("city")) for _ in range(pairs)]
     stays = [(words.draw("person"), host) for host, _ in homes]
     facts = [words.rng.choice(HOMES).format(person=host, city=city) for host, city in homes]
     facts += [words.rng.choice(STAYS).format(guest=guest, host=host) for guest, host in stays]
     words.rng.shuffle(facts)
     (host, city), (guest, _) = homes[0], stays[0]
-    question = words.rng.choice(
+    asked = words.rng.choice(
         (
-            f"Whom is {guest} visiting, and in which city does that person live?",
-            f"With whom is {guest} staying this week, and in which city is that person's home?",
+            (
+                f"{guest} is a guest of somebody this week. Who is the host, and in which city does the host live?",
+                f"The host is {host}, and {host} lives in {city}.",
+            ),
+            (
+                f"Whom is {guest} visiting this week, and what is the home city of that person?",
+                f"{guest} is visiting {host}, and the home city of {host} is {city}.",
+            ),
         )
     )
-    return in_prose(
-        facts, corpus, words.rng, (question, f"{guest} is staying with {host}, who lives in {city}."), [city]
-    )
+    return in_prose(facts, corpus, words.rng, asked, [host, city])
 
 
 def counting(corpus: Corpus, words: Words, length: int, most: int = 5) -> Draft:

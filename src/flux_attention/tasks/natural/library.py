@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import unicodedata
 from functools import lru_cache
 
-from flux_attention.tasks.corpus import FRACTION, Corpus
+from flux_attention.tasks.corpus import FRACTION, Corpus, prose_of
 from flux_attention.tasks.documents import Document
-from flux_attention.tasks.natural.draft import SENTENCE, Draft, hidden
+from flux_attention.tasks.natural.draft import SENTENCE, Draft, cut, hidden
 from flux_attention.tasks.text import SPLITS, split_of
 from flux_attention.tasks.words import Words
 
@@ -32,10 +33,21 @@ FACTS = {
         ("What is the licence of {name}? Answer with the licence only.", "{value}"),
     ),
 }
+#: Share of a summary's words that stand in the text.
+DERIVABLE = 0.7
+#: Words of a sentence that is quoted.
+QUOTED = range(8, 31)
 #: Labels in one prompt at most, and examples of each at least.
-LABELS, SHOTS = 6, 3
-#: Of Unicode's categories, those with many characters.
-CATEGORIES = ("Lu", "Ll", "Lo", "Mn", "So", "Sm")
+LABELS, SHOTS = 4, 3
+#: Letters of an example at most.
+EXAMPLE_CHARS = 300
+#: Unicode's categories of which a character's name tells something: their long names, and the words that do.
+CATEGORIES = {
+    "Lu": ("uppercase letter", {"capital"}),
+    "Ll": ("lowercase letter", {"small"}),
+    "Mn": ("nonspacing mark", {"combining"}),
+    "So": ("other symbol", {"circled", "symbol", "pattern", "black", "squared", "face", "with"}),
+}
 #: Prompts have fewer characters for each token.
 CHARS_A_TOKEN = 5
 
@@ -67,7 +79,7 @@ def document_fact(corpus: Corpus, words: Words, length: int) -> Draft:
 def find_document(corpus: Corpus, words: Words, length: int) -> Draft:
     """Ask which package a summary, which its documentation does not contain, is about."""
     documents = _shuffled(corpus, words)
-    asked = documents[0]
+    asked = next(doc for doc in documents if doc.name.casefold() not in doc.summary.casefold())
     question = words.rng.choice(
         (
             f'Which of the packages above could be summed up as "{asked.summary}"? Answer with its name only.',
@@ -81,45 +93,60 @@ def joined_fact(corpus: Corpus, words: Words, length: int) -> Draft:
     """Ask for the version of the package of whose documentation a sentence is quoted."""
     documents = _shuffled(corpus, words)
     for asked in documents:
-        quotes = [text for text in SENTENCE.split(asked.text) if 8 <= len(text.split()) <= 30 and "\n" not in text]
         version = dict(asked.facts).get("version")
-        if version and quotes:
+        said = [sentence for paragraph in prose_of(asked.text) for sentence in SENTENCE.split(paragraph)]
+        told = [asked.name.casefold(), version]
+        quotes = [text for text in said if version and len(text.split()) in QUOTED]
+        quotes = [text for text in quotes if not any(name in text.casefold() for name in told)]
+        if quotes:
             break
     quote = words.rng.choice(quotes)
-    question = f'Which package has "{quote}" in its documentation, and what is the version of that package?'
+    question = (
+        f'The documentation of one of the packages above says: "{quote}" What are the name and the version of that '
+        "package?"
+    )
     answer = f"The package is {asked.name}, and its version is {version}."
     draft = _among(asked, documents, words.rng, (question, answer), version)
     return Draft(draft.context, question, answer, (asked.name, version))
 
 
+def _derivable(document: Document) -> bool:
+    """Whether most words of a document's summary stand in its text, so that the text can be summed up like this."""
+    said, summed = (set(re.findall(r"\w+", text.lower())) for text in (document.text, document.summary))
+    return len(said & summed) >= DERIVABLE * len(summed)
+
+
 def summary(corpus: Corpus, words: Words, length: int) -> Draft:
-    """Ask for one line about one of the packages or functions, as its authors have written it."""
+    """Ask for one line about one of the packages; what its authors' own line or first sentence has is right."""
     documents = _shuffled(corpus, words)
-    asked = words.rng.choice([document for document in documents if len(document.text.split()) >= 30])
+    asked = next((document for document in documents if _derivable(document)), documents[0])
+    first = SENTENCE.split(" ".join(asked.text.split("\n\n")[0].split()))[0]
     question = words.rng.choice(
         (
-            f"Summarize in one short line what the {asked.kind} {asked.name} is or does.",
-            f"Write a one-line summary of the {asked.kind} {asked.name}, of at most fifteen words.",
+            f"Summarize in one short line what the {asked.kind} {asked.name} is.",
+            f"In one short sentence, what is the {asked.kind} {asked.name}?",
         )
     )
-    return _among(asked, documents, words.rng, (question, f"{asked.summary}."), asked.summary)
+    draft = _among(asked, documents, words.rng, (question, asked.summary), asked.summary)
+    return Draft(draft.context, question, asked.summary, (asked.summary, first))
 
 
 def _documents_of(kind: str, corpus: Corpus, longer: bool) -> list[tuple[str, str]]:
     """List texts about the documents of a kind, in one line or at length, each with its label."""
     about = [document for document in corpus.documents if document.kind == kind and document.label]
     texts = [f"{doc.summary}. {' '.join(doc.text.split())}" if longer else doc.summary for doc in about]
-    return [(text, document.label) for text, document in zip(texts, about, strict=True)]
+    return [(cut(text, EXAMPLE_CHARS), document.label) for text, document in zip(texts, about, strict=True)]
 
 
 @lru_cache(maxsize=len(SPLITS))
 def characters(split: str) -> list[tuple[str, str]]:
     """List the names of Unicode's characters that belong to a split, each with its category."""
     found = []
-    for sign in map(chr, range(0x20, 0x10000)):
-        name, category = unicodedata.name(sign, ""), unicodedata.category(sign)
-        if len(name.split()) >= 3 and category in CATEGORIES and split_of(name, FRACTION) == split:
-            found.append((name.capitalize(), category))
+    for sign in map(chr, range(0x20, 0x20000)):
+        name, category = unicodedata.name(sign, "").lower(), unicodedata.category(sign)
+        label, telling = CATEGORIES.get(category, ("", set()))
+        if telling & set(name.split()) and split_of(name, FRACTION) == split:
+            found.append((name.capitalize(), label))
     return found
 
 
@@ -137,7 +164,11 @@ def _examples(labelled: list[tuple[str, str]], words: Words) -> list[tuple[str, 
 
 
 def classification(corpus: Corpus, words: Words, length: int) -> Draft:
-    """Ask for the label of a package, a function or a character, after as many examples as there is room for."""
+    """
+    Ask for the label of a package, a function or a character, after as many examples as there is room for.
+
+    A split has examples for some ten thousand tokens; longer prompts stay as short as that.
+    """
     known = {
         ("package", "section"): [_documents_of("package", corpus, longer) for longer in (False, True)],
         ("function", "module"): [_documents_of("function", corpus, longer) for longer in (False, True)],
@@ -151,11 +182,12 @@ def classification(corpus: Corpus, words: Words, length: int) -> Draft:
                 enough.append((kind, noun, examples))
                 break
     kind, noun, examples = words.rng.choice(enough or [("character", "category", examples)])
-    asked, label = examples.pop(words.rng.randrange(min(len(examples), LABELS)))
+    labels = len({label for _, label in examples})
+    asked, label = examples.pop(labels + words.rng.randrange(labels))  # of the second round: the first shows its label
     texts = [f"Description: {text}\n{noun.capitalize()}: {each}\n\n" for text, each in examples]
     opening = f"Each {kind} belongs to one {noun}, as these examples show.\n\n"
     question = (
-        f"To which {noun} does the following {kind} belong? Answer with one {noun} of the examples, and nothing else."
-        f"\n\nDescription: {asked}\n{noun.capitalize()}:"
+        f"What is the {noun} of this {kind}, in the manner of the examples? Answer with the {noun} only.\n\n"
+        f"Description: {asked}\n{noun.capitalize()}:"
     )
     return Draft(hidden([], texts, words.rng, opening, whole=True), question, label, (label,))

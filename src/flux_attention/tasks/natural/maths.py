@@ -78,7 +78,10 @@ def worked(corpus: Corpus, words: Words, length: int) -> Draft:
         if each != asked
     ]
     opening = "These are worked examples of word problems.\n\n"
-    question = f"Solve this problem in the same way.\n\nProblem: {' '.join(asked.told)} {asked.asked}"
+    question = (
+        "Solve this problem in the same way as the examples, just as briefly.\n\n"
+        f"Problem: {' '.join(asked.told)} {asked.asked}\nSolution:"
+    )
     return Draft(hidden([], texts, words.rng, opening, whole=True), question, asked.worked, (str(asked.result),))
 
 
