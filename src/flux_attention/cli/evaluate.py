@@ -20,9 +20,10 @@ def _print(rows: list[dict], page: Path) -> None:
     if task_classes(rows):
         for length in dict.fromkeys(row["seq_len"] for row in rows):
             heading, lines = class_table([row for row in rows if row["seq_len"] == length])
-            table = Table(*heading, title=f"{length:,} tokens")
-            for line in lines:
-                table.add_row(*map(escape, line))
+            # A method is a column, as terminals are narrow and classes are many.
+            table = Table("", *(escape(line[0]) for line in lines), title=f"{length:,} tokens")
+            for name, *cells in list(zip(heading, *lines, strict=True))[1:]:
+                table.add_row(escape(name), *cells)
             out.print(table)
     else:
         table = Table("method", "tokens", "mean accuracy", "perplexity", "mean Ω_MSR")

@@ -304,7 +304,7 @@ class TaskEvaluation(AdapterEvaluation):
             for task in self.tasks:
                 yield from rows(task, "random", count)
 
-    def _task(self, lm: FluxLM, done, tell, adapter: str | None, task: str, method: str, force, **more) -> list[dict]:
+    def _task(self, lm: FluxLM, done, tell, adapter: str | None, task: str, method: str, routes, **more) -> list[dict]:
         """Measure a method on a task or a group of tasks, if that is not there yet; see ``Evaluation._row``."""
         facts = dict(method=method, routers=adapter, asked=task) | more
         kind = {fact: facts.get(fact) for fact in ("method", "routers", "asked", "budget", "force")}
@@ -312,7 +312,7 @@ class TaskEvaluation(AdapterEvaluation):
             return known
         tell(f"{task}: {method}")
         lm.routed.clear()
-        lm.forced, lm.drawn = (None, force) if method == "random" else (force, None)
+        lm.forced, lm.drawn = (None, routes) if method == "random" else (routes, None)
         found = lm_eval.simple_evaluate(
             model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
         )
