@@ -108,7 +108,7 @@ def calibrate(
     if records is not None:
         from flux_attention.tasks.records import read_questions
 
-        questions = read_questions(records)
+        questions = read_questions({"path": str(records)})
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     loaded, tokenizer = subject.load(), subject.tokenizer
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:

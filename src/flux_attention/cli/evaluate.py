@@ -15,22 +15,28 @@ from flux_attention.files import check_writable
 
 
 def _print(rows: list[dict], page: Path) -> None:
-    from flux_attention.evaluation.report import class_table, label, short_names, summary, task_classes, tokens
+    from flux_attention.evaluation import report
 
-    if task_classes(rows):
+    if report.task_classes(rows):
         for length in dict.fromkeys(row["seq_len"] for row in rows):
-            heading, lines = class_table([row for row in rows if row["seq_len"] == length])
+            heading, lines = report.class_table([row for row in rows if row["seq_len"] == length])
             # A method is a column, as terminals are narrow and classes are many.
             table = Table("", *(escape(line[0]) for line in lines), title=f"{length:,} tokens")
             for name, *cells in list(zip(heading, *lines, strict=True))[1:]:
                 table.add_row(escape(name), *cells)
             out.print(table)
+        if lines := report.comparisons(rows):
+            table = Table(*report.COMPARED, title=report.DIFFERENCES)
+            for line in lines:
+                table.add_row(*map(escape, line))
+            out.print(table)
     else:
         table = Table("method", "tokens", "mean accuracy", "perplexity", "mean Ω_MSR")
-        for each in summary(rows):
+        for each in report.summary(rows):
             numbers = [each["accuracy"], each["perplexity"], each["sparsity"]]
             cells = ["" if number is None else f"{number:.3f}" for number in numbers]
-            table.add_row(label(each, short_names(rows)), tokens(each["seq_len"]), *cells)
+            name = report.label(each, report.short_names(rows))
+            table.add_row(escape(name), report.tokens(each["seq_len"]), *cells)
         out.print(table)
     out.print(f"the report is {page}", highlight=False, soft_wrap=True)
 

@@ -191,6 +191,11 @@ def rivals(groups: dict[tuple, list[dict[str, Any]]], key: tuple) -> list[tuple]
     return [other for other in found if other in groups]
 
 
+#: Title and heading of the table of ``comparisons``.
+DIFFERENCES = "Differences on the same samples, with 95 % intervals"
+COMPARED = ["method", "beside", "tokens", "accuracy, points", "perplexity, ratio", "Ω_MSR"]
+
+
 def comparisons(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Make the lines of a table: every method beside dense, and routers beside their rivals."""
     lines, names, groups = [], short_names(rows), by_method(rows)
@@ -220,17 +225,14 @@ def task_classes(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def class_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Make heading and lines of a table of one length: each method's mean accuracy by task class, and in all."""
-    lines, names, groups, classes = [], short_names(rows), by_method(rows), list(task_classes(rows))
-    for each, (key, some) in zip(summary(rows), groups.items(), strict=True):
-        mine, dense = task_classes(some), [groups[rival] for rival in rivals(groups, key)[:1] if rival[1] == "dense"]
+    lines, names, classes = [], short_names(rows), list(task_classes(rows))
+    has_prose = any("perplexity" in row for row in rows)
+    for each, some in zip(summary(rows), by_method(rows).values(), strict=True):
+        mine = task_classes(some)
         means = [fmean(row["accuracy"] for row in mine[name]) if name in mine else None for name in classes]
-        numbers = [*means, each["accuracy"]]
-        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
-        cells.append(_points(difference(some, dense[0])[0]) if dense else "")
-        cells.append("" if each["perplexity"] is None else f"{each['perplexity']:.2f}")
-        lines.append([label(each, names), *cells, f"{each['sparsity']:.3f}"])
-    heading = ["method", *classes, "mean accuracy", "− dense, points", "perplexity", "mean Ω_MSR"]
-    return heading, lines
+        numbers = [*means, each["accuracy"], *([each["perplexity"]] if has_prose else []), each["sparsity"]]
+        lines.append([label(each, names), *("" if number is None else f"{number:.3f}" for number in numbers)])
+    return ["method", *classes, "mean accuracy", *(["prose, perplexity"] if has_prose else []), "mean Ω_MSR"], lines
 
 
 def class_differences(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -257,7 +259,10 @@ def trade_off(rows: list[dict[str, Any]], length: int):
     for method, some in points.items():
         some.sort()
         axes.plot(*zip(*some, strict=True), "o-", color=COLOURS[method], label=method, markersize=6)
-    axes.set(xlabel="mean Ω_MSR", ylabel="mean accuracy of the questions", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    # Real models answer few of some kinds, and differences between methods should be seen.
+    top = min(1.03, 1.3 * max((accuracy for some in points.values() for _, accuracy in some), default=1.0) or 1.03)
+    axes.set(xlabel="mean Ω_MSR", ylabel="mean accuracy of the questions")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03 * (top / 1.03), top))
     axes.grid(alpha=0.3)
     legend = axes.legend(frameon=False)
     for text in legend.get_texts():
@@ -312,15 +317,14 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
     heading = ["method", "tokens", "mean accuracy", "plain text, perplexity", "mean Ω_MSR"]
     found = [("Summary", heading, lines)]
     if lines := comparisons(rows):
-        heading = ["method", "beside", "tokens", "accuracy, points", "perplexity, ratio", "Ω_MSR"]
-        found.append(("Differences on the same samples, with 95 % intervals", heading, lines))
+        found.append((DIFFERENCES, COMPARED, lines))
     for length in dict.fromkeys(row["seq_len"] for row in rows):
         some = [row for row in rows if row["seq_len"] == length]
         if task_classes(some):
             found.append((f"Accuracy by task class {_at(length)}", *class_table(some)))
             heading, lines = class_differences(some)
             if lines:
-                found.append((f"Differences to dense, points {_at(length)}, with 95 % intervals", heading, lines))
+                found.append((f"Differences to dense in points, {_at(length)}, with 95 % intervals", heading, lines))
         columns = list(dict.fromkeys(label(row, names) for row in some))
         by = {(row["task"], label(row, names)): row for row in some}
         named = {task: task if length is None else task.replace("_", " ") for task in _names(some)}
