@@ -106,7 +106,7 @@ def _families(model: str, asked: str | None, text: Path | None, subject: Subject
 
 def evaluate(
     model: Model,
-    routers: Annotated[list[str] | None, typer.Option(help="Adapter; repeatable. Default: none.")] = None,
+    routers: Annotated[list[str] | None, typer.Option(help="Adapter; repeatable; 'shipped' has its own.")] = None,
     families: Annotated[str | None, typer.Option(help="Of generated questions; default: by the model.")] = None,
     records: Annotated[Path | None, typer.Option(help="Your own questions, JSONL: context, question, answer.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval's tasks, instead of generated questions.")] = None,
