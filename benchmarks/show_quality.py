@@ -7,7 +7,7 @@ from statistics import fmean, variance
 
 from show_tables import ROOT, load, page, save, table
 
-from flux_attention.evaluation.quality import EXHAUSTIVE, METHODS
+from flux_attention.evaluation.methods import EXHAUSTIVE, METHODS
 from flux_attention.evaluation.report import difference, heat_map, summary, trade_off
 from flux_attention.training import Recipe
 

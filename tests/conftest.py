@@ -29,7 +29,14 @@ collect_ignore = [
     if find_spec(package) is None
 ]
 #: Where fixtures that several folders share are.
-pytest_plugins = ["helpers.compiling", "helpers.decoding", "helpers.kernels", "helpers.shipped", "helpers.training"]
+pytest_plugins = [
+    "helpers.compiling",
+    "helpers.decoding",
+    "helpers.kernels",
+    "helpers.lm_tasks",
+    "helpers.shipped",
+    "helpers.training",
+]
 
 
 def pytest_collection_finish():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flux_attention.evaluation.quality import adapter_hash
+from flux_attention.evaluation.base import adapter_hash
 from flux_attention.shipped import BACKBONE, ROUTERS, load_shipped
 from flux_attention.tasks.families import FAMILIES
 from flux_attention.tasks.samples import make_sample

@@ -137,6 +137,15 @@ def test_what_cannot_be_calibrated_is_refused(base, tmp_path, options, message):
     assert result.returncode == 1 and message in " ".join(result.stderr.split())
 
 
+def test_the_command_reads_records(base, tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(json.dumps(dict(context="words " * 90, question="Which?", answer="a b")) for _ in "ab"))
+    options = ["--length", "256", "--sink", "8", "--window", "24"]
+    result = flux("calibrate", base, "--output", tmp_path / "out", "--records", path, *options)
+    assert result.returncode == 1 and "answers none of the families well enough" in result.stderr  # by chance alone
+    assert "records 0.00" in result.stderr
+
+
 def test_the_model_is_left_as_it_was_when_calibration_fails(base, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(CalibrationError, match="answers none"):

@@ -13,6 +13,7 @@ from statistics import fmean
 import pytest
 import torch
 from helpers.command import flux
+from helpers.lm_tasks import CONTEXTS
 from helpers.shipped import SPARSE
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -20,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from torch.utils import collect_env
 
 from flux_attention import FluxConfig, attach
-from flux_attention.evaluation import lm_harness, quality
+from flux_attention.evaluation import quality
 from flux_attention.evaluation.lm_harness import FluxLM, TaskEvaluation, _parse_force, _task_rows
 from flux_attention.evaluation.report import write_report
 from flux_attention.routes import unit_name
@@ -32,16 +33,6 @@ lm_eval = pytest.importorskip("lm_eval")
 ARGUMENTS = dict(device="cpu", dtype="float32")
 #: Of different lengths, some of one token, and two that differ in their last token only.
 ENDINGS = [" 48213", " 48219", " 4", " x", " 48213.\n# and"]
-
-
-def context(code, lines=26):
-    """About 11 tokens a line. Sparse layers do not see the code: it is behind the sink and before the window."""
-    text = [f"x{index} = compute({index})" for index in range(lines)]
-    text.insert(10, f"# The secret code of the silver whale is {code}.")
-    return "\n".join(text) + "\n# Question: What is the secret code of the silver whale?\n# Answer:"
-
-
-CONTEXTS = [context(48213), context(77015, lines=18), "# Answer:"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -205,34 +196,6 @@ def test_generation(lm, shipped, monkeypatch):
     assert expected[0] == " 48213" and len(lm.msr) == 3
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """A folder with a multiple-choice and a generation task on local data."""
-    folder = tmp_path_factory.mktemp("tasks")
-    documents = [
-        {"text": text, "choices": [" 48213", " 77015", " 4"], "gold": gold} for gold, text in enumerate(CONTEXTS)
-    ]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    data = f"""
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {folder / "data.jsonl"}}}
-  cache_dir: {folder / "cache"}
-test_split: test
-doc_to_text: "{{{{text}}}}"
-"""
-    (folder / "choice.yaml").write_text(
-        f"task: flux_choice\noutput_type: multiple_choice\n{data}"
-        'doc_to_choice: "{{choices}}"\ndoc_to_target: gold\ntarget_delimiter: ""\nmetric_list: [{metric: acc}]\n'
-    )
-    (folder / "answer.yaml").write_text(
-        f"task: flux_answer\noutput_type: generate_until\n{data}"
-        'doc_to_target: "{{choices[gold]}}"\ntarget_delimiter: ""\nmetric_list: [{metric: exact_match}]\n'
-        'generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}\n'
-    )
-    return folder
-
-
 def test_tasks(tasks, shipped, short_adapter):
     results = lm_eval.simple_evaluate(
         model="flux",
@@ -283,12 +246,6 @@ def test_command_line(tasks, tmp_path, short_adapter):
     (path,) = Path(tmp_path).rglob("results_*.json")
     facts = json.loads(path.read_text())["config"]["flux_attention"]
     assert facts["mean_msr"] == pytest.approx(0.8) and facts["force"] == "3;7"
-
-
-@pytest.fixture
-def own_tasks_only(monkeypatch):
-    """An index of lm-eval's thousands of tasks takes ten seconds to build."""
-    monkeypatch.setattr(lm_harness, "TaskManager", functools.partial(TaskManager, include_defaults=False))
 
 
 def test_tasks_by_method(tasks, tmp_path, monkeypatch, own_tasks_only, short_adapter):

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_attention.evaluation.report import (
+    class_differences,
+    class_table,
     comparisons,
     difference,
     heat_map,
@@ -73,6 +75,77 @@ def test_what_is_set_beside_what():
         ("random (a)", "dense"),
     ]
     assert comparisons([row("copy", "dense", 0.5), row("copy", "routed", 0.5, "a")]) == []
+
+
+def natural(task, method, scores, kind, **more):
+    return {**row(task, method, float(np.mean(scores)), more.pop("routers", None), **more), "scores": scores} | {
+        "task_class": kind,
+        "metric": "rouge-l",
+        **{fact: more[fact] for fact in ("budget", "force") if fact in more},
+    }
+
+
+@given(st.integers(3, 40), st.integers(0, 2**32 - 1))
+def test_scores_in_between_differ_by_their_own_spread(n, seed):
+    scores = np.random.default_rng(seed).uniform(0.1, 0.4, (2, n))
+    (points, width), _ = difference(*[[{"task": "summary", "scores": each.tolist()}] for each in scores])
+    assert points == pytest.approx(100 * (scores[0] - scores[1]).mean())
+    assert width == pytest.approx(196 * sem(scores[0] - scores[1]))
+    prose = [[{"task": "prose", "perplexity": 1.0, "scores": each.tolist()}] for each in scores]
+    points, (ratio, _) = difference(*prose)
+    assert points is None and ratio == pytest.approx(np.exp((scores[0] - scores[1]).mean()))
+
+
+def test_budgets_and_forced_routes_are_methods_of_their_own():
+    kinds = [dict(method="dense"), dict(method="forced", force="0.5"), dict(method="forced", force="3,7")]
+    kinds += [dict(method="static-nll", routers="a", budget=budget) for budget in (0.25, 0.75)]
+    kinds += [dict(method="static", budget=0.75), dict(method="routed", routers="b")]
+    sparse = {0.25: 0.25, 0.75: 0.75}
+    rows = [
+        {**row("copy", kind["method"], 0.5, kind.get("routers"), sparsity=sparse.get(kind.get("budget"), 0.6)), **kind}
+        | {"scores": [0, 1]}
+        for kind in kinds
+    ]
+    assert len(summary(rows)) == len(rows)
+    found = [tuple(line[:2]) for line in comparisons(rows)]
+    assert found == [
+        ("forced 0.5", "dense"),
+        ("forced 3,7", "dense"),
+        ("static-nll (a) at 0.25", "dense"),
+        ("static-nll (a) at 0.75", "dense"),
+        ("static-nll (a) at 0.75", "static at 0.75"),
+        ("static at 0.75", "dense"),
+        ("routed (b)", "dense"),
+        ("routed (b)", "static-nll (a) at 0.75"),  # the nearest in sparsity
+    ]
+
+
+def test_questions_in_words_have_columns_by_task_class(tmp_path):
+    rows = [
+        natural("look_up", "dense", [1, 1], "single-document QA"),
+        natural("place", "dense", [1, 0], "single-document QA"),
+        natural("summary", "dense", [0.3, 0.2], "summarisation"),
+        natural("look_up", "sparse", [0, 0], "single-document QA"),
+        natural("place", "sparse", [1, 0], "single-document QA"),
+        natural("summary", "sparse", [0.1, 0.1], "summarisation"),
+    ]
+    heading, lines = class_table(rows)
+    assert heading == ["method", "single-document QA", "summarisation", "mean accuracy", "mean Ω_MSR"]
+    assert lines == [["dense", "0.750", "0.250", "0.583", "0.500"], ["sparse", "0.250", "0.100", "0.200", "0.500"]]
+    prose = {**natural("prose", "dense", [1.0, 2.0], "prose"), "perplexity": 4.5}
+    heading, lines = class_table([*rows, {key: prose[key] for key in prose if key != "accuracy"}])
+    assert heading[-2] == "prose, perplexity" and [line[-2] for line in lines] == ["4.500", ""]
+    # Of right and wrong answers half a sample more in each of four ways, of others their own spread.
+    wrong, alike = np.std([-1, -1, -1, -1, 1, -1, 0, 0]) / 2, np.std([0, 0, 0, 0, 1, -1, 0, 0]) / 2
+    errors = [wrong, alike, np.std([-0.2, -0.1], ddof=1) / math.sqrt(2)]
+    assert comparisons(rows)[0][3] == f"{-115 / 3:+.1f} ± {196 * math.hypot(*errors) / 3:.1f}"
+    heading, lines = class_differences(rows)
+    assert lines == [["sparse", f"-50.0 ± {196 * np.hypot(wrong, alike) / 2:.1f}", f"-15.0 ± {196 * errors[2]:.1f}"]]
+    (tmp_path / "quality.json").write_text(json.dumps({"meta": {"device": "cpu"}, "rows": rows}))
+    for page in write_report(tmp_path / "quality.json", tmp_path):
+        text = page.read_text()
+        assert "Accuracy by task class at 4,096 tokens" in text and "as the model generates them" in text
+        assert "every token of the answer" not in text  # no such questions were asked
 
 
 def test_the_report_shows_every_number(tmp_path):

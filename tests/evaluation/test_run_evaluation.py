@@ -37,8 +37,8 @@ def test_static_layers_of_tasks_are_chosen_on_questions(shipped, tmp_path, monke
     asked = []
 
     class Tasks:
-        def __init__(self, model, tokenizer, adapters, tasks, methods, samples, batch_size, choose, include_path):
-            asked.append((tasks, methods, samples, batch_size, include_path))
+        def __init__(self, model, tokenizer, adapters, tasks, methods, samples, batch_size, choose, path, **shared):
+            asked.append((tasks, methods, samples, batch_size, path, shared))
             self.choose = choose
 
     def chooser(name):
@@ -66,6 +66,8 @@ def test_static_layers_of_tasks_are_chosen_on_questions(shipped, tmp_path, monke
         samples=4,
         calibration=5,
         batch_size=6,
+        budgets=[0.5],
+        force=["0.25"],
     )
-    assert asked == [(["a task"], ["static"], 4, 6, tmp_path)]
+    assert asked == [(["a task"], ["static"], 4, 6, tmp_path, dict(config=None, budgets=[0.5], force=["0.25"]))]
     assert rows == (chosen, ["copy"], 512, 3, 5)

@@ -6,7 +6,7 @@ from helpers.models import VOCAB, ids, packed, randomize, tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flux_attention import FluxConfig, UnsupportedModelError, attach, decision
-from flux_attention.evaluation.quality import liked_routes
+from flux_attention.evaluation.selection import liked_routes
 from flux_attention.patterns import Full
 
 CONFIG = FluxConfig(sink=4, window=9, last_n=5, pool_size=6, granularity="head")

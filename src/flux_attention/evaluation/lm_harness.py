@@ -16,6 +16,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -24,8 +25,8 @@ from tqdm import tqdm
 
 from flux_attention import __version__
 from flux_attention.config import FluxConfig
+from flux_attention.evaluation.base import AdapterEvaluation
 from flux_attention.evaluation.methods import DEFAULT_METHODS
-from flux_attention.evaluation.quality import AdapterEvaluation
 from flux_attention.hf.attach import attach
 from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
 from flux_attention.tasks.scoring import Scores
@@ -225,11 +226,13 @@ class TaskEvaluation(AdapterEvaluation):
         many, and a function to tell how far it is; gives a list, or bool (heads).
     include_path : str, optional
         A folder with more task files.
+    **shared
+        ``config``, ``budgets`` and ``force`` as in ``AdapterEvaluation``.
 
     Raises
     ------
     ValueError
-        For unknown methods or tasks, and no adapter.
+        For unknown methods or tasks, and no adapter and no pattern.
     """
 
     def __init__(
@@ -243,10 +246,11 @@ class TaskEvaluation(AdapterEvaluation):
         batch_size: int = 1,
         choose: Callable[[Any, int, Callable[[str], None]], list[int] | torch.Tensor] | None = None,
         include_path: str | None = None,
+        **shared: Any,
     ):
         if unknown := sorted(set(methods) - set(DEFAULT_METHODS)):
             raise ValueError(f"methods {unknown} are not for lm-eval's tasks, expected some of {list(DEFAULT_METHODS)}")
-        super().__init__(model, tokenizer, adapters, methods, samples, batch_size)
+        super().__init__(model, tokenizer, adapters, methods, samples, batch_size, **shared)
         self.manager = TaskManager(include_path=include_path)
         if missing := sorted(set(tasks) - set(self.manager.match_tasks(list(tasks)))):
             raise ValueError(f"lm-eval has no tasks {missing}; `lm_eval ls tasks` lists them")
@@ -259,43 +263,30 @@ class TaskEvaluation(AdapterEvaluation):
 
     def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
         """Yield result rows as they are measured; see ``quality.Evaluation.rows``."""
-        for place, adapter in enumerate(self.adapters):
-            lm = FluxLM(self.model, routers=adapter, tokenizer=self.tokenizer, batch_size=self.batch_size)
+        for place, (name, routers) in enumerate(self.subjects):
+            lm = FluxLM(self.model, routers=routers, tokenizer=self.tokenizer, batch_size=self.batch_size)
             try:
-                yield from self._of_adapter(lm, adapter, place == 0, done, tell)
+                yield from self._of_adapter(lm, name, place == 0, done, tell)
             finally:
                 lm.routing.detach()
 
-    def _of_adapter(self, lm: FluxLM, adapter: str, first: bool, done, tell) -> Iterator[dict]:
-        def rows(task: str, method: str, force, **more) -> list[dict[str, Any]]:
-            facts = dict(method=method, routers=None if method in ("dense", "sparse") else adapter, asked=task)
-            if known := [row for row in done if all(row.get(key) == value for key, value in facts.items())]:
-                return known
-            tell(f"{task}: {method}")
-            lm.routed.clear()
-            lm.forced, lm.drawn = (None, force) if method == "random" else (force, None)
-            found = lm_eval.simple_evaluate(
-                model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
-            )
-            rates = map(fmean, zip(*lm.routed, strict=True))
-            facts |= dict(
-                sparsity=round(fmean(lm.msr), 4),
-                fa_rate={unit_name(unit): round(rate, 4) for unit, rate in zip(lm.routing.units, rates, strict=True)},
-            )
-            return [{**row, **facts, **more} for row in _task_rows(found)]
-
-        for method, spec in (("dense", "full"), ("sparse", "sparse")):
-            if method in self.methods and first:
-                for task in self.tasks:
-                    yield from rows(task, method, spec)
-        by_head = lm.routing.config.granularity == "head"
-        if not ({"head", "head-static"} if by_head else {"routed", "static", "random"}) & set(self.methods):
+    def _of_adapter(self, lm: FluxLM, adapter: str | None, first: bool, done, tell) -> Iterator[dict]:
+        rows = partial(self._task, lm, done, tell, adapter)
+        for choice in self.beforehand(lm.routing, first):
+            named = choice.facts if choice.method == "static-nll" else {**choice.facts, "routers": None}
+            for task in self.tasks:
+                yield from rows(task, choice.method, choice.routes, **named)
+        method = self.deciding.get(adapter)
+        if method is None or not {method, "head-static" if method == "head" else "static", "random"} & set(
+            self.methods
+        ):
             return
         ratios = []
         for task in self.tasks:
-            measured = rows(task, "head" if by_head else "routed", None)
+            measured = rows(task, method, None)
             ratios.append(measured[0]["sparsity"])
             yield from measured
+        by_head = method == "head"
         count = math.ceil((1 - fmean(ratios)) * len(lm.routing.units) - 1e-3)
         method, kept = ("head-static", "full_heads") if by_head else ("static", "full_layers")
         if method in self.methods and self.choose is not None:
@@ -312,6 +303,26 @@ class TaskEvaluation(AdapterEvaluation):
         if "random" in self.methods and not by_head:
             for task in self.tasks:
                 yield from rows(task, "random", count)
+
+    def _task(self, lm: FluxLM, done, tell, adapter: str | None, task: str, method: str, routes, **more) -> list[dict]:
+        """Measure a method on a task or a group of tasks, if that is not there yet; see ``Evaluation._row``."""
+        facts = dict(method=method, routers=adapter, asked=task) | more
+        kind = {fact: facts.get(fact) for fact in ("method", "routers", "asked", "budget", "force")}
+        if known := [row for row in done if all(row.get(fact) == value for fact, value in kind.items())]:
+            return known
+        tell(f"{task}: {method}")
+        lm.routed.clear()
+        lm.forced, lm.drawn = (None, routes) if method == "random" else (routes, None)
+        found = lm_eval.simple_evaluate(
+            model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
+        )
+        rates = map(fmean, zip(*lm.routed, strict=True))
+        facts |= dict(
+            sparsity=round(fmean(lm.msr), 4),
+            fa_rate={unit_name(unit): round(rate, 4) for unit, rate in zip(lm.routing.units, rates, strict=True)},
+            model=self.model_name,
+        )
+        return [{**row, **facts} for row in _task_rows(found)]
 
 
 def _task_rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Measures a model's answers under every way of choosing its full layers, on the generated families.
+"""Measures a model's answers under every way of choosing its full layers, on generated questions or on records.
+
+Questions in words are scored by what ``generate`` answers, those of ``tasks.families`` by whether every token of the
+answer is the most likely one, prose and plain text by perplexity.
 
 Methods (all see the same samples):
 
@@ -12,21 +15,24 @@ best-static-fewer the same, of one layer fewer
 random            a random set for every input
 head              what routers of granularity ``head`` decide, for each KV head
 head-static       one set of full heads for every input: those that such routers like best on calibration samples
+static-nll        one set for every input, at each budget: the first layers of a calibrated adapter's ranking
+routed-ends       what the layer routers decide by the prompt's two ends alone
+forced            routes that were asked for
 ================= ===========================================================================================
 
 ``static``, ``best-static`` and ``random`` have as many full layers as ``routed`` has on average over all families,
 rounded up, and ``head-static`` as many heads as ``head``. So the Ω_MSR of ``routed`` lies between those of
-``best-static`` and of ``best-static-fewer``, unless it is one.
+``best-static`` and of ``best-static-fewer``, unless it is one. Where no adapter has routers, they have as many as each
+budget leaves.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,125 +40,53 @@ from typing import Any
 import torch
 
 from flux_attention.calibration.calibrator import greedy_order
-from flux_attention.evaluation.methods import DEFAULT_METHODS, EXHAUSTIVE, METHODS, check_adapters, check_lengths
+from flux_attention.config import FluxConfig
+from flux_attention.evaluation.base import AdapterEvaluation
+from flux_attention.evaluation.material import CALIBRATION_SEED, Material, Records
+from flux_attention.evaluation.measures import answer_measures, token_measures
+from flux_attention.evaluation.methods import DEFAULT_METHODS, METHODS, SIZED, check_lengths
+from flux_attention.evaluation.selection import best_layers, liked_routes, random_routes
 from flux_attention.hf.attach import attach
+from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import check_head, max_positions
 from flux_attention.results import begun_rows, write_results
 from flux_attention.routes import unit_name
 from flux_attention.tasks.families import EVERY_FAMILY
-from flux_attention.tasks.samples import Haystack, Sample, make_sample
-from flux_attention.tasks.scoring import Scores, evaluate
+from flux_attention.tasks.generation import generate_answers
+from flux_attention.tasks.metrics import score_answer
+from flux_attention.tasks.questions import NATURAL, PROSE, Question
+from flux_attention.tasks.samples import Haystack, Sample
+from flux_attention.tasks.scoring import evaluate
 from flux_attention.validation import check_known
-
-#: Calibration samples start from this seed, the report's from 0.
-CALIBRATION_SEED = 10_000_000
-
-
-def best_layers(
-    value: Callable[[list[int], bool], tuple[float, ...]],
-    layers: Sequence[int],
-    count: int,
-    tell: Callable[[str], None] = lambda _: None,
-) -> list[int]:
-    """
-    Find the ``count`` layers of highest value to run full, of all such sets.
-
-    Parameters
-    ----------
-    value : callable
-        Of a list of full layers; and whether to judge it on few samples, as all sets are at first, or on all of them,
-        as the best ten are then.
-    tell : callable
-        Told how far the search is.
-    """
-    few = []
-    for number, chosen in enumerate(itertools.combinations(layers, count), 1):
-        tell(f"best static layers: set {number:,} of {math.comb(len(layers), count):,}")
-        few.append((value(list(chosen), True), list(chosen)))
-    few.sort(key=lambda pair: pair[0], reverse=True)
-    return max((chosen for _, chosen in few[:10]), key=lambda chosen: value(chosen, False))
-
-
-def liked_routes(routing, samples: Sequence[Sample], count: int) -> torch.Tensor:
-    """Return bool (U,): the ``count`` layers or heads whose routers give full attention most probability on average."""
-    liked = torch.zeros(len(routing.units))
-    for sample in samples:
-        evaluate(routing.model, [sample], routing)
-        liked += routing.routes.logits_BL2[0].softmax(-1)[:, 1]
-    return torch.zeros(len(liked), dtype=torch.bool).scatter(0, liked.topk(count).indices, True)
-
-
-def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int = 0) -> torch.Tensor:
-    """Return bool (N, L): ``count`` full layers, drawn anew for each sample."""
-    routes = torch.zeros(len(samples), layers, dtype=torch.bool)
-    for row in range(len(samples)):
-        routes[row, random.Random(f"{seed}-{samples[row].family}-{row}").sample(range(layers), count)] = True
-    return routes
-
-
-class AdapterEvaluation:
-    """
-    Describes an evaluation of one model with several adapters and methods, which ``run`` runs once it has ``rows``.
-
-    Parameters
-    ----------
-    model, tokenizer
-        The base model, without routers attached.
-    adapters : sequence of str
-        Router adapters for it: directories or Hub ids. The first one's pattern is that of ``dense`` and ``sparse``.
-    methods : sequence of str
-        Of ``METHODS``.
-    samples, batch_size : int
-        Of each kind, at most; a forward.
-
-    Raises
-    ------
-    ValueError
-        Without an adapter.
-    """
-
-    def __init__(
-        self, model, tokenizer, adapters: Sequence[str], methods: Sequence[str], samples: int, batch_size: int
-    ):
-        check_adapters(adapters)
-        self.model, self.tokenizer, self.adapters, self.methods = model, tokenizer, list(adapters), list(methods)
-        self.samples, self.batch_size = samples, batch_size
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Facts that the rows depend on: results of other settings are not mixed with them."""
-        return {
-            "model": getattr(self.model.config, "_name_or_path", ""),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(self.model.device)
-            if self.model.device.type == "cuda"
-            else self.model.device.type,
-            "adapters": [[adapter, adapter_hash(adapter)] for adapter in self.adapters],
-            "samples": self.samples,
-        }
 
 
 class Evaluation(AdapterEvaluation):
     """
-    Measures all methods on generated questions.
+    Measures all methods on generated questions, or on a user's own.
 
     Parameters
     ----------
-    model, tokenizer, adapters
+    model, tokenizer, adapters, config, budgets, force
         As in ``AdapterEvaluation``.
-    haystack : Haystack
-        The text that questions are hidden in.
+    haystack : Haystack or None
+        The text that questions of ``tasks.families`` are hidden in; None where none are asked.
     families, lengths, methods : sequence
-        Of ``EVERY_FAMILY``; tokens of a sample; of ``METHODS``.
+        Of ``tasks.families.EVERY_FAMILY`` and ``tasks.questions.NATURAL``; tokens of a sample; of ``METHODS``.
     samples, calibration : int
         Of each family and length: in the report, and for choosing static layers.
     batch_size : int
-        Samples a forward.
+        Samples a forward, and prompts a call of ``generate``.
+    chat : bool, optional
+        Whether questions in words go through the chat template; default: where there is one.
+    questions : sequence of Question, optional
+        The user's own, instead of families; they may have as many tokens as the longest of ``lengths``, default as the
+        model reads.
 
     Raises
     ------
     ValueError
-        For unknown families or methods, no adapter, or samples that are longer than the model's positions.
+        For unknown families or methods, no adapter and no pattern, or samples that are longer than the model's
+        positions.
     """
 
     def __init__(
@@ -160,38 +94,41 @@ class Evaluation(AdapterEvaluation):
         model,
         tokenizer,
         adapters: Sequence[str],
-        haystack: Haystack,
+        haystack: Haystack | None,
         families: Sequence[str],
         lengths: Sequence[int],
         methods: Sequence[str] = DEFAULT_METHODS,
         samples: int = 100,
         calibration: int = 8,
         batch_size: int = 1,
+        *,
+        config: FluxConfig | None = None,
+        budgets: Sequence[float] | None = None,
+        force: Sequence[str] = (),
+        chat: bool | None = None,
+        questions: Sequence[Question] | None = None,
     ):
-        check_known("families", families, EVERY_FAMILY)
         check_known("methods", methods, METHODS)
-        check_lengths(lengths, max_positions(model.config))
-        super().__init__(model, tokenizer, adapters, methods, samples, batch_size)
-        self.haystack, self.families, self.lengths = haystack, list(families), list(lengths)
-        self.calibration = calibration
+        positions = max_positions(model.config)
+        if lengths:
+            check_lengths(lengths, positions)
+        super().__init__(model, tokenizer, adapters, methods, samples, batch_size, config, budgets, force)
+        if questions is None:
+            self.material, self.lengths = Material(tokenizer, families, haystack, chat), list(lengths)
+        else:
+            self.material = Records(tokenizer, questions, max(lengths, default=positions), chat)
+            self.lengths = [self.material.length]
+        self.families, self.calibration = self.material.families, calibration
 
     @property
     def settings(self) -> dict[str, Any]:
         """See ``AdapterEvaluation.settings``."""
-        return {
-            **super().settings,
-            "calibration": self.calibration,
-            "text": hashlib.sha256(self.haystack.tokens.tobytes()).hexdigest(),
-            "families": self.families,
-            "lengths": self.lengths,
-        }
+        facts = {"calibration": self.calibration, "lengths": self.lengths}
+        return {**super().settings, **facts, **self.material.settings}
 
     def make(self, family: str, length: int, count: int, seed: int = 0) -> list[Sample]:
         """Make samples of a family, on held-out names and values."""
-        return [
-            make_sample(family, self.haystack, self.tokenizer, length, seed + index, held_out=True)
-            for index in range(count)
-        ]
+        return self.material.make(family, length, count, seed)
 
     def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
         """
@@ -204,61 +141,103 @@ class Evaluation(AdapterEvaluation):
         tell : callable
             Told what is being done.
         """
+        if "head" in self.deciding.values() and not set(self.families) <= set(EVERY_FAMILY):
+            raise ValueError(
+                "routers by head have no KV cache, so they cannot generate the answers to questions in words; expected "
+                f"families of {list(EVERY_FAMILY)}"
+            )
         have = {row_key(row): row for row in done}
-        for place, adapter in enumerate(self.adapters):
-            routing = attach(self.model, adapter)
-            try:
-                check_head(routing)
+        for place, (name, routers) in enumerate(self.subjects):
+            with self._attached(routers) as routing:
+                row = partial(self._row, routing, have, tell, routers=name)
                 for length in self.lengths:
-                    yield from self._of_length(routing, adapter, place == 0, length, have, tell)
-            finally:
-                routing.detach()
+                    yield from self._of_length(routing, self.deciding.get(name), place == 0, length, row, have, tell)
+            if "routed-ends" in self.methods and self.deciding.get(name) == "routed":
+                with self._attached(routers, decide="ends") as routing:
+                    row = partial(self._row, routing, have, tell, routers=name)
+                    for length, family in itertools.product(self.lengths, self.families):
+                        yield row(length, family, "routed-ends", None)
 
-    def _of_length(self, routing, adapter, first, length, have, tell) -> Iterator[dict]:
-        counts = []
+    @contextmanager
+    def _attached(self, routers: str | FluxConfig, **options: Any) -> Iterator[Routing]:
+        routing = attach(self.model, routers, **options)
+        try:
+            check_head(routing)
+            yield routing
+        finally:
+            routing.detach()
 
-        def row(family: str, method: str, routes, **more) -> dict[str, Any]:
-            shared = method in ("dense", "sparse")
-            facts = dict(task=family, method=method, seq_len=length, routers=None if shared else adapter)
-            if row_key(facts) in have:
-                return have[row_key(facts)]
-            tell(f"{length} tokens, {family}: {method}")
-            samples = self.make(family, length, self.samples)
-            routes = routes(samples) if callable(routes) else routes
+    def _row(self, routing, have, tell, length: int, family: str, method: str, routes, *, routers, **more):
+        """Measure a method on a family, if that is not there yet: ``more`` is what the row says besides."""
+        facts = dict(task=family, method=method, seq_len=length, routers=routers)
+        key = row_key({**facts, **more})
+        if key in have:
+            return have[key]
+        tell(f"{length} tokens, {family}: {method}")
+        samples = self.make(family, length, self.samples)
+        measures, full = self._scores(samples, routing, routes(samples) if callable(routes) else routes)
+        rates = torch.tensor(full, dtype=torch.float32).mean(0).tolist()
+        return {
+            **facts,
+            "model": self.model_name,
+            "n": len(samples),
+            "sparsity": round(1 - fmean(map(fmean, full)), 4),
+            **measures,
+            "fa_rate": {unit_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
+            **more,
+        }
+
+    def _scores(self, samples: list[Sample], routing: Routing, routes) -> tuple[dict[str, Any], list[list[bool]]]:
+        """Return what the samples scored, and the routes that they ran with."""
+        question = samples[0].question
+        if question is None or question.is_prose:
             scores = evaluate(self.model, samples, routing, self.batch_size, routes)
-            rates = torch.tensor(scores.full, dtype=torch.float32).mean(0).tolist()
-            return {
-                **facts,
-                "n": len(samples),
-                "sparsity": round(scores.msr, 4),
-                **_measures(family, scores),
-                "fa_rate": {unit_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
-                **more,
-            }
+            measures, full = token_measures(scores, question is not None or samples[0].family == "plain"), scores.full
+        else:
+            answers = generate_answers(
+                self.model, self.tokenizer, samples, self.batch_size, routes=routes, routing=routing
+            )
+            pairs = zip(samples, answers.texts, strict=True)
+            measures, full = answer_measures([score_answer(s.question, text) for s, text in pairs]), answers.full
+        words = {} if question is None else {"task_class": question.task_class, "metric": question.metric}
+        return {**words, **measures}, full
 
-        for method, spec in (("dense", "full"), ("sparse", "sparse")):
-            if method in self.methods and first:
-                for family in self.families:
-                    yield row(family, method, spec)
-        by_head = routing.config.granularity == "head"
-        named = ("head", "head-static") if by_head else ("routed", "static", *EXHAUSTIVE, "random")
-        if not set(named) & set(self.methods):
+    def _of_length(
+        self, routing: Routing, method: str | None, first: bool, length: int, row, have, tell
+    ) -> Iterator[dict]:
+        for choice in self.beforehand(routing, first):
+            more = choice.facts if choice.method == "static-nll" else {**choice.facts, "routers": None}
+            for family in self.families:
+                yield row(length, family, choice.method, choice.routes, **more)
+        if method is None:
+            if first and not any(self.deciding.values()):
+                for budget in self.budgets or ():
+                    count = len(routing.layers) - round(budget * len(routing.layers))
+                    shared = partial(row, routers=None, budget=budget)
+                    yield from self._of_count(routing, length, count, shared, have, tell)
             return
+        followers = ("head-static",) if method == "head" else SIZED
+        if not {method, *followers} & set(self.methods):
+            return
+        counts = []
         for family in self.families:
-            found = row(family, named[0], None)
+            found = row(length, family, method, None)
             counts.append(sum(found["fa_rate"].values()))
             yield found
         count = min(len(routing.units), math.ceil(fmean(counts) - 1e-6))
-        if by_head:
-            if "head-static" in self.methods:
+        if method != "head":
+            yield from self._of_count(routing, length, count, row, have, tell)
+        elif "head-static" in self.methods:
 
-                @cache
-                def liked() -> torch.Tensor:  # asked for only if a row is not there yet
-                    return self.static_heads(routing, length, count, tell)
+            @cache
+            def liked() -> torch.Tensor:  # asked for only if a row is not there yet
+                return self.static_heads(routing, length, count, tell)
 
-                for family in self.families:
-                    yield row(family, "head-static", lambda samples: liked())
-            return
+            for family in self.families:
+                yield row(length, family, "head-static", lambda samples: liked())
+
+    def _of_count(self, routing: Routing, length: int, count: int, row, have, tell) -> Iterator[dict]:
+        """Yield the rows of methods that have ``count`` full layers."""
         for method, choose, many in (
             ("static", self.static_layers, count),
             ("best-static", self._best, count),
@@ -266,21 +245,22 @@ class Evaluation(AdapterEvaluation):
         ):
             if method not in self.methods:
                 continue
-            keys = [row_key(dict(task=task, method=method, seq_len=length, routers=adapter)) for task in self.families]
+            keys = [row_key({**row.keywords, "task": t, "method": method, "seq_len": length}) for t in self.families]
             known = next((have[key]["full_layers"] for key in keys if key in have), None)
             chosen = choose(routing, length, many, tell) if known is None else known
             for family in self.families:
-                yield row(family, method, chosen or "sparse", full_layers=chosen)
+                yield row(length, family, method, chosen or "sparse", full_layers=chosen)
         if "random" in self.methods:
             for family in self.families:
-                yield row(family, "random", lambda samples: random_routes(samples, len(routing.layers), count))
+                yield row(length, family, "random", lambda samples: random_routes(samples, len(routing.layers), count))
 
-    def _calibration(self, length: int) -> list[list[Sample]]:
-        return [self.make(family, length, self.calibration, CALIBRATION_SEED) for family in self.families]
+    def _calibration(self, length: int) -> dict[str, list[Sample]]:
+        families = NATURAL if isinstance(self.material, Records) else self.families
+        return {family: self.make(family, length, self.calibration, CALIBRATION_SEED) for family in families}
 
     def static_layers(self, routing, length: int, count: int, tell: Callable[[str], None]) -> list[int]:
         """Choose ``count`` full layers for every input, greedily by loss on calibration samples."""
-        calibration = self._calibration(length)
+        calibration = self._calibration(length).values()
 
         def loss(chosen: list[int]) -> float:
             tell(f"static layers: {len(chosen)} of {count}")
@@ -293,7 +273,8 @@ class Evaluation(AdapterEvaluation):
     def static_heads(self, routing, length: int, count: int, tell: Callable[[str], None]) -> torch.Tensor:
         """Choose ``count`` full heads for every input, which routers like best on calibration samples: bool (U,)."""
         tell(f"{length} tokens: static heads")
-        return liked_routes(routing, [sample for samples in self._calibration(length) for sample in samples], count)
+        samples = itertools.chain.from_iterable(self._calibration(length).values())
+        return liked_routes(routing, list(samples), count)
 
     def _best(self, routing, length, count, tell) -> list[int]:
         calibration = self._calibration(length)
@@ -302,38 +283,19 @@ class Evaluation(AdapterEvaluation):
             """Return the mean accuracy of the questions; where that is equal, the lower loss wins."""
             first = max(1, self.calibration // 4) if few else self.calibration
             right, nats = [], []
-            for family, samples in zip(self.families, calibration, strict=True):
+            for family, samples in calibration.items():
                 scores = evaluate(self.model, samples[:first], routing, self.batch_size, chosen or "sparse")
                 nats.append(fmean(scores.nats))
-                if family != "plain":
+                if family not in ("plain", PROSE):
                     right.append(scores.accuracy)
             return fmean(right) if right else 0.0, -fmean(nats)
 
         return best_layers(value, routing.layers, count, tell)
 
 
-def _measures(family: str, scores: Scores) -> dict[str, Any]:
-    """Return the measure with its interval, and what it is the mean of: right or wrong, or nats a token, by sample."""
-    if family == "plain":
-        (low, high), name, value = scores.perplexity_interval, "perplexity", scores.perplexity
-        each = [round(nats, 4) for nats in scores.nats]
-    else:
-        (low, high), name, value = scores.accuracy_interval, "accuracy", scores.accuracy
-        each = list(map(int, scores.right))
-    return {name: round(value, 4), "low": round(max(0.0, low), 4), "high": round(high, 4), "scores": each}
-
-
 def row_key(row: dict[str, Any]) -> tuple:
     """Return what tells the rows of one result file apart."""
-    return row["task"], row["method"], row["seq_len"], row["routers"]
-
-
-def adapter_hash(adapter: str) -> str | None:
-    """Hash a local adapter's weights and configuration (SHA-256)."""
-    files = [Path(adapter) / name for name in ("flux_config.json", "routers.safetensors")]
-    if not all(file.exists() for file in files):
-        return None
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return row["task"], row["method"], row["seq_len"], row["routers"], row.get("budget"), row.get("force")
 
 
 def run(

@@ -15,17 +15,26 @@ from jinja2 import Environment, FileSystemLoader
 INK = "#010203"
 COLOURS = {"dense": "#009e73", "sparse": "#888888", "routed": "#d55e00", "static": "#0072b2", "random": "#cc79a7"}
 COLOURS |= {"head": "#e69f00", "head-static": "#56b4e9", "best-static": "#004a7c", "best-static-fewer": "#8c564b"}
+COLOURS |= {"static-nll": "#f0b400", "routed-ends": "#7b3294", "forced": "#44aa99"}
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=lambda name: name.startswith("report.html"),
     trim_blocks=True,
     keep_trailing_newline=True,
 )
-INTRO = (
+#: What the page says first, by the kinds of questions that were asked, and behind that of all.
+GENERATED = (
     "Right answers to generated questions: every token of the answer is the most likely one, so that greedy "
-    "generation would give it; of lm-eval's tasks the first metric. All methods see the same samples. Static and "
-    "random layers are as many as routed inputs use on average, rounded up. Intervals are about other samples, not "
-    "about other seeds in training."
+    "generation would give it; of lm-eval's tasks the first metric."
+)
+IN_WORDS = (
+    "Answers to questions in words, as the model generates them greedily: a score is the share of the expected strings "
+    "that occur in an answer, of summaries and other long answers ROUGE-L, of code how alike the lines are. Prose has "
+    "its perplexity. Lengths are those of prompts at most."
+)
+OF_ALL = (
+    "All methods see the same samples. Static and random layers are as many as routed inputs use on average, rounded "
+    "up, or as many as a budget leaves. Intervals are about other samples, not about other seeds in training."
 )
 
 
@@ -57,8 +66,10 @@ def short_names(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def label(row: dict[str, Any], names: dict[str, str]) -> str:
-    """Name a row's method and adapter, for people."""
-    return row["method"] if not row["routers"] else f"{row['method']} ({names[row['routers']]})"
+    """Name a row's method, adapter and budget, for people."""
+    text = row["method"] if row.get("force") is None else f"{row['method']} {row['force']}"
+    text += f" ({names[row['routers']]})" if row["routers"] else ""
+    return text if row.get("budget") is None else f"{text} at {row['budget']:g}"
 
 
 def _at(length: int | None) -> str:
@@ -71,31 +82,38 @@ def tokens(length: int | None) -> str:
     return "" if length is None else f"{length:,}"
 
 
-def by_method(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str | None], list[dict[str, Any]]]:
-    """Group the rows by length, method and adapter."""
+#: What tells methods apart in rows of one length.
+KIND = ("method", "routers", "budget", "force")
+
+
+def by_method(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """Group the rows by length, method, adapter, budget and forced routes."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["seq_len"], row["method"], row["routers"]), []).append(row)
+        groups.setdefault((row["seq_len"], *(row.get(fact) for fact in KIND)), []).append(row)
     return groups
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Average each method, adapter and length: the questions' accuracy, Ω_MSR, and plain text's perplexity."""
     found = []
-    for (length, method, routers), some in by_method(rows).items():
+    for (length, *kind), some in by_method(rows).items():
         answers = [row for row in some if "accuracy" in row]
         plain = [row["perplexity"] for row in some if "perplexity" in row]
         found.append(
             dict(
                 seq_len=length,
-                method=method,
-                routers=routers,
+                **dict(zip(KIND, kind, strict=True)),
                 accuracy=fmean(row["accuracy"] for row in answers) if answers else None,
                 perplexity=fmean(plain) if plain else None,
-                sparsity=fmean(row["sparsity"] for row in some),
+                sparsity=_mean_sparsity(some),
             )
         )
     return found
+
+
+def _mean_sparsity(rows: list[dict[str, Any]]) -> float:
+    return fmean(row["sparsity"] for row in rows)
 
 
 def difference(
@@ -112,9 +130,8 @@ def difference(
     Returns
     -------
     points : (float, float) or None
-        Mean accuracy minus that of ``others``, in percentage points, and half of its 95 % interval (Agresti and Min,
-        2005: half a sample more in each of the four ways that two methods can answer, so that methods which answered
-        alike are not taken for equal). The mean is over the kinds of questions that both have.
+        Mean accuracy minus that of ``others``, in percentage points, and half of its 95 % interval. The mean is over
+        the kinds of questions that both have.
     perplexity : (float, float) or None
         Perplexity of plain text over that of ``others``, and half of its 95 % interval.
         Both are None where files of older versions do not hold the samples' scores, or have other samples. Intervals
@@ -126,7 +143,8 @@ def difference(
         for row in rows
         if len(row.get("scores", ())) == len(measured.get(row["task"], ())) > 1
     }
-    plain = changes.pop("plain", [])
+    texts = {row["task"] for row in rows if "perplexity" in row or row["task"] == "plain"}
+    plain = [change for task in list(changes) if task in texts for change in changes.pop(task)]
     points = perplexity = None
     if changes:
         error = math.sqrt(sum(map(_squared_error, changes.values()))) / len(changes)
@@ -137,31 +155,96 @@ def difference(
     return points, perplexity
 
 
-def _squared_error(change: list[int]) -> float:
-    """Return the squared error of the mean of differences between right and wrong answers; see ``difference``."""
+def _squared_error(change: list[float]) -> float:
+    """
+    Return the squared error of the mean of differences between two methods' scores.
+
+    Of right and wrong answers it is that of Agresti and Min (2005): half a sample more in each of the four ways that
+    two methods can answer, so that methods which answered alike are not taken for equal. Scores in between differ by
+    less than whole answers, so half a sample would outweigh them: their error is that of a mean, by their own spread.
+    """
+    if not all(each in (-1, 0, 1) for each in change):
+        return variance(change) / len(change)
     better, worse, n = change.count(1) + 0.5, change.count(-1) + 0.5, len(change) + 2
     return (better + worse - (better - worse) ** 2 / n) / n**2
 
 
+_SETS = ("static", "best-static", "best-static-fewer", "random")
 #: What each method is set beside, of the same adapter: as many full layers or heads (or one fewer), chosen otherwise.
-RIVALS = {"routed": ("static", "best-static", "best-static-fewer", "random"), "head": ("head-static",)}
+RIVALS = {"routed": _SETS, "routed-ends": ("routed", *_SETS), "head": ("head-static",), "static-nll": _SETS}
+#: Methods whose routers decide, input by input.
+ROUTED = ("routed", "routed-ends", "head")
+
+
+def rivals(groups: dict[tuple, list[dict[str, Any]]], key: tuple) -> list[tuple]:
+    """List what a group is set beside: dense, its rivals, and of calibrated sets the one nearest in Ω_MSR."""
+    length, method, routers, budget, _ = key
+    if method == "dense":
+        return []
+    own = None if method == "static-nll" else routers  # sets at a budget are of no adapter
+    found = [(length, "dense", None, None, None)]
+    found += [(length, rival, own, budget, None) for rival in RIVALS.get(method, ())]
+    if method in ("routed", "routed-ends"):
+        sets = [other for other in groups if other[:2] == (length, "static-nll")]
+        ratio = _mean_sparsity(groups[key])
+        found += sorted(sets, key=lambda other: abs(_mean_sparsity(groups[other]) - ratio))[:1]
+    return [other for other in found if other in groups]
+
+
+#: Title and heading of the table of ``comparisons``.
+DIFFERENCES = "Differences on the same samples, with 95 % intervals"
+COMPARED = ["method", "beside", "tokens", "accuracy, points", "perplexity, ratio", "Ω_MSR"]
 
 
 def comparisons(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Make the lines of a table: every method beside dense, and routers beside their rivals."""
     lines, names, groups = [], short_names(rows), by_method(rows)
-    for (length, method, routers), some in groups.items():
-        rivals = [("dense", None), *((rival, routers) for rival in RIVALS.get(method, ()))]
-        for rival, adapter in rivals:
-            others = groups.get((length, rival, adapter), [])
-            points, perplexity = difference(some, others) if method != "dense" else (None, None)
+    for key, some in groups.items():
+        for others in (groups[rival] for rival in rivals(groups, key)):
+            points, perplexity = difference(some, others)
             if points or perplexity:
-                shown = f"{points[0]:+.1f} ± {points[1]:.1f}" if points else ""
                 ratio = f"{perplexity[0]:.3f} ± {perplexity[1]:.3f}" if perplexity else ""
-                sparser = fmean(row["sparsity"] for row in some) - fmean(row["sparsity"] for row in others)
-                cells = [tokens(length), shown, ratio, f"{sparser:+.3f}"]
+                sparser = _mean_sparsity(some) - _mean_sparsity(others)
+                cells = [tokens(key[0]), _points(points), ratio, f"{sparser:+.3f}"]
                 lines.append([label(some[0], names), label(others[0], names), *cells])
     return lines
+
+
+def _points(points: tuple[float, float] | None) -> str:
+    return f"{points[0]:+.1f} ± {points[1]:.1f}" if points else ""
+
+
+def task_classes(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group the rows of answers to questions in words by their task class."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "task_class" in row and "accuracy" in row:
+            found.setdefault(row["task_class"], []).append(row)
+    return found
+
+
+def class_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Make heading and lines of a table of one length: each method's mean accuracy by task class, and in all."""
+    lines, names, classes = [], short_names(rows), list(task_classes(rows))
+    has_prose = any("perplexity" in row for row in rows)
+    for each, some in zip(summary(rows), by_method(rows).values(), strict=True):
+        mine = task_classes(some)
+        means = [fmean(row["accuracy"] for row in mine[name]) if name in mine else None for name in classes]
+        numbers = [*means, each["accuracy"], *([each["perplexity"]] if has_prose else []), each["sparsity"]]
+        lines.append([label(each, names), *("" if number is None else f"{number:.3f}" for number in numbers)])
+    return ["method", *classes, "mean accuracy", *(["prose, perplexity"] if has_prose else []), "mean Ω_MSR"], lines
+
+
+def class_differences(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Make heading and lines of a table of one length: what each method gains or loses beside dense, by task class."""
+    lines, names, groups, classes = [], short_names(rows), by_method(rows), list(task_classes(rows))
+    for key, some in groups.items():
+        dense = groups.get((key[0], "dense", None, None, None))
+        if dense is not None and some is not dense:
+            mine, theirs = task_classes(some), task_classes(dense)
+            cells = [_points(difference(mine.get(name, []), theirs.get(name, []))[0]) for name in classes]
+            lines.append([label(some[0], names), *cells])
+    return ["method", *classes], lines
 
 
 def trade_off(rows: list[dict[str, Any]], length: int):
@@ -176,7 +259,10 @@ def trade_off(rows: list[dict[str, Any]], length: int):
     for method, some in points.items():
         some.sort()
         axes.plot(*zip(*some, strict=True), "o-", color=COLOURS[method], label=method, markersize=6)
-    axes.set(xlabel="mean Ω_MSR", ylabel="mean accuracy of the questions", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    # Real models answer few of some kinds, and differences between methods should be seen.
+    top = min(1.03, 1.3 * max((accuracy for some in points.values() for _, accuracy in some), default=1.0) or 1.03)
+    axes.set(xlabel="mean Ω_MSR", ylabel="mean accuracy of the questions")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03 * (top / 1.03), top))
     axes.grid(alpha=0.3)
     legend = axes.legend(frameon=False)
     for text in legend.get_texts():
@@ -187,7 +273,7 @@ def trade_off(rows: list[dict[str, Any]], length: int):
 
 def _of_routers(row: dict[str, Any]) -> bool:
     """Whether routers decided, and how is known: rows of lm-eval's tasks of older versions do not say."""
-    return row["method"] in RIVALS and "fa_rate" in row
+    return row["method"] in ROUTED and "fa_rate" in row
 
 
 def heat_map(rows: list[dict[str, Any]], length: int | None, routers: str):
@@ -231,10 +317,14 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
     heading = ["method", "tokens", "mean accuracy", "plain text, perplexity", "mean Ω_MSR"]
     found = [("Summary", heading, lines)]
     if lines := comparisons(rows):
-        heading = ["method", "beside", "tokens", "accuracy, points", "perplexity, ratio", "Ω_MSR"]
-        found.append(("Differences on the same samples, with 95 % intervals", heading, lines))
+        found.append((DIFFERENCES, COMPARED, lines))
     for length in dict.fromkeys(row["seq_len"] for row in rows):
         some = [row for row in rows if row["seq_len"] == length]
+        if task_classes(some):
+            found.append((f"Accuracy by task class {_at(length)}", *class_table(some)))
+            heading, lines = class_differences(some)
+            if lines:
+                found.append((f"Differences to dense in points, {_at(length)}, with 95 % intervals", heading, lines))
         columns = list(dict.fromkeys(label(row, names) for row in some))
         by = {(row["task"], label(row, names)): row for row in some}
         named = {task: task if length is None else task.replace("_", " ") for task in _names(some)}
@@ -266,7 +356,9 @@ def figures(rows: list[dict[str, Any]]) -> list[str]:
             if any("accuracy" in row for row in here):  # plain text has none
                 found.append(_svg(trade_off(rows, length)))
             some = [row for row in here if _of_routers(row)]
-            found += [_svg(heat_map(rows, length, routers)) for routers in dict.fromkeys(r["routers"] for r in some)]
+            for method, routers in dict.fromkeys((row["method"], row["routers"]) for row in some):
+                shown = [row for row in rows if not _of_routers(row) or row["method"] == method]
+                found.append(_svg(heat_map(shown, length, routers)))
     return found
 
 
@@ -298,7 +390,15 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
     facts |= data["meta"].get("settings", {})
     shown = {
         "title": "Quality of routed attention",
-        "intro": INTRO,
+        "intro": " ".join(
+            text
+            for text, is_there in (
+                (GENERATED, any("task_class" not in row for row in rows)),
+                (IN_WORDS, any("task_class" in row for row in rows)),
+                (OF_ALL, True),
+            )
+            if is_there
+        ),
         "figures": figures(rows),
         "tables": tables(rows),
         "facts": [

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flux_attention.config import FluxConfig
 from flux_attention.evaluation import quality
+from flux_attention.evaluation.base import AdapterEvaluation
 from flux_attention.evaluation.methods import DEFAULT_METHODS
 from flux_attention.evaluation.report import write_report
 from flux_attention.tasks.families import EVERY_FAMILY
+from flux_attention.tasks.questions import Question
 from flux_attention.tasks.samples import Haystack
 from flux_attention.tasks.text import local_texts
 
@@ -27,8 +30,13 @@ def run_evaluation(
     include_path: Path | None = None,
     text: str | None = None,
     families: Sequence[str] = tuple(EVERY_FAMILY),
+    questions: Sequence[Question] | None = None,
+    chat: bool | None = None,
     lengths: Sequence[int] = (4096,),
     methods: Sequence[str] = DEFAULT_METHODS,
+    config: FluxConfig | None = None,
+    budgets: Sequence[float] | None = None,
+    force: Sequence[str] = (),
     samples: int = 100,
     calibration: int = 8,
     batch_size: int = 1,
@@ -40,7 +48,8 @@ def run_evaluation(
 
     Parameters
     ----------
-    model, tokenizer, adapters, families, lengths, methods, samples, calibration, batch_size
+    model, tokenizer, adapters, families, questions, chat, lengths, methods, config, budgets, force, samples, \
+calibration, batch_size
         As in ``quality.Evaluation``.
     tasks, include_path : optional
         As in ``lm_harness.TaskEvaluation``; default: generated questions. Of tasks, static layers and heads are chosen
@@ -59,11 +68,18 @@ def run_evaluation(
         The report.
     """
 
+    shared: dict[str, Any] = dict(config=config, budgets=budgets, force=force)
+
     def generated() -> quality.Evaluation:
-        texts = [text] if text else local_texts(True, site_packages=True, max_chars=MAX_CHARS)
-        haystack = Haystack(texts, tokenizer)
+        haystack = None
+        if questions is None and set(families) & set(EVERY_FAMILY):
+            texts = [text] if text else local_texts(True, site_packages=True, max_chars=MAX_CHARS)
+            haystack = Haystack(texts, tokenizer)
         return quality.Evaluation(
-            model, tokenizer, adapters, haystack, families, lengths, methods, samples, calibration, batch_size
+            *(model, tokenizer, adapters, haystack, families, lengths, methods, samples, calibration, batch_size),
+            **shared,
+            chat=chat,
+            questions=questions,
         )
 
     def static(routing, count: int, tell: Callable[[str], None]):
@@ -74,8 +90,8 @@ def run_evaluation(
     if tasks:
         from flux_attention.evaluation.lm_harness import TaskEvaluation  # lm-eval is optional
 
-        evaluation: quality.AdapterEvaluation = TaskEvaluation(
-            model, tokenizer, adapters, tasks, methods, samples, batch_size, static, include_path
+        evaluation: AdapterEvaluation = TaskEvaluation(
+            model, tokenizer, adapters, tasks, methods, samples, batch_size, static, include_path, **shared
         )
     else:
         evaluation = generated()

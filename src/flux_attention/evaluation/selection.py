@@ -1,0 +1,55 @@
+"""Chooses full layers and heads for a method: the best of all sets, those that routers like, or any at random."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flux_attention.tasks.samples import Sample
+from flux_attention.tasks.scoring import evaluate
+
+
+def best_layers(
+    value: Callable[[list[int], bool], tuple[float, ...]],
+    layers: Sequence[int],
+    count: int,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[int]:
+    """
+    Find the ``count`` layers of highest value to run full, of all such sets.
+
+    Parameters
+    ----------
+    value : callable
+        Of a list of full layers; and whether to judge it on few samples, as all sets are at first, or on all of them,
+        as the best ten are then.
+    tell : callable
+        Told how far the search is.
+    """
+    few = []
+    for number, chosen in enumerate(itertools.combinations(layers, count), 1):
+        tell(f"best static layers: set {number:,} of {math.comb(len(layers), count):,}")
+        few.append((value(list(chosen), True), list(chosen)))
+    few.sort(key=lambda pair: pair[0], reverse=True)
+    return max((chosen for _, chosen in few[:10]), key=lambda chosen: value(chosen, False))
+
+
+def liked_routes(routing, samples: Sequence[Sample], count: int) -> torch.Tensor:
+    """Return bool (U,): the ``count`` layers or heads whose routers give full attention most probability on average."""
+    liked = torch.zeros(len(routing.units))
+    for sample in samples:
+        evaluate(routing.model, [sample], routing)
+        liked += routing.routes.logits_BL2[0].softmax(-1)[:, 1]
+    return torch.zeros(len(liked), dtype=torch.bool).scatter(0, liked.topk(count).indices, True)
+
+
+def random_routes(samples: Sequence[Sample], layers: int, count: int, seed: int = 0) -> torch.Tensor:
+    """Return bool (N, L): ``count`` full layers, drawn anew for each sample."""
+    routes = torch.zeros(len(samples), layers, dtype=torch.bool)
+    for row in range(len(samples)):
+        routes[row, random.Random(f"{seed}-{samples[row].family}-{row}").sample(range(layers), count)] = True
+    return routes
