@@ -146,9 +146,9 @@ def test_an_adapter_refuses_another_model(adapter):
 
 
 def test_calibrated_layers_answer_better_than_layers_spread_evenly(model):
-    """Ranked on two questions, a third of the layers is judged on two others."""
+    """Ranked on one question, a third of the layers is judged on two others."""
     tokenizer = load_tokenizer(MODEL)
-    samples = generated_samples(tokenizer, ["look_up"], LENGTH - 100, samples=2, judged=2)
+    samples = generated_samples(tokenizer, ["look_up"], 400, samples=1, judged=2)
     routing = attach(model, CONFIG)
     try:
         ranking = Calibrator(routing, tokenizer, samples).rank()
