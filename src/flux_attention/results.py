@@ -68,6 +68,8 @@ def begun_rows(path: str | Path, settings: dict[str, Any]) -> list[dict[str, Any
     """
     try:
         before = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(before, dict) or not isinstance(before.get("meta"), dict) or "rows" not in before:
+            raise ValueError("it has no meta and rows")
     except FileNotFoundError:
         return []
     except ValueError as error:

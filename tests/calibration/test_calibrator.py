@@ -172,7 +172,22 @@ def test_what_dense_does_not_answer_is_refused_by_name(monkeypatch):
     given["first"] = "neither"
     routed.rows.clear()
     with pytest.raises(CalibrationError, match=r"answers none of the families.*first 0.00, second 0.00"):
-        routed.judge(tuple(range(LAYERS)))
+        routed.judge_dense()
+
+
+def test_losses_that_are_no_numbers_are_refused():
+    broken = model()
+    broken.model.embed_tokens.weight.data[some_samples().ranked[0].input_ids[0]] = float("nan")
+    with pytest.raises(CalibrationError, match="the loss of second is nan"):
+        calibrator_of(broken).rank()
+
+
+def test_figures_of_other_weights_are_not_mixed(tmp_path):
+    calibrator_of(model(), folder=tmp_path).rank()
+    other = model()
+    other.model.layers[3].self_attn.v_proj.weight.data.mul_(-1)
+    with pytest.raises(ValueError, match=r"holds results of other settings \(weights\)"):
+        calibrator_of(other, folder=tmp_path)
 
 
 def rows_of(table):
@@ -196,6 +211,8 @@ def rows_of(table):
         # The mean over families counts, and families that dense does not answer do not.
         ({0: {"a": (1.0, 1.0), "b": (1.0, 0.9)}, 0.5: {"a": (1.0, 0.97), "b": (1.0, 0.92)}}, 0.5),
         ({0: {"a": (1.0, 1.0), "b": (1.0, 0.3)}, 0.5: {"a": (1.0, 1.0), "b": (9.0, None)}}, 0.5),
+        # What is not a number loses.
+        ({0: {"a": (1.0, 1.0)}, 0.5: {"a": (1.0, 1.0)}, 1.0: {"a": (float("nan"), 1.0)}}, 0.5),
         # A larger budget may be good where a smaller one was not.
         ({0: {"a": (1.0, 1.0)}, 0.5: {"a": (1.0, 0.9)}, 0.75: {"a": (1.0, 1.0)}}, 0.75),
     ],

@@ -128,13 +128,15 @@ def test_other_models_and_damaged_rankings_are_refused(calibrated, base, tmp_pat
         (["--length", "64K"], "do not fit into the model's 512 positions"),
         (["--families", "poems", "--length", "256"], "unknown families ['poems']"),
         (["--families", "prose", "--records", "x", "--length", "4K"], "give one of them"),
+        (["--text", "{text}", "--tolerance", "-1"], "tolerance"),
         (["--length", "2K,4K"], "length is '2K,4K', expected one number"),
         (["--sink", "8", "--window", "24", "--length", "256", "--families", "place"], "answers none of the families"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused(base, tmp_path, options, message):
+def test_what_cannot_be_calibrated_is_refused(base, text, tmp_path, options, message):
+    options = [option.format(text=text) for option in options]
     result = flux("calibrate", base, "--output", tmp_path / "out", *options, "--judged", "1", "--samples", "1")
-    assert result.returncode == 1 and message in " ".join(result.stderr.split())
+    assert result.returncode in (1, 2) and message in " ".join(result.stderr.split())
 
 
 def test_the_command_reads_records(base, tmp_path):
@@ -179,7 +181,7 @@ def test_records_that_sparse_layers_see_whole_do_not_count(tokenizer):
     long = [question(index) for index in range(4)]
     config = FluxConfig(sink=2, window=16)
     made = given_samples(tokenizer, short + long, config, 256)
-    assert made.left_out == 4 and len(made.ranked) == 2 and len(made.judged["mine"]) == 2
+    assert made.settings["left_out"] == 4 and len(made.ranked) == 2 and len(made.judged["mine"]) == 2
     with pytest.raises(CalibrationError, match=r"fewer than two records with prompts of more than 36 tokens"):
         given_samples(tokenizer, short, config, 256)
 
@@ -191,6 +193,51 @@ def test_texts_are_halved_between_ranking_and_judging(tokenizer):
     second = tokenizer.decode(np.concatenate([sample.input_ids for sample in made.judged["text"]]))
     numbers = [{int(number) for number in re.findall(r"line (\d+) of", text)} for text in (first, second)]
     assert numbers[0] and numbers[1] and max(numbers[0]) < min(numbers[1])
+
+
+def test_a_text_of_one_line_will_do(tokenizer):
+    made = text_samples(tokenizer, ["word " * 2000], 256, 2, 2)
+    assert [len(sample.input_ids) for sample in (*made.ranked, *made.judged["text"])] == [256] * 4
+    with pytest.raises(CalibrationError, match=r"half of the text has \d+ tokens, fewer than a sample's 4000"):
+        text_samples(tokenizer, ["word " * 2000], 4000, 2, 2)
+
+
+def test_numbers_that_cannot_be_are_refused(base, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for change in ({"samples": 0}, {"judged": 0}, {"batch_size": 0}, {"tolerance": float("nan")}, {"tolerance": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))} is "):
+            calibrate(model, tokenizer, texts=["x"], config=FluxConfig(**SIZES), length=256, **change)
+
+
+def test_no_tolerance_at_all_is_possible(base, tokenizer, text, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    options = dict(texts=[text.read_text()], config=FluxConfig(**SIZES), length=256, samples=1, judged=1)
+    config = calibrate(model, tokenizer, tmp_path, **options, tolerance=0)
+    assert (tmp_path / "calibration.svg").exists()
+    for name, content in (("routers.safetensors", "x"), ("recipe.yaml", "x")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CalibrationError, match=f"holds {name}, which calibration did not write"):
+            calibrate(model, tokenizer, tmp_path, **options, tolerance=0)
+        (tmp_path / name).unlink()
+    (tmp_path / "calibration.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"is damaged \(it has no meta and rows\)"):
+        calibrate(model, tokenizer, tmp_path, **options)
+    assert calibrate(model, tokenizer, tmp_path, **options, restart=True, tolerance=0) == config
+
+
+def test_records_that_are_left_out_are_told(base, tmp_path):
+    lines = [dict(context=f"some words {index} " * (40 if index % 2 else 1), question="What?", answer="the whole of a "
+                  "long answer in which there are many words") for index in range(8)]  # fmt: skip
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--records", path, "--sink", "2", "--window", "16", "--length", "512"]
+    result = flux("calibrate", base, "--output", tmp_path / "out", *options)
+    assert result.returncode == 1 and "answers none of the families" in result.stderr
+    lines = [{"text": f"some words and {index} " * (60 if index % 2 else 1)} for index in range(8)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = flux("calibrate", base, "--output", tmp_path / "other", *options)
+    assert result.returncode == 0, result.stderr
+    assert "4 records left out" in result.stdout and "score of generated answers" not in result.stdout
 
 
 def test_every_family_ranks(tokenizer):
@@ -208,7 +255,7 @@ def test_another_adapter_is_not_written_over(base, tokenizer, text, tmp_path):
     routing.save_pretrained(tmp_path)
     routing.detach()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(CalibrationError, match=r"holds flux_config\.json and routers\.safetensors of an adapter that"):
+    with pytest.raises(CalibrationError, match=r"holds flux_config\.json and routers\.safetensors, which"):
         calibrate(model, tokenizer, tmp_path, texts=[text.read_text()], config=FluxConfig(**SIZES), length=256)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
+
+from flux_attention import FluxConfig, attach
+from flux_attention.names import BACKBONE
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -130,11 +134,18 @@ def test_every_image_is_shown():
     assert not [path.name for path in (ROOT / "docs/images").iterdir() if path not in shown]
 
 
-def test_the_code_in_readme_runs():
-    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+def test_the_code_in_readme_runs(tmp_path):
+    """With the shipped model, and an adapter as calibration leaves it, in place of those that are named."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
     assert len(code) == 1
+    model, adapter = re.findall(r"^flux-attention calibrate (\S+) --output (\S+) .*$", text, re.M)[0]
+    loaded = AutoModelForCausalLM.from_pretrained(BACKBONE)
+    attach(loaded, FluxConfig(ranking=tuple(range(10)), budget=0.5)).save_pretrained(tmp_path)
+    assert code[0].count(f'"{model}"') == 2 and code[0].count(f'"{adapter}"') == 1
+    code = code[0].replace(f'"{model}"', repr(str(BACKBONE))).replace(f'"{adapter}"', repr(str(tmp_path)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", code[0]]
+    arguments = [sys.executable, "-c", code]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert re.fullmatch(r"Routes\([FS]{10} Ω=[0-9.]+\)", result.stdout.strip())
+    assert result.stdout.strip() == "Routes(FFFFFSSSSS Ω=0.50)"

@@ -7,7 +7,9 @@ static hybrids as selection by negative log-likelihood (arXiv 2606.27791).
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -99,6 +101,7 @@ class Calibrator:
             "sparse": config.sparse,
             "full": config.full,
             "tokens": self.samples.digest(),
+            "weights": weights_digest(model),
             **self.samples.settings,
         }
 
@@ -120,7 +123,7 @@ class Calibrator:
             scores = evaluate(self.routing.model, self.samples.ranked, self.routing, self.batch_size, full)
             for sample, loss in zip(self.samples.ranked, scores.nats, strict=True):
                 nats.setdefault(sample.family, []).append(loss)
-            families = {family: round(fmean(losses), 6) for family, losses in nats.items()}
+            families = {family: _finite(round(fmean(losses), 6), family) for family, losses in nats.items()}
             row = self._add(**facts, nats=fmean(families.values()), families=families, n=len(self.samples.ranked))
         return row["nats"]
 
@@ -156,24 +159,20 @@ class Calibrator:
 
     def judge(self, ranking: tuple[int, ...]) -> list[dict[str, Any]]:
         """
-        Measure held-out loss and generated answers at each budget; answers where dense gives them, which comes first.
+        Measure held-out loss and generated answers at each budget; answers where dense gives them.
 
         Raises
         ------
         CalibrationError
-            If the model, all full, answers no family well enough to tell what sparse layers lose.
+            See ``judge_dense``.
         """
-        counts = dict.fromkeys(len(ranking) - round(budget * len(ranking)) for budget in BUDGETS)
-        total = len(counts) * len(self.samples.judged)
-        rows: list[dict[str, Any]] = []
-        asked = set(self.samples.judged)
+        counts = dict.fromkeys(len(ranking) - round(budget * len(ranking)) for budget in BUDGETS[1:])
+        total, rows = (len(counts) + 1) * len(self.samples.judged), self.judge_dense()
+        asked = set(answered(rows))
         for count in counts:
             for family in self.samples.judged:
                 self.progress("judging budgets", len(rows), total)
                 rows.append(self._judged(family, sorted(ranking[:count]), len(ranking), family in asked))
-            if count == len(ranking):
-                self._check_dense(rows)
-                asked = set(answered(rows))
         self.progress("judging budgets", total, total)
         return rows
 
@@ -197,19 +196,51 @@ class Calibrator:
             metric=metric,
             method="dense" if len(full) == layers else "static-nll",
             sparsity=1 - len(full) / layers,
-            nats=round(fmean(nats), 6),
+            nats=_finite(round(fmean(nats), 6), family),
             accuracy=None if scores is None else round(fmean(scores), 6),
             n=len(samples),
         )
 
-    def _check_dense(self, dense: list[dict[str, Any]]) -> None:
-        asked = [row for row in dense if row["accuracy"] is not None]
-        if asked and not answered(dense):
+    def judge_dense(self) -> list[dict[str, Any]]:
+        """
+        Measure held-out loss and generated answers with all layers full.
+
+        Raises
+        ------
+        CalibrationError
+            If the model answers no family well enough to tell what sparse layers lose.
+        """
+        rows, layers = [], sorted(self.routing.layers)
+        for done, family in enumerate(self.samples.judged):
+            self.progress("judging dense", done, len(self.samples.judged))
+            rows.append(self._judged(family, layers, len(layers), True))
+        self.progress("judging dense", len(rows), len(rows))
+        asked = [row for row in rows if row["accuracy"] is not None]
+        if asked and not answered(rows):
             raise CalibrationError(
                 "this model answers none of the families well enough, all layers full, to tell what sparse ones lose: "
                 + ", ".join(f"{row['task']} {row['accuracy']:.2f}" for row in asked)
                 + "; try shorter samples, or records that it can answer"
             )
+        return rows
+
+
+def _finite(nats: float, family: str) -> float:
+    if not math.isfinite(nats):
+        raise CalibrationError(
+            f"the loss of {family} is {nats}: the model's hidden states have overflowed (fp16?), or its weights are "
+            "damaged"
+        )
+    return nats
+
+
+def weights_digest(model) -> str:
+    """Hash a few values of each parameter (SHA-256): two models may share their name, shape and embeddings."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 4)][:5]
+        found.update(values.float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def answered(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -251,7 +282,7 @@ def choose_budget(
     dense = {task: row for task, row in at[0.0].items() if task in answered or row["accuracy"] is None}
 
     def loses_nothing(found: dict[str, Mapping[str, Any]]) -> bool:
-        if any(found[task]["nats"] - dense[task]["nats"] > tolerance for task in dense):
+        if not all(found[task]["nats"] - dense[task]["nats"] <= tolerance for task in dense):
             return False
         lost = [dense[task]["accuracy"] - found[task]["accuracy"] for task in answered]
         return not lost or fmean(lost) <= max_lost + 1e-9

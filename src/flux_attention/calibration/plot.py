@@ -76,7 +76,7 @@ def plot(
             axis.set_xlabel(f"budget: share of sparse layers (dashed: default, {budget:.2f})")
             axis.grid(alpha=0.25)
         axes[0].axhline(tolerance, color="0.4", linestyle=":", linewidth=1)
-        axes[0].set_yscale("symlog", linthresh=4 * tolerance, linscale=2)  # small differences decide
+        axes[0].set_yscale("symlog", linthresh=max(4 * tolerance, 0.02), linscale=2)  # small differences decide
         axes[1].set_ylim(-0.02, 1.02)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         figure.savefig(path)

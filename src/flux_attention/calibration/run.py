@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from flux_attention.calibration.plot import plot
 from flux_attention.calibration.samples import check_length, generated_samples, given_samples, text_samples
 from flux_attention.config import FluxConfig
 from flux_attention.errors import CalibrationError
+from flux_attention.files import check_writable
 from flux_attention.hf.attach import attach
 from flux_attention.hf.support import check_head, max_positions
 from flux_attention.tasks.questions import NATURAL, Question
@@ -106,18 +108,18 @@ def calibrate(
     config = replace(config or FluxConfig(), ranking=None, budget=None, decide="prefill")
     folder = None if output is None else Path(output)
     check_arguments(config, length, max_positions(model.config), questions, texts, families, folder)
+    check_numbers(samples, judged, batch_size, tolerance)
     if questions is not None:
         made = given_samples(tokenizer, questions, config, length, chat)
     elif texts is not None:
         made = text_samples(tokenizer, texts, length, samples, judged)
     else:
         made = generated_samples(tokenizer, families or tuple(NATURAL), length, samples, judged, chat)
-    if made.left_out:
-        progress(f"left out {made.left_out} short records", 1, 1)
     routing = attach(model, config)
     try:
         check_head(routing)
         calibrator = Calibrator(routing, tokenizer, made, batch_size, folder, restart, progress)
+        calibrator.judge_dense()  # first: it may be all that is needed to refuse
         ranking = calibrator.rank(greedy)
         rows = calibrator.judge(ranking)
     finally:
@@ -155,10 +157,27 @@ def check_arguments(
     if config.granularity == "head":
         raise CalibrationError("granularity is 'head', but calibration ranks layers; leave it out")
     check_length(config, length, positions)
-    if folder is None or (folder / ROWS_FILE).exists():
+    if folder is None:
         return
-    found = [name for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE) if (folder / name).exists()]
-    if found:
+    check_writable(folder)
+    names = [adapters.WEIGHTS_FILE, "recipe.yaml"] + [adapters.CONFIG_FILE] * (not (folder / ROWS_FILE).exists())
+    if found := sorted(name for name in names if (folder / name).exists()):
         raise CalibrationError(
-            f"{folder} holds {' and '.join(found)} of an adapter that calibration did not write: use another output"
+            f"{folder} holds {' and '.join(found)}, which calibration did not write: use another output"
         )
+
+
+def check_numbers(samples: int, judged: int, batch_size: int, tolerance: float) -> None:
+    """
+    Refuse numbers of samples below one, and a tolerance that is none.
+
+    Raises
+    ------
+    ValueError
+        With the name of what is wrong.
+    """
+    for name, value in (("samples", samples), ("judged", judged), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}, expected nats a token, 0 or more")

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from flux_attention.config import FluxConfig
 from flux_attention.errors import CalibrationError
 from flux_attention.patterns import sparse_pattern
 from flux_attention.tasks.corpus import local_corpus
 from flux_attention.tasks.questions import NATURAL, Question, as_sample, has_chat, make_question
-from flux_attention.tasks.samples import Haystack, Sample
+from flux_attention.tasks.samples import Sample
 from flux_attention.validation import check_known
 
 #: Generated samples that judge have seeds from this one on.
@@ -34,14 +36,11 @@ class CalibrationSet:
         By which budgets are judged, by family.
     settings : dict
         How they were made.
-    left_out : int
-        Records that are so short that sparse layers see all of them.
     """
 
     ranked: list[Sample]
     judged: dict[str, list[Sample]]
     settings: Mapping[str, Any]
-    left_out: int = 0
 
     def digest(self) -> str:
         """Hash the samples' tokens (SHA-256): figures of other samples are not mixed with them."""
@@ -131,8 +130,7 @@ def given_samples(
     return CalibrationSet(
         [sample for some in families.values() for sample in some[::2]],
         {family: some[1::2] for family, some in families.items()},
-        dict(length=length, chat=has_chat(tokenizer, chat)),
-        left_out,
+        dict(length=length, chat=has_chat(tokenizer, chat), left_out=left_out),
     )
 
 
@@ -147,18 +145,22 @@ def text_samples(tokenizer, texts: Sequence[str], length: int, samples: int, jud
     CalibrationError
         If the texts are too short for one sample.
     """
-    whole, rng = "\n".join(texts), random.Random("calibration")
-    middle = whole.find("\n", len(whole) // 2) + 1
+    tokens = np.asarray(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"], np.int32)
+    halves, rng = np.split(tokens, [len(tokens) // 2]), random.Random("calibration")
+    if len(halves[0]) < length:
+        raise CalibrationError(
+            f"half of the text has {len(halves[0])} tokens, fewer than a sample's {length}; give more text, or shorter "
+            "samples"
+        )
 
-    def cut(half: str, count: int) -> list[Sample]:
-        try:
-            haystack = Haystack([half], tokenizer)
-            windows = [haystack.window(rng, length)[0] for _ in range(count)]
-        except ValueError as error:
-            raise CalibrationError(f"half of {error}; give more text, or shorter samples") from None
-        return [Sample(window, [(length // 2, length)], "text") for window in windows]
+    def cut(half: np.ndarray) -> Sample:
+        start = rng.randrange(len(half) - length + 1)
+        window = half[start : start + length].copy()
+        if tokenizer.bos_token_id is not None:
+            window[0] = tokenizer.bos_token_id
+        return Sample(window, [(length // 2, length)], "text")
 
-    ranked, judging = cut(whole[:middle], samples), cut(whole[middle:], judged)
+    ranked, judging = ([cut(half) for _ in range(count)] for half, count in zip(halves, (samples, judged), strict=True))
     return CalibrationSet(ranked, {"text": judging}, dict(length=length, samples=samples, judged=judged))
 
 

@@ -47,11 +47,33 @@ def _table(points: list[dict], key: str, title: str, style: str) -> Table:
     return table
 
 
-def _print(config, points: list[dict], unanswered: list[str], output: Path) -> None:
+def _columns() -> tuple:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return *columns, TimeRemainingColumn()
+
+
+def _tell(config, output: Path, as_json: bool) -> None:
+    """Print what was found, as the output folder has it."""
+    from flux_attention.calibration.calibrator import ROWS_FILE, answered, judged_rows
+    from flux_attention.calibration.plot import by_class
+
+    rows = judged_rows(output, config.ranking)
+    told = answered(rows)
+    untold = list(dict.fromkeys(row["task"] for row in rows if row["accuracy"] is not None and row["task"] not in told))
+    points = by_class(rows, told)
+    settings = json.loads((output / ROWS_FILE).read_text(encoding="utf-8"))["meta"]["settings"]
+    left_out = settings.get("left_out", 0)
+    if as_json:
+        facts = {"ranking": config.ranking, "budget": config.budget, "not_answered": untold, "left_out": left_out}
+        print(json.dumps({**facts, "budgets": points}))
+        return
     out.print(_table(points, "rise", "loss above dense, nats a token, of the worst family", ".2f"))
-    out.print(_table(points, "accuracy", "score of generated answers", ".2f"))
-    if unanswered:
-        out.print(f"not judged, as dense does not answer it either: {', '.join(unanswered)}", highlight=False)
+    if any(point["accuracy"] is not None for point in points):
+        out.print(_table(points, "accuracy", "score of generated answers", ".2f"))
+    if left_out:
+        out.print(f"{left_out} records left out: sparse layers would see more than half of them", highlight=False)
+    if untold:
+        out.print(f"not judged, as dense does not answer it either: {', '.join(untold)}", highlight=False)
     full = len(config.full_layers)
     text = f"default budget {config.budget:.3g}: {full} of {len(config.ranking)} layers full, the rest sparse"
     out.print(text, highlight=False)
@@ -96,8 +118,6 @@ def calibrate(
     check_precision(device, dtype)
     check_writable(output)
 
-    from flux_attention.calibration.calibrator import answered, judged_rows
-    from flux_attention.calibration.plot import by_class
     from flux_attention.calibration.run import calibrate as run
     from flux_attention.calibration.run import check_arguments
 
@@ -110,9 +130,8 @@ def calibrate(
         from flux_attention.tasks.records import read_questions
 
         questions = read_questions({"path": str(records)})
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     loaded, tokenizer = subject.load(), subject.tokenizer
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
+    with Progress(*_columns(), console=err, transient=True) as progress:
         found = run(
             loaded,
             tokenizer,
@@ -131,12 +150,4 @@ def calibrate(
             restart=restart,
             progress=_Bar(progress),
         )
-    rows = judged_rows(output, found.ranking)
-    told = answered(rows)
-    untold = list(dict.fromkeys(row["task"] for row in rows if row["accuracy"] is not None and row["task"] not in told))
-    points = by_class(rows, told)
-    if as_json:
-        facts = {"ranking": found.ranking, "budget": found.budget, "not_answered": untold, "budgets": points}
-        print(json.dumps(facts))
-        return
-    _print(found, points, untold, output)
+    _tell(found, output, as_json)

@@ -285,6 +285,8 @@ class Routing(AdapterMixin):
         if forced is None and all(length < self.min_tokens for length in lengths):
             return None
         by_routers = forced is None and self.config.ranking is None
+        if again and forced is None and not by_routers and self.min_tokens:
+            return "what it goes on with counts for min_tokens; set min_tokens to 0"
         if by_routers and again:
             return "routers read both ends of what re-routes; force routes (generate(..., routes=...))"
         if by_routers and self.config.decide == "prefill":

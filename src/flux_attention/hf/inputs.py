@@ -5,6 +5,7 @@ Shape suffixes: B batch, S columns, C columns in the KV cache.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -315,6 +316,14 @@ class InputReader:
             )
         if kwargs.get("position_ids") is None:
             raise ValueError("packed sequences need position_ids that start at 0 in each")
+        ends = torch.tensor(list(itertools.accumulate(lengths)), device="cpu")
+        expected = torch.cat([torch.zeros_like(ends), torch.tensor(lengths, device="cpu") - 1])
+        places = torch.cat([ends - torch.tensor(lengths, device="cpu"), ends - 1])
+        positions = kwargs["position_ids"].reshape(-1, width)[0]
+        if not torch.equal(positions[places.to(positions.device)].cpu().long(), expected):
+            raise ValueError(
+                f"sequence_lengths is {lengths}, but position_ids do not start at 0 in each of these sequences"
+            )
         if (mask is not None and not bool(mask.all())) or kwargs.get("past_key_values") is not None:
             raise UnsupportedModelError("packed sequences take no attention_mask and no past_key_values")
         kwargs["attention_mask"] = None  # with which layers that are not routed would mix them

@@ -203,13 +203,18 @@ def check_head(routing) -> None:
     Raises
     ------
     UnsupportedModelError
-        For models that scale or cap their logits afterwards.
+        For models that scale or cap their logits afterwards, or whose logits are not finite.
     """
     model = routing.model
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     with routing.force("full"):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    if not logits.isfinite().all():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives NaN or infinite logits: its hidden states have overflowed (fp16?), or its "
+            "weights are damaged"
+        )
     if not torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-2, rtol=1e-2):
         raise UnsupportedModelError(
             f"{type(model).__name__} scales or caps its logits after the output embedding, which training and scoring "

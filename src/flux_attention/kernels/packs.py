@@ -131,9 +131,11 @@ class Pack:
         def blocks() -> list[tuple[int, ...]]:
             return list(dict.fromkeys(item[:3] for item in self._sink_items(size)))
 
-        def owner() -> list[list[bool]]:
-            items = self._sink_items(size)
-            return [[item[:3] == block for item in items] for block in blocks()]
+        def owner() -> np.ndarray:
+            items, place = self._sink_items(size), {block: number for number, block in enumerate(blocks())}
+            found = np.zeros((len(place), len(items)))
+            found[[place[item[:3]] for item in items], np.arange(len(items))] = 1
+            return found
 
         def keys() -> tuple[np.ndarray, np.ndarray]:
             base, first, length = np.reshape(blocks(), (-1, 3)).T[:, :, None]

@@ -68,7 +68,7 @@ def generate_answers(
     batch_size : int
         Prompts a call of ``generate``; they are padded on the left, so prompts of like lengths share one.
     max_new_tokens : int, optional
-        Default: as the batch's reference answers need, and some more.
+        Default: as each sample's reference answer needs, and some more.
     routes : str, float, sequence of int, or torch.Tensor, optional
         What ``routing.force`` takes, a tensor with a row for each sample included; default: what is in force.
     routing : Routing, optional
@@ -95,7 +95,10 @@ def generate_answers(
                 pad_token_id=fill,
                 **GREEDY,
             )
-        answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        new = output[:, ids.shape[1] :].tolist()
+        if max_new_tokens is None:  # an answer does not depend on what shares its batch
+            new = [row[: room_for([sample])] for row, sample in zip(new, batch, strict=True)]
+        answers = tokenizer.batch_decode(new, skip_special_tokens=True)
         for row, index in enumerate(chosen):
             texts[index] = answers[row]
             if routing is not None:

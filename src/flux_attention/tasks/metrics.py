@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from flux_attention.tasks.questions import Question
 
 
+#: Of any script.
+WORD = re.compile(r"[^\W_]+")
+
+
 def match(text: str, expected: tuple[str, ...]) -> float:
     """Return the share of the expected strings that occur in ``text`` as whole words, in any case."""
     spaced = " ".join(text.split()).casefold()
@@ -29,8 +33,10 @@ def similarity(first: Sequence, second: Sequence) -> float:
 
 def rouge_l(text: str, expected: tuple[str, ...]) -> float:
     """Return ROUGE-L's F1, of the reference that is the nearest; words are compared without signs, in any case."""
-    words = re.findall("[a-z0-9]+", text.lower())
-    return max(similarity(words, re.findall("[a-z0-9]+", each.lower())) for each in expected)
+    words = WORD.findall(text.casefold())
+    return max(
+        similarity(words, reference) if (reference := WORD.findall(each.casefold())) else 0.0 for each in expected
+    )
 
 
 def edit(text: str, expected: tuple[str, ...]) -> float:

@@ -14,8 +14,8 @@ from typing import Any
 from flux_attention.errors import DataError
 from flux_attention.tasks.questions import PROSE, Question
 
-#: An answer of at most so many words is right if it is found in what a model says; longer ones are compared.
-SHORT_ANSWER = 8
+#: Words and letters, up to which an answer is right if it is found in what a model says; longer ones are compared.
+SHORT_ANSWER, SHORT_LETTERS = 8, 80
 
 
 def read_records(source: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -132,7 +132,8 @@ def question_of(record: dict[str, Any]) -> Question:
         return Question(record["text"], "", "", (), "prose", "perplexity", PROSE)
     task = metadata.get("task") if isinstance(metadata.get("task"), str) else "records"
     answer = record["answer"].strip()
-    metric = "match" if len(answer.split()) <= SHORT_ANSWER else "rouge-l"
+    is_short = len(answer.split()) <= SHORT_ANSWER and len(answer) <= SHORT_LETTERS
+    metric = "match" if is_short else "rouge-l"
     first = bool(metadata.get("is_prefix"))
     # A model that says "Oslo" where the record says "Oslo." is right.
     return Question(record["context"], record["question"], answer, (answer.rstrip("."),), task, metric, task, first)
