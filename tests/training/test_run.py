@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 from helpers.models import tiny_model
 from helpers.training import FSDP, losses, same_losses
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from flux_attention import AdapterError, attach
+from flux_attention import AdapterError, FluxConfig, attach
 from flux_attention.errors import DataError
+from flux_attention.sizes import SHAPES
 from flux_attention.training import Recipe, RecipeError, train
 from flux_attention.training.checkpoints import last_checkpoint
 from flux_attention.training.run import check_output, dry_run, load_model
@@ -25,9 +28,18 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_of_the_repository_pass_a_dry_run(path):
-    counted = dry_run(Recipe.from_yaml(path))
+def test_recipes_of_the_repository_pass_a_dry_run(path, tmp_path):
+    recipe = Recipe.from_yaml(path)
+    if recipe.start is not None and not recipe.start.startswith("shipped"):  # what calibration would leave
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[recipe.shape]))
+            ranking = tuple(range(model.config.num_hidden_layers))
+            attach(model, FluxConfig(ranking=ranking, budget=0.5)).save_pretrained(tmp_path)
+        recipe = replace(recipe, start=str(tmp_path))
+    counted = dry_run(recipe)
     layers = {"qwen3-4b": 36, "qwen3-8b": 36, "llama-3.1-8b": 32}.get(path.stem)
+    if path.stem in ("smollm2-135m", "qwen2.5-coder-0.5b"):
+        assert counted["parameters"] / 1e6 == pytest.approx({"s": 134.5, "q": 494.0}[path.stem[0]], abs=0.1)
     if layers:
         assert counted["trained"] / layers == pytest.approx(592e3, rel=0.01)
         billions = {"qwen3-4b": 4.02, "qwen3-8b": 8.19, "llama-3.1-8b": 8.03}[path.stem]
