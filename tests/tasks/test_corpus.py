@@ -1,5 +1,7 @@
 """The local machine's texts: three splits that share nothing, and what is read into them."""
 
+from dataclasses import replace
+
 import pytest
 
 from flux_attention.tasks import corpus, documents, text
@@ -95,3 +97,10 @@ def test_an_unknown_split_and_no_text_are_errors(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="no source files found"):
         local_corpus("test")
     corpus._read.cache_clear()
+
+
+def test_a_digest_tells_what_is_in_a_corpus():
+    corpus = local_corpus("test")
+    assert corpus.digest() == local_corpus("test").digest() != local_corpus("train").digest()
+    fewer = replace(corpus, code=corpus.code[1:])
+    assert repr(fewer) == repr(corpus) and fewer.digest() != corpus.digest()

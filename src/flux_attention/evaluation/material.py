@@ -51,7 +51,7 @@ class Material:
         texts = [] if self.haystack is None else [hashlib.sha256(self.haystack.tokens.tobytes()).hexdigest()]
         facts: dict[str, Any] = {"families": self.families}
         if set(self.families) & set(NATURAL):
-            texts.append(hashlib.sha256(repr(local_corpus("test")).encode()).hexdigest())
+            texts.append(local_corpus("test").digest())
             facts["chat"] = has_chat(self.tokenizer, self.chat)
         return {**facts, "text": "+".join(texts)}
 

@@ -7,6 +7,7 @@ belongs to a split by the hash of its path or name, as in ``text``; a paragraph 
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Iterator
@@ -49,6 +50,10 @@ class Corpus:
     prose: tuple[tuple[str, ...], ...] = field(repr=False)
     documents: tuple[Document, ...] = field(repr=False, default=())
     code: tuple[tuple[str, str], ...] = field(repr=False, default=())
+
+    def digest(self) -> str:
+        """Hash all that is in it (SHA-256): packages that come and go change it."""
+        return hashlib.sha256(repr((self.split, self.prose, self.documents, self.code)).encode()).hexdigest()
 
     def paragraphs(self, rng: random.Random) -> list[str]:
         """List all paragraphs, text after text, from a random text on."""

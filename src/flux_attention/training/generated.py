@@ -81,8 +81,7 @@ class Generated(Sequence):
         if not set(self.families) <= set(NATURAL):
             found.update(self.haystack.tokens.tobytes())
         if set(self.families) & set(NATURAL):
-            corpus = self.corpus
-            found.update(repr((corpus.prose, corpus.documents, corpus.code)).encode())
+            found.update(self.corpus.digest().encode())
         return found.digest()
 
     def __len__(self) -> int:
