@@ -278,3 +278,19 @@ class FluxConfig:
             raise FluxConfigError(f"{path} is not valid JSON ({error}); the file may be truncated") from None
         except FluxConfigError as error:
             raise FluxConfigError(f"{path}: {error}") from None
+
+
+def with_options(config: FluxConfig, budget: float | None = None, decide: str | None = None) -> FluxConfig:
+    """
+    Put what ``attach`` was given in place of what an adapter says; None leaves it.
+
+    Raises
+    ------
+    FluxConfigError
+        For values that cannot be, or not with this adapter.
+    """
+    config = config if budget is None else config.with_budget(budget)
+    if decide is None:
+        return config
+    # The ends are long enough for what routers read.
+    return replace(config, decide=decide, end_tokens=max(config.end_tokens, config.pool_size))

@@ -4,8 +4,11 @@ import json
 
 import pytest
 from helpers.command import flux, write_prompt
+from transformers import AutoModelForCausalLM
 
+from flux_attention import FluxConfig, attach
 from flux_attention.hf import precision
+from flux_attention.names import BACKBONE
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +58,18 @@ def test_not_text(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     result = flux("inspect", "shipped", path)
     assert result.returncode == 1 and "is not UTF-8 text (byte 0)" in result.stderr
+
+
+def test_budgets_and_ends_are_asked_for_by_options(prompt, tmp_path):
+    routing = attach(AutoModelForCausalLM.from_pretrained(BACKBONE), FluxConfig(ranking=tuple(range(10)), budget=0.5))
+    routing.save_pretrained(tmp_path)
+    arguments = ["inspect", "shipped", prompt, "--device", "cpu", "--json"]
+    for budget, routes in ((None, "FFFFFSSSSS"), ("0.8", "FFSSSSSSSS")):
+        result = flux(*arguments, "--routers", tmp_path, *([] if budget is None else ["--budget", budget]))
+        assert json.loads(result.stdout)["sequences"][0]["routes"] == routes, result.stderr
+    logits = [
+        json.loads(flux(*arguments, *more).stdout)["sequences"][0]["logits"] for more in ([], ["--decide", "ends"])
+    ]
+    assert logits[0] != logits[1]
+    result = flux(*arguments, "--routers", tmp_path, "--decide", "ends")
+    assert result.returncode == 1 and "a ranking is of layers and has no routers" in result.stderr

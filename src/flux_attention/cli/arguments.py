@@ -17,6 +17,12 @@ Force = Annotated[
     str | None,
     typer.Option(help="Ignore the routers: 'full', 'sparse', a ratio with a point (0.75), or the full layers (3,7)."),
 ]
+Budget = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of sparse layers, of an adapter that has a budget.")
+]
+Decide = Annotated[
+    str | None, typer.Option(help="When routers read the prompt: prefill, or ends, its two ends beforehand.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Device = Annotated[str | None, typer.Option(help="Device; default: cuda if there is one.")]
 Dtype = Annotated[

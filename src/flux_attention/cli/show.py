@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from flux_attention.cli.arguments import Device, Dtype, Force, Json, Model, Routers, Text, read_force, read_text
+from flux_attention.cli.arguments import (
+    Budget,
+    Decide,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Routers,
+    Text,
+    read_force,
+    read_text,
+)
 from flux_attention.cli.console import err, out
 from flux_attention.cli.subject import Subject, check_precision
 
@@ -14,10 +26,13 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.2f} MiB"
 
 
-def _subject(model: str, routers: str | None, force: str | None, device: str | None, dtype: str):
+def _subject(
+    model: str, routers: str | None, force: str | None, budget: float | None, decide: str | None, device: str | None,
+    dtype: str,
+):  # fmt: skip
     check_precision(device, dtype)  # before PyTorch is imported
     routes = read_force(force)
-    return Subject(model, [routers] if routers else [], device, dtype, routes), routes
+    return Subject(model, [routers] if routers else [], device, dtype, routes, budget=budget, decide=decide), routes
 
 
 def inspect(
@@ -25,13 +40,15 @@ def inspect(
     text: Text = None,
     routers: Routers = None,
     force: Force = None,
+    budget: Budget = None,
+    decide: Decide = None,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ):
     """Show how a prompt is routed: full and sparse layers, sparsity ratios, bytes of the KV cache."""
     prompt = read_text(text)
-    subject, routes = _subject(model, routers, force, device, dtype)
+    subject, routes = _subject(model, routers, force, budget, decide, device, dtype)
     ids = subject.encode(prompt)
 
     import torch
@@ -54,6 +71,8 @@ def generate(
     text: Text = None,
     routers: Routers = None,
     force: Force = None,
+    budget: Budget = None,
+    decide: Decide = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -61,7 +80,7 @@ def generate(
 ):
     """Continue a prompt (greedily), printing text as it comes."""
     prompt = read_text(text)
-    subject, routes = _subject(model, routers, force, device, dtype)
+    subject, routes = _subject(model, routers, force, budget, decide, device, dtype)
     ids = subject.encode(prompt, max_new_tokens)
 
     import torch

@@ -24,9 +24,14 @@ class Subject:
         As the options of these names.
     force : optional
         Routes that are to be forced.
+    **options
+        Of ``attach``: ``budget`` and ``decide``; None is the adapter's own.
     """
 
-    def __init__(self, model: str, routers: list[str], device: str | None, dtype: str, force: Any = None):
+    def __init__(
+        self, model: str, routers: list[str], device: str | None, dtype: str, force: Any = None, **options: Any
+    ):
+        self.options = {name: value for name, value in options.items() if value is not None}
         check_precision(device, dtype)
         self.model, self.path, self.dtype = model, names.model_path(model), dtype
         wanted = routers or (["shipped"] if model == "shipped" else [])
@@ -54,12 +59,16 @@ class Subject:
 
     def check_adapters(self, force: Any) -> None:
         """Read the adapters' configurations, and compare the routes that are to be forced with their layers."""
-        if not self.adapters and not isinstance(force, float):
+        if not self.adapters and not isinstance(force, float) and not self.options:
             return
         from flux_attention.adapters import load_config
+        from flux_attention.config import FluxConfig, with_options
         from flux_attention.routes import parse_routes
 
-        layers = [load_config(adapter)[1].base_model.routed_layers for adapter in self.adapters]
+        configs = [load_config(adapter)[1] for adapter in self.adapters]
+        for config in configs or [FluxConfig()]:
+            with_options(config, **self.options)
+        layers = [config.base_model.routed_layers for config in configs]
         if force is not None:
             for known in layers or [(0,)]:  # a ratio can be wrong whatever the layers
                 parse_routes(force, 1, known)
@@ -113,7 +122,7 @@ class Subject:
         with err.status("attaching routers"):
             from flux_attention import attach
 
-            return loaded, attach(loaded, self.adapters[0] if self.adapters else None)
+            return loaded, attach(loaded, self.adapters[0] if self.adapters else None, **self.options)
 
 
 def check_precision(device: str | None, dtype: str) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from flux_attention import adapters
-from flux_attention.config import BaseModel, FluxConfig
+from flux_attention.config import BaseModel, FluxConfig, with_options
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.compiled import compiled_layer, materialize_input, readers
 from flux_attention.hf.context import NAME, ForwardContext
@@ -130,9 +130,7 @@ def attach(
         config, modules = _fresh(routers or FluxConfig(), base)
     else:
         config, modules = adapters.load(routers, base, revision)
-    config = config if budget is None else config.with_budget(budget)
-    if decide is not None:  # whose ends are long enough for what routers read
-        config = replace(config, decide=decide, end_tokens=max(config.end_tokens, config.pool_size))
+    config = with_options(config, budget, decide)
     if config.granularity == "head" and tensor_parallel_group(decoder) is not None:
         raise UnsupportedModelError("routers of granularity 'head' are not for tensor parallelism: use one process")
     for index, attention in attentions.items():
