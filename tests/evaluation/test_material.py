@@ -36,7 +36,7 @@ def test_records_are_judged_by_task_and_told_apart(tokenizer):
     assert records.families == ["a", "b"]
     assert [sample.question.answer for sample in records.make("b", records.length, 2)] == ["1", "3"]
     assert records.length == max(len(s.input_ids) for s in records.make("a", 0, 9) + records.make("b", 0, 9))
-    assert records.make("place", 400, 1, CALIBRATION_SEED)[0].question.family == "place"
+    assert records.make("place", 800, 1, CALIBRATION_SEED)[0].question.family == "place"
     assert Records(tokenizer, questions).settings == records.settings
     assert Records(tokenizer, [*questions[:5], question(7, "b")]).settings != records.settings
     with pytest.raises(ValueError, match=r"record 2 has .* tokens, expected at most 256: shorten it"):

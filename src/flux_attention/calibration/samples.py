@@ -14,8 +14,8 @@ import numpy as np
 from flux_attention.config import FluxConfig
 from flux_attention.errors import CalibrationError
 from flux_attention.patterns import sparse_pattern
-from flux_attention.tasks.corpus import local_corpus
-from flux_attention.tasks.questions import NATURAL, Question, as_sample, has_chat, make_question
+from flux_attention.tasks.making import Wanted, make_samples
+from flux_attention.tasks.questions import NATURAL, Question, as_sample, has_chat
 from flux_attention.tasks.samples import Sample
 from flux_attention.validation import check_known
 
@@ -77,19 +77,16 @@ def generated_samples(
     check_known("families", families, NATURAL)
     if samples < len(families):
         raise CalibrationError(f"{samples} samples cannot rank layers by {len(families)} families: use one of each")
-    corpus = local_corpus("calibration")
-
-    def make(family: str, seed: int) -> Sample:
-        return as_sample(make_question(family, corpus, tokenizer, length, seed, chat), tokenizer, chat)
-
+    ranked = [Wanted(families[index % len(families)], length, index) for index in range(samples)]
+    judging = [Wanted(family, length, JUDGED_SEED + index) for family in families for index in range(judged)]
+    made = make_samples([*ranked, *judging], "calibration", tokenizer, chat)
     settings = dict(
         families=list(families), length=length, samples=samples, judged=judged, chat=has_chat(tokenizer, chat)
     )
-    return CalibrationSet(
-        [make(families[index % len(families)], index) for index in range(samples)],
-        {family: [make(family, JUDGED_SEED + index) for index in range(judged)] for family in families},
-        settings,
-    )
+    by_family = {
+        family: made[samples + place * judged : samples + (place + 1) * judged] for place, family in enumerate(families)
+    }
+    return CalibrationSet(made[:samples], by_family, settings)
 
 
 def given_samples(

@@ -9,7 +9,8 @@ from typing import Any
 from flux_attention.tasks.corpus import local_corpus
 from flux_attention.tasks.encoding import has_chat
 from flux_attention.tasks.families import EVERY_FAMILY
-from flux_attention.tasks.questions import NATURAL, Question, as_sample, make_question
+from flux_attention.tasks.making import Wanted, make_samples
+from flux_attention.tasks.questions import NATURAL, Question, as_sample
 from flux_attention.tasks.samples import Haystack, Sample, make_sample
 from flux_attention.validation import check_known
 
@@ -44,6 +45,7 @@ class Material:
         if hidden and haystack is None:
             raise ValueError(f"families {hidden} are hidden in text, but there is none; expected a Haystack")
         self.tokenizer, self.families, self.haystack, self.chat = tokenizer, list(families), haystack, chat
+        self._made: dict[tuple, Any] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -56,13 +58,28 @@ class Material:
         return {**facts, "text": "+".join(texts)}
 
     def make(self, family: str, length: int, count: int, seed: int = 0) -> list[Sample]:
-        """Make samples of a family, on held-out names, values and texts."""
-        seeds = range(seed, seed + count)
-        if family in EVERY_FAMILY:
-            return [make_sample(family, self.haystack, self.tokenizer, length, each, held_out=True) for each in seeds]
-        corpus = local_corpus("calibration" if seed >= CALIBRATION_SEED else "test")
-        questions = (make_question(family, corpus, self.tokenizer, length, each, self.chat) for each in seeds)
-        return [as_sample(question, self.tokenizer, self.chat) for question in questions]
+        """Make samples of a family, on held-out names, values and texts; each once, as all methods see the same."""
+        if family in NATURAL:
+            return self._in_words(length, count, seed)[family]
+        key = (family, length, count, seed)
+        if key not in self._made:
+            self._made[key] = [
+                make_sample(family, self.haystack, self.tokenizer, length, each, held_out=True)
+                for each in range(seed, seed + count)
+            ]
+        return self._made[key]
+
+    def _in_words(self, length: int, count: int, seed: int) -> dict[str, list[Sample]]:
+        """Make the samples of all families in words together, which several processes can share."""
+        key, families = (length, count, seed), [family for family in self.families if family in NATURAL]
+        if key not in self._made:
+            wanted = [Wanted(family, length, seed + index) for family in families for index in range(count)]
+            split = "calibration" if seed >= CALIBRATION_SEED else "test"
+            samples = make_samples(wanted, split, self.tokenizer, self.chat)
+            self._made[key] = {
+                family: samples[place * count : (place + 1) * count] for place, family in enumerate(families)
+            }
+        return self._made[key]
 
 
 class Records(Material):
@@ -98,7 +115,8 @@ class Records(Material):
                     "allow more, if the model reads so many"
                 )
             self.given.setdefault(question.family, []).append(sample)
-        super().__init__(tokenizer, list(NATURAL), chat=chat)
+        super().__init__(tokenizer, [], chat=chat)
+        self.generated = Material(tokenizer, list(NATURAL), chat=chat)
         self.families = list(self.given)
         self.length = max(len(sample.input_ids) for some in self.given.values() for sample in some)
 
@@ -114,5 +132,5 @@ class Records(Material):
     def make(self, family: str, length: int, count: int, seed: int = 0) -> list[Sample]:
         """Return a task's first records; or, to choose static layers on, generated questions of a family."""
         if seed >= CALIBRATION_SEED:
-            return super().make(family, length, count, seed)
+            return self.generated.make(family, length, count, seed)
         return self.given[family][:count]
