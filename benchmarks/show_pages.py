@@ -23,6 +23,7 @@ FILES = {
     "packs": ("router training on packs of sequences", "flux-attention bench packs"),
     "cpu_prefill": ("the shipped model's prefill on a CPU", "python benchmarks/cpu_prefill.py"),
     "demo_quality": ("what the shipped model answers", "flux-attention eval shipped"),
+    "ends_quality": ("routes by a prompt's ends beside those of the prefill", "python benchmarks/ends_quality.py"),
     "two_prompts": ("routes of two prompts: README's picture", "python benchmarks/two_prompts.py"),
     "quickstart": ("what the quick start's routers answer", "flux-attention eval shipped --routers runs/quickstart"),
     "quality": ("the study: routed, fixed and random layers", "python recipes/study/run.py evaluate"),
