@@ -12,9 +12,11 @@ import torch
 from helpers.models import CONFIG, TRIANGLE, ids, randomize, tiny_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.utils import PushToHubMixin
 
 from flux_attention import AdapterError, FluxConfig, adapters, attach
+from flux_attention.names import BACKBONE, ROUTERS
 
 
 @pytest.fixture
@@ -311,3 +313,9 @@ def test_push_takes_what_transformers_takes():
     ours = inspect.signature(adapters.AdapterMixin.push_to_hub).parameters
     assert set(ours) == set(theirs) - {"max_shard_size", "tags"}  # of models, and of a card that is made elsewhere
     assert all(ours[name].kind == theirs[name].kind for name in ours)
+
+
+def test_the_adapter_that_comes_along_has_a_name():
+    routing = attach(AutoModelForCausalLM.from_pretrained(BACKBONE), "shipped")
+    assert routing.config.sparse == adapters.load_config(ROUTERS)[1].sparse
+    assert adapters.resolve("shipped") == ROUTERS

@@ -22,7 +22,7 @@ from torch import nn
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import AdapterError, FluxConfigError
 from flux_attention.files import replacing
-from flux_attention.names import GGUF_MARK, NAME, check_folder, unreachable
+from flux_attention.names import GGUF_MARK, NAME, adapter_path, check_folder, unreachable
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter
 
@@ -159,14 +159,14 @@ class AdapterMixin:
 
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    Find the local directory of an adapter: the path itself, or a download of the Hub repository of that id.
+    Find the local directory of an adapter: the path itself, that of ``shipped``, or a download of the Hub repository.
 
     Raises
     ------
     AdapterError
         If there is neither; the Hub is not asked about what can only be a path.
     """
-    path = Path(path_or_id).expanduser()
+    path = Path(adapter_path(str(path_or_id))).expanduser()
     if path.is_dir():
         return path
     try:

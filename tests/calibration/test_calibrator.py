@@ -175,6 +175,22 @@ def test_what_dense_does_not_answer_is_refused_by_name(monkeypatch):
         routed.judge_dense()
 
 
+def test_families_that_dense_does_not_answer_do_not_rank(monkeypatch):
+    judged = {"first": [sample(20, "first", "match")], "second": [sample(21, "second", "match")]}
+    routed = calibrator_of(model(), CalibrationSet(some_samples().ranked, judged, {}))
+
+    def generate(model, tokenizer, samples, *arguments, **options):
+        return type("Answers", (), dict(texts=["x" if samples[0].family == "first" else "no"]))
+
+    monkeypatch.setattr(calibrator, "generate_answers", generate)
+    both = routed.rank()
+    routed.judge_dense()
+    assert routed.counted == {"first"}
+    stock, only = model(), next(each for each in routed.samples.ranked if each.family == "first")
+    losses = {layer: expected_loss(stock, only, set(range(LAYERS)) - {layer}) for layer in range(LAYERS)}
+    assert list(routed.rank()) == sorted(losses, key=losses.__getitem__, reverse=True) != list(both)
+
+
 def test_losses_that_are_no_numbers_are_refused():
     broken = model()
     broken.model.embed_tokens.weight.data[some_samples().ranked[0].input_ids[0]] = float("nan")

@@ -86,6 +86,8 @@ class Calibrator:
     ):
         self.routing, self.tokenizer, self.samples = routing, tokenizer, samples
         self.batch_size, self.folder, self.progress = batch_size, folder, progress
+        #: Families that rank: those that can be judged, once that is known.
+        self.counted: set[str] = {sample.family for sample in samples.ranked}
         self.rows: list[dict[str, Any]] = []
         if folder is not None and not restart:
             self.rows = begun_rows(folder / ROWS_FILE, self.settings)
@@ -115,7 +117,7 @@ class Calibrator:
         return row
 
     def _ranked_loss(self, full: list[int]) -> float:
-        """Return the mean over families of the ranked samples' loss with these layers full."""
+        """Return the mean over the families that count of the ranked samples' loss with these layers full."""
         facts = dict(phase="rank", full_layers=sorted(full))
         row = self._find(**facts)
         if row is None:
@@ -125,7 +127,8 @@ class Calibrator:
                 nats.setdefault(sample.family, []).append(loss)
             families = {family: _finite(round(fmean(losses), 6), family) for family, losses in nats.items()}
             row = self._add(**facts, nats=fmean(families.values()), families=families, n=len(self.samples.ranked))
-        return row["nats"]
+        counted = [nats for family, nats in row["families"].items() if family in self.counted]
+        return fmean(counted) if counted else row["nats"]
 
     def rank(self, greedy: bool = False) -> tuple[int, ...]:
         """
@@ -222,6 +225,7 @@ class Calibrator:
                 + ", ".join(f"{row['task']} {row['accuracy']:.2f}" for row in asked)
                 + "; try shorter samples, or records that it can answer"
             )
+        self.counted = {*answered(rows), *(row["task"] for row in rows if row["accuracy"] is None)}
         return rows
 
 

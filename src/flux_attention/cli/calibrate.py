@@ -1,6 +1,7 @@
 """``calibrate`` finds which layers of a model need full attention, without training."""
 
 import json
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -13,19 +14,27 @@ from rich.table import Table
 from flux_attention.cli.arguments import Device, Dtype, Json, Model, read_numbers, read_text
 from flux_attention.cli.console import UserError, err, out
 from flux_attention.cli.subject import Subject, check_precision
-from flux_attention.files import check_writable
 
 #: In the output folder; as in ``calibration.calibrator``, which takes long to import.
 PLOT_FILE = "calibration.svg"
 
 
+#: Seconds between lines of progress where there is no terminal to draw a bar on.
+LINE_SECONDS = 20
+
+
 class _Bar:
-    """Draws one progress bar for each stage of a calibration."""
+    """Draws one progress bar for each stage of a calibration; where there is no terminal it prints lines."""
 
     def __init__(self, progress: Progress):
-        self.progress, self.tasks = progress, {}
+        self.progress, self.tasks, self.told = progress, {}, time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        if not err.is_terminal:
+            if time.monotonic() - self.told > LINE_SECONDS:
+                self.told = time.monotonic()
+                err.print(f"{what}: {done} of {total}", highlight=False)
+            return
         if what not in self.tasks:
             self.tasks[what] = self.progress.add_task(what, total=total)
         self.progress.update(self.tasks[what], completed=done, total=total)
@@ -74,7 +83,12 @@ def _tell(config, output: Path, as_json: bool) -> None:
         out.print(f"{left_out} records left out: sparse layers would see more than half of them", highlight=False)
     if untold:
         out.print(f"not judged, as dense does not answer it either: {', '.join(untold)}", highlight=False)
+    if not any(row["accuracy"] is not None for row in rows):
+        out.print("chosen by the loss alone, which misleads: check it with flux-attention eval", highlight=False)
     full = len(config.full_layers)
+    if full == len(config.ranking):
+        text = "no budget that was tried keeps loss and answers: the adapter changes nothing until it is given a budget"
+        out.print(f"{text}; longer samples or a larger window may help", highlight=False, soft_wrap=True)
     text = f"default budget {config.budget:.3g}: {full} of {len(config.ranking)} layers full, the rest sparse"
     out.print(text, highlight=False)
     out.print(f"the adapter is {output}; look at {output / PLOT_FILE}", highlight=False, soft_wrap=True)
@@ -90,7 +104,9 @@ def calibrate(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Samples by which layers are ranked; default: two of each family.")
     ] = None,
-    judged: Annotated[int, typer.Option(min=1, help="Samples of each family by which budgets are judged.")] = 16,
+    judged: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each family by which budgets are judged; default: 16.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Nats a token by which no loss may rise.")] = 0.05,
     sink: Annotated[int, typer.Option(min=0, help="First tokens that sparse layers see.")] = 128,
     window: Annotated[int, typer.Option(min=1, help="Last tokens that sparse layers see.")] = 1024,
@@ -116,15 +132,17 @@ def calibrate(
     config = FluxConfig(sink=sink, window=window)
     texts = [read_text(str(path)) for path in text] if text else None
     check_precision(device, dtype)
-    check_writable(output)
+    counts = {"samples": samples, "judged": judged}
+    if records is not None and any(count is not None for count in counts.values()):
+        raise UserError("--samples and --judged are for generated questions and text: of --records all are used")
 
     from flux_attention.calibration.run import calibrate as run
     from flux_attention.calibration.run import check_arguments
 
     named = families.split(",") if families else None
-    check_arguments(config, size, None, records, texts, named, output)
+    check_arguments(config, size, None, records, texts, named)
     subject = Subject(model, [], device, dtype)
-    check_arguments(config, size, subject.positions)
+    check_arguments(config, size, subject.positions, folder=output)
     questions = None
     if records is not None:
         from flux_attention.tasks.records import read_questions
@@ -141,8 +159,7 @@ def calibrate(
             texts=texts,
             families=named,
             length=size,
-            **({} if samples is None else {"samples": samples}),
-            judged=judged,
+            **{name: count for name, count in counts.items() if count is not None},
             tolerance=tolerance,
             greedy=greedy,
             chat=chat,
