@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -92,7 +93,7 @@ class Calibrator:
         if folder is not None and not restart:
             self.rows = begun_rows(folder / ROWS_FILE, self.settings)
 
-    @property
+    @cached_property  # written with every row, and hashes the samples and weights
     def settings(self) -> dict[str, Any]:
         """Facts that the rows depend on."""
         model, config = self.routing.model, self.routing.config

@@ -15,10 +15,6 @@ from flux_attention.cli.arguments import Device, Dtype, Json, Model, read_number
 from flux_attention.cli.console import UserError, err, out
 from flux_attention.cli.subject import Subject, check_precision
 
-#: In the output folder; as in ``calibration.calibrator``, which takes long to import.
-PLOT_FILE = "calibration.svg"
-
-
 #: Seconds between lines of progress where there is no terminal to draw a bar on.
 LINE_SECONDS = 20
 
@@ -63,7 +59,7 @@ def _columns() -> tuple:
 
 def _tell(config, output: Path, as_json: bool) -> None:
     """Print what was found, as the output folder has it."""
-    from flux_attention.calibration.calibrator import ROWS_FILE, answered, judged_rows
+    from flux_attention.calibration.calibrator import PLOT_FILE, ROWS_FILE, answered, judged_rows
     from flux_attention.calibration.plot import by_class
 
     rows = judged_rows(output, config.ranking)

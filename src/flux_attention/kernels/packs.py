@@ -10,6 +10,7 @@ Shape suffixes: B sequences, N spans.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,10 +86,6 @@ class Pack:
 
         return self._put(("tiles", step), device, make)
 
-    def _spans_of(self, row: int) -> tuple[int, int]:
-        numbers = [number for number, span in enumerate(self.spans) if span[0] == row]
-        return numbers[0], numbers[-1] + 1
-
     def key_blocks(self, size: int, device: torch.device) -> torch.Tensor:
         """
         Return int32 (blocks, 7): of each ``size`` keys the row of the sequence's first key, first key, sequence length,
@@ -96,8 +93,10 @@ class Pack:
         """
 
         def make():
+            counts = Counter(row for row, _, _ in self.spans)
+            firsts = [0, *itertools.accumulate(counts[row] for row in range(len(self.lengths)))]
             return [
-                (self.cu_seqlens[row], start, length, *self._spans_of(row), 0, length)
+                (self.cu_seqlens[row], start, length, *firsts[row : row + 2], 0, length)
                 for row, length in enumerate(self.lengths)
                 for start in range(0, length, size)
             ]
