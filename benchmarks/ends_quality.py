@@ -21,8 +21,7 @@ from flux_attention.hf.loading import load_model, load_tokenizer
 from flux_attention.names import adapter_path, model_name
 from flux_attention.results import write_results
 from flux_attention.tasks.families import FAMILIES
-from flux_attention.tasks.generation import generate_answers
-from flux_attention.tasks.metrics import score_answer
+from flux_attention.tasks.generation import score_answers
 from flux_attention.tasks.samples import Haystack
 from flux_attention.tasks.scoring import evaluate
 from flux_attention.tasks.text import local_texts
@@ -34,9 +33,8 @@ def measure(model, tokenizer, routing, samples, batch_size, routes=None):
     """Return the score of samples, by name and value, and their routes (N, L)."""
     question = samples[0].question
     if question is not None and question.metric != "perplexity":
-        found = generate_answers(model, tokenizer, samples, batch_size, routes=routes, routing=routing)
-        scores = [score_answer(each.question, text) for each, text in zip(samples, found.texts, strict=True)]
-        return {"accuracy": round(fmean(scores), 4)}, torch.tensor(found.full)
+        scores, full = score_answers(model, tokenizer, samples, batch_size, routes, routing)
+        return {"accuracy": round(fmean(scores), 4)}, torch.tensor(full)
     scores = evaluate(model, samples, routing, batch_size, routes)
     is_text = question is not None or samples[0].family == "plain"
     value = {"perplexity": round(scores.perplexity, 4)} if is_text else {"accuracy": round(scores.accuracy, 4)}

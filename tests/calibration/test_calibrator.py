@@ -13,6 +13,7 @@ from flux_attention.calibration import calibrator
 from flux_attention.calibration.calibrator import Calibrator, answered, choose_budget, greedy_order
 from flux_attention.calibration.samples import CalibrationSet
 from flux_attention.patterns import full_pattern, sparse_pattern
+from flux_attention.tasks import generation
 from flux_attention.tasks.questions import Question
 from flux_attention.tasks.samples import Sample
 
@@ -163,9 +164,9 @@ def test_what_dense_does_not_answer_is_refused_by_name(monkeypatch):
 
     def generate(model, tokenizer, samples, *arguments, **options):
         asked.append((samples[0].family, len(options["routes"])))
-        return type("Answers", (), dict(texts=[given[samples[0].family]]))
+        return type("Answers", (), dict(full=[], texts=[given[samples[0].family]]))
 
-    monkeypatch.setattr(calibrator, "generate_answers", generate)
+    monkeypatch.setattr(generation, "generate_answers", generate)
     rows = routed.judge(tuple(range(LAYERS)))
     assert answered(rows) == ["first"]
     assert asked == [("first", 6), ("second", 6), *(("first", count) for count in (5, 4, 3, 2, 1, 0))]
@@ -180,9 +181,9 @@ def test_families_that_dense_does_not_answer_do_not_rank(monkeypatch):
     routed = calibrator_of(model(), CalibrationSet(some_samples().ranked, judged, {}))
 
     def generate(model, tokenizer, samples, *arguments, **options):
-        return type("Answers", (), dict(texts=["x" if samples[0].family == "first" else "no"]))
+        return type("Answers", (), dict(full=[], texts=["x" if samples[0].family == "first" else "no"]))
 
-    monkeypatch.setattr(calibrator, "generate_answers", generate)
+    monkeypatch.setattr(generation, "generate_answers", generate)
     both = routed.rank()
     routed.judge_dense()
     assert routed.counted == {"first"}

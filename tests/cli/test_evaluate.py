@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flux_attention import FluxConfig, attach
 from flux_attention.evaluation.base import adapter_hash
 from flux_attention.evaluation.material import Material
+from flux_attention.tasks import generation
 from flux_attention.tasks.metrics import edit
 
 SIZES = ["--lengths", "400", "--samples", "2"]
@@ -74,10 +75,9 @@ def test_a_ranking_is_judged_at_budgets_and_a_run_goes_on_with_more(base, adapte
     _, rows = judged(base, tmp_path, *options)
     assert [row["method"] for row in rows[::2]] == ["dense", "sparse", "static-nll"]
     assert (rows[-1]["budget"], rows[-1]["full_layers"], rows[-1]["sparsity"]) == (0.34, [0, 2], 0.3333)
-    from flux_attention.evaluation import quality
 
-    told, real = [], quality.generate_answers
-    monkeypatch.setattr(quality, "generate_answers", lambda *a, **k: told.append(k["routes"]) or real(*a, **k))
+    told, real = [], generation.generate_answers
+    monkeypatch.setattr(generation, "generate_answers", lambda *a, **k: told.append(k["routes"]) or real(*a, **k))
     said, more = judged(base, tmp_path, *options, "--budgets", "0.34,0.67,1")
     assert told == [[2], "sparse"]  # what was there is not measured again
     assert [row["budget"] for row in more if row["task"] == "place" and "budget" in row] == [0.34, 0.67, 1.0]

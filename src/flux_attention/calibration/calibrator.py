@@ -20,8 +20,7 @@ from flux_attention.calibration.samples import CalibrationSet
 from flux_attention.errors import CalibrationError
 from flux_attention.hf.handle import Routing
 from flux_attention.results import begun_rows, write_results
-from flux_attention.tasks.generation import generate_answers
-from flux_attention.tasks.metrics import score_answer
+from flux_attention.tasks.generation import score_answers
 from flux_attention.tasks.scoring import evaluate
 
 #: Shares of sparse layers that are judged.
@@ -190,10 +189,7 @@ class Calibrator:
         question, scores = samples[0].question, None
         metric = "perplexity" if question is None else question.metric
         if asks and metric in MIN_DENSE:
-            texts = generate_answers(
-                model, self.tokenizer, samples, self.batch_size, routes=full, routing=self.routing
-            ).texts
-            scores = [score_answer(sample.question, text) for sample, text in zip(samples, texts, strict=True)]
+            scores, _ = score_answers(model, self.tokenizer, samples, self.batch_size, full, self.routing)
         return self._add(
             **facts,
             task_class=family if question is None else question.task_class,

@@ -52,8 +52,7 @@ from flux_attention.hf.support import check_head, max_positions
 from flux_attention.results import begun_rows, write_results
 from flux_attention.routes import unit_name
 from flux_attention.tasks.families import EVERY_FAMILY
-from flux_attention.tasks.generation import generate_answers
-from flux_attention.tasks.metrics import score_answer
+from flux_attention.tasks.generation import score_answers
 from flux_attention.tasks.questions import NATURAL, PROSE, Question
 from flux_attention.tasks.samples import Haystack, Sample
 from flux_attention.tasks.scoring import evaluate
@@ -194,11 +193,8 @@ class Evaluation(AdapterEvaluation):
             scores = evaluate(self.model, samples, routing, self.batch_size, routes)
             measures, full = token_measures(scores, question is not None or samples[0].family == "plain"), scores.full
         else:
-            answers = generate_answers(
-                self.model, self.tokenizer, samples, self.batch_size, routes=routes, routing=routing
-            )
-            pairs = zip(samples, answers.texts, strict=True)
-            measures, full = answer_measures([score_answer(s.question, text) for s, text in pairs]), answers.full
+            found, full = score_answers(self.model, self.tokenizer, samples, self.batch_size, routes, routing)
+            measures = answer_measures(found)
         words = {} if question is None else {"task_class": question.task_class, "metric": question.metric}
         return {**words, **measures}, full
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from flux_attention.routes import RouteSpec
+from flux_attention.tasks.metrics import score_answer
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.scoring import pad, rows_of
 
@@ -105,3 +106,21 @@ def generate_answers(
                 full[index] = routing.routes.routes_BL[row].tolist()
         progress(len(batch))
     return Answers(texts, full)
+
+
+def score_answers(
+    model, tokenizer, samples: Sequence[Sample], batch_size: int, routes: RouteSpec | None = None, routing=None
+) -> tuple[list[float], list[list[bool]]]:
+    """
+    Score what a model generates to samples that were made from questions; see ``generate_answers``.
+
+    Returns
+    -------
+    scores : list of float
+        By each question's metric.
+    full : list of list of bool
+        Routes, True = full attention.
+    """
+    answers = generate_answers(model, tokenizer, samples, batch_size, routes=routes, routing=routing)
+    pairs = zip(samples, answers.texts, strict=True)
+    return [score_answer(sample.question, text) for sample, text in pairs], answers.full
