@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_attention.evaluation.material import CALIBRATION_SEED, Material, Records
+from flux_attention.evaluation.material import CALIBRATION_SEED, UNSEEN, Material, Records
 from flux_attention.tasks.corpus import local_corpus
 from flux_attention.tasks.questions import Question, make_question
 
@@ -14,7 +14,7 @@ def question(index, family="mine", context="some words " * 20):
 def test_questions_in_words_are_of_the_test_split_and_those_that_choose_layers_are_not(tokenizer):
     material = Material(tokenizer, ["place"])
     (judged,), (chosen,) = material.make("place", 400, 1), material.make("place", 400, 1, CALIBRATION_SEED)
-    assert judged.question == make_question("place", local_corpus("test"), tokenizer, 400, 0)
+    assert judged.question == make_question("place", local_corpus("test"), tokenizer, 400, UNSEEN)
     assert chosen.question == make_question("place", local_corpus("calibration"), tokenizer, 400, CALIBRATION_SEED)
 
 

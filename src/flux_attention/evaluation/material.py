@@ -16,6 +16,8 @@ from flux_attention.validation import check_known
 
 #: Samples from this seed on choose static layers, those from 0 on are the report's.
 CALIBRATION_SEED = 10_000_000
+#: Questions in words of the report start here: the wordings were chosen by looking at the first few.
+UNSEEN = 1_000
 
 
 class Material:
@@ -73,8 +75,9 @@ class Material:
         """Make the samples of all families in words together, which several processes can share."""
         key, families = (length, count, seed), [family for family in self.families if family in NATURAL]
         if key not in self._made:
-            wanted = [Wanted(family, length, seed + index) for family in families for index in range(count)]
             split = "calibration" if seed >= CALIBRATION_SEED else "test"
+            first = seed + UNSEEN if split == "test" else seed
+            wanted = [Wanted(family, length, first + index) for family in families for index in range(count)]
             samples = make_samples(wanted, split, self.tokenizer, self.chat)
             self._made[key] = {
                 family: samples[place * count : (place + 1) * count] for place, family in enumerate(families)
