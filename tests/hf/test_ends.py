@@ -1,6 +1,7 @@
 """Routes by the prompt's two ends: what a stock model and the routers say of them, in whatever call a prompt comes."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -331,7 +332,8 @@ def test_the_pass_as_a_graph_says_what_it_says_without(compile):
                 model(prompt)
                 logits.append(routing.routes.logits_BL2)
             found[graphs] = torch.stack(logits)
-        assert len(routing._ends._graphs) == 1
+        ((_, graph),) = routing._ends._graphs.values()
+        assert graph is not None
         torch.testing.assert_close(found[True], found[False], atol=0.05, rtol=0.02)
         assert not torch.equal(found[True][0], found[True][1])
         routing.routers["0"].head[-1].bias.add_(3.0)  # in place: the graph reads what is there now
@@ -342,7 +344,7 @@ def test_the_pass_as_a_graph_says_what_it_says_without(compile):
 
 
 @pytest.mark.gpu
-def test_a_prefill_by_ends_waits_for_the_device_once_more_than_forced():
+def test_a_prefill_by_ends_waits_for_the_device_before_its_first_layer_only():
     model = tiny_model("qwen3").to(torch.bfloat16)
     routing = randomize(attach(model, ENDS))
     model.cuda()
@@ -355,6 +357,12 @@ def test_a_prefill_by_ends_waits_for_the_device_once_more_than_forced():
             torch.cuda.set_sync_debug_mode("warn")
             model(prompt)
             torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in caught)
+        return [
+            f"{Path(warning.filename).name}:{warning.lineno}"
+            for warning in caught
+            if "called a synchroniz" in str(warning.message)
+        ]
 
-    assert waits(None) <= waits([1]) + 1
+    forced, routed = waits([1]), waits(None)
+    # Once to see whether the prompt is padded, once for what the routers say of its ends.
+    assert len(routed) <= len(forced) + 2, (forced, routed)

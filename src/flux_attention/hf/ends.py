@@ -44,7 +44,7 @@ def take_ends(prompt: Prompt, end_tokens: int) -> tuple[torch.Tensor, list[int]]
     length_B1 = torch.tensor(prompt.lengths, device="cpu")[:, None]
     gap_B1 = (length_B1 - 2 * end_tokens).clamp(min=0)
     slots_BW = torch.where(slot_W < end_tokens, slot_W, slot_W + gap_B1).minimum(length_B1 - 1)
-    columns_BW = prompt.layout.columns(slots_BW).to(prompt.tokens.device)
+    columns_BW = kernels.to_device(prompt.layout.columns(slots_BW), prompt.tokens.device)
     rows = torch.arange(len(lengths), device=prompt.tokens.device)
     if prompt.layout.starts is not None:  # all sequences stand in one row
         rows = torch.zeros_like(rows)
@@ -115,8 +115,7 @@ class EndsReader:
         outputs = []
         for unit in self.units:
             router, x_BD = self.routers[unit], pooled[unit]
-            if next(router.parameters()).device != x_BD.device:
-                router.to(x_BD.device)
+            _place(router, x_BD.device)
             with torch.autocast(x_BD.device.type, enabled=False):
                 outputs.append(router(x_BD, budgets_of(budget, x_BD)))
         return torch.stack([output.to(outputs[0].device) for output in outputs], dim=1)
@@ -149,6 +148,8 @@ class EndsReader:
 
     def _graph(self, tokens: torch.Tensor, lengths: list[int], budget: float | None) -> _EndsGraph | None:
         """Return the graph for so many prompts; None if it could not be captured."""
+        for router in self.routers.values():  # now: a graph is of what lies where
+            _place(router, tokens.device)
         state = captured_state(self.decoder, self.routers.values())
         if any(made_for != state for made_for, _ in self._graphs.values()):
             self._graphs.clear()
@@ -174,6 +175,12 @@ class EndsReader:
     def clear(self) -> None:
         """Forget all graphs."""
         self._graphs.clear()
+
+
+def _place(router: LayerRouter, device: torch.device) -> None:
+    """Bring a router to a device, if it is elsewhere."""
+    if next(router.parameters()).device != device:
+        router.to(device)
 
 
 class _EndsGraph:

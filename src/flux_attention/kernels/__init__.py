@@ -5,7 +5,7 @@ All functions take query states after rotary embedding and grouped KV heads (GQA
 left-aligned: a shorter sequence has its padding at the end, where causality hides it from every real query.
 """
 
-from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, on_device
+from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, on_device, to_device
 from flux_attention.kernels.dispatch import decode, full, packed, streaming
 from flux_attention.kernels.packs import UNBOUNDED, Pack
 
@@ -21,4 +21,5 @@ __all__ = [
     "on_device",
     "packed",
     "streaming",
+    "to_device",
 ]

@@ -19,8 +19,12 @@ def on_device(states: torch.Tensor):
 
 def index_on(device: torch.device, values: list[int]) -> torch.Tensor:
     """Put int64 ``values`` on ``device``; the host does not wait for a GPU to take them."""
-    index = torch.tensor(values)
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+    return to_device(torch.tensor(values), device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the CPU to ``device``; the host does not wait for a GPU to take it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @lru_cache
