@@ -72,7 +72,8 @@ def test_without_adapters_dense_sparse_and_forced_sets_are_judged(base, tmp_path
 
 def test_a_ranking_is_judged_at_budgets_and_a_run_goes_on_with_more(base, adapters, tmp_path, monkeypatch):
     options = ["--routers", adapters / "ranking", "--families", "place,prose", *SIZES]
-    _, rows = judged(base, tmp_path, *options)
+    said, rows = judged(base, tmp_path, *options)
+    assert rows[0]["accuracy"] == 0 and "has a star" in " ".join(said.split())
     assert [row["method"] for row in rows[::2]] == ["dense", "sparse", "static-nll"]
     assert (rows[-1]["budget"], rows[-1]["full_layers"], rows[-1]["sparsity"]) == (0.34, [0, 2], 0.3333)
 

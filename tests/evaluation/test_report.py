@@ -148,6 +148,29 @@ def test_questions_in_words_have_columns_by_task_class(tmp_path):
         assert "every token of the answer" not in text  # no such questions were asked
 
 
+def test_what_dense_hardly_answers_has_a_star(tmp_path):
+    """Below a tenth, in tables of families and classes; a class counts as a whole, and other methods do not."""
+    rows = [
+        natural(task, method, scores, kind)
+        for task, kind, dense, sparse in (
+            ("spread_maths", "maths", [0, 0.1], [1, 1]),
+            ("worked_maths", "maths", [0, 1], [0, 0]),
+            ("copying", "synthetic", [0.1, 0], [0, 0]),
+            ("look_up", "single-document QA", [0.1, 0.1], [0, 0]),
+        )
+        for method, scores in (("dense", dense), ("sparse", sparse))
+    ]
+    assert class_table(rows)[0][1:4] == ["maths", "synthetic *", "single-document QA"]
+    assert class_differences(rows)[0][1:] == ["maths", "synthetic *", "single-document QA"]
+    (_, _, families) = next(table for table in tables(rows) if table[0].startswith("Accuracy at"))
+    assert [line[0] for line in families] == ["spread maths *", "worked maths", "copying *", "look up"]
+    path = tmp_path / "quality.json"
+    without_dense = [row for row in rows if row["method"] != "dense"]
+    for some, explained in ((rows, True), (rows[-2:], False), (without_dense, False)):
+        path.write_text(json.dumps({"meta": {}, "rows": some}))
+        assert all(("has a star" in page.read_text()) == explained for page in write_report(path, tmp_path))
+
+
 def test_the_report_shows_every_number(tmp_path):
     rows = [row("copy", "dense", 0.875, sparsity=0.0), row("plain", "dense", 3.125, sparsity=0.0)]
     rows += [row("copy", "routed", 0.75, "a/<x>"), row("plain", "routed", 3.25, "a/<x>")]

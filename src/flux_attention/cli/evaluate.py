@@ -25,6 +25,8 @@ def _print(rows: list[dict], page: Path) -> None:
             for name, *cells in list(zip(heading, *lines, strict=True))[1:]:
                 table.add_row(escape(name), *cells)
             out.print(table)
+        if report.has_marked(rows):
+            out.print(report.MARKED)
         if lines := report.comparisons(rows):
             table = Table(*report.COMPARED, title=report.DIFFERENCES)
             for line in lines:

@@ -37,6 +37,14 @@ OF_ALL = (
     "up, or as many as a budget leaves. Intervals are about other samples, not about other seeds in training."
 )
 
+#: A family or class of which dense has a lower mean score is marked: it has hardly anything to lose.
+HARDLY = 0.1
+MARK = " *"
+MARKED = (
+    "What dense answers less than a tenth of has a star: it cannot tell what sparse layers lose, though it counts in "
+    "the means."
+)
+
 
 def _svg(figure) -> str:
     import matplotlib.pyplot as plt
@@ -223,28 +231,43 @@ def task_classes(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def marked(name: str, rows: list[dict[str, Any]]) -> str:
+    """Mark the name of a family or class, whose rows of one length these are, if dense hardly answers it."""
+    dense = [row["accuracy"] for row in rows if row["method"] == "dense" and "accuracy" in row]
+    return name + MARK if dense and fmean(dense) < HARDLY else name
+
+
+def has_marked(rows: list[dict[str, Any]]) -> bool:
+    """Whether a family is marked at any length; of a class that is, one of its families is too."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["seq_len"], row["task"]), []).append(row)
+    return any(marked("", some) for some in groups.values())
+
+
 def class_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Make heading and lines of a table of one length: each method's mean accuracy by task class, and in all."""
-    lines, names, classes = [], short_names(rows), list(task_classes(rows))
+    lines, names, classes = [], short_names(rows), task_classes(rows)
     has_prose = any("perplexity" in row for row in rows)
     for each, some in zip(summary(rows), by_method(rows).values(), strict=True):
         mine = task_classes(some)
         means = [fmean(row["accuracy"] for row in mine[name]) if name in mine else None for name in classes]
         numbers = [*means, each["accuracy"], *([each["perplexity"]] if has_prose else []), each["sparsity"]]
         lines.append([label(each, names), *("" if number is None else f"{number:.3f}" for number in numbers)])
-    return ["method", *classes, "mean accuracy", *(["prose, perplexity"] if has_prose else []), "mean Ω_MSR"], lines
+    heading = [marked(name, some) for name, some in classes.items()]
+    return ["method", *heading, "mean accuracy", *(["prose, perplexity"] if has_prose else []), "mean Ω_MSR"], lines
 
 
 def class_differences(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Make heading and lines of a table of one length: what each method gains or loses beside dense, by task class."""
-    lines, names, groups, classes = [], short_names(rows), by_method(rows), list(task_classes(rows))
+    lines, names, groups, classes = [], short_names(rows), by_method(rows), task_classes(rows)
     for key, some in groups.items():
         dense = groups.get((key[0], "dense", None, None, None))
         if dense is not None and some is not dense:
             mine, theirs = task_classes(some), task_classes(dense)
             cells = [_points(difference(mine.get(name, []), theirs.get(name, []))[0]) for name in classes]
             lines.append([label(some[0], names), *cells])
-    return ["method", *classes], lines
+    return ["method", *(marked(name, some) for name, some in classes.items())], lines
 
 
 def trade_off(rows: list[dict[str, Any]], length: int):
@@ -327,7 +350,10 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[s
                 found.append((f"Differences to dense in points, {_at(length)}, with 95 % intervals", heading, lines))
         columns = list(dict.fromkeys(label(row, names) for row in some))
         by = {(row["task"], label(row, names)): row for row in some}
-        named = {task: task if length is None else task.replace("_", " ") for task in _names(some)}
+        named = {}
+        for task in _names(some):
+            name = task if length is None else task.replace("_", " ")
+            named[task] = marked(name, [row for row in some if row["task"] == task])
         lines = [[name, *(_cell(by.get((task, column))) for column in columns)] for task, name in named.items()]
         found.append((f"Accuracy {_at(length)}, with 95 % intervals", ["task", *columns], lines))
         routed = [column for column in columns if column.startswith("routed")]
@@ -396,6 +422,7 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
                 (GENERATED, any("task_class" not in row for row in rows)),
                 (IN_WORDS, any("task_class" in row for row in rows)),
                 (OF_ALL, True),
+                (MARKED, has_marked(rows)),
             )
             if is_there
         ),
