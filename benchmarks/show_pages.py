@@ -14,6 +14,7 @@ from show_tables import RESULTS, ROOT, STYLE, filled, load, prose, table
 FILES = {
     "e2e_prefill": ("prefill of whole models, forced and routed", "flux-attention bench prefill --compile"),
     "e2e_decode": ("decode steps of whole models", "flux-attention bench decode --compile"),
+    "ends": ("what deciding by a prompt's ends costs", "flux-attention bench ends --sparsities 0.75 --compile"),
     "vllm_dense": ("the same prompts and steps in vLLM's dense engine", "python benchmarks/vllm_dense.py"),
     "attention_prefill": ("one layer's prefill, by engine", "flux-attention bench attention"),
     "attention_decode": ("one layer's decode step, by engine", "flux-attention bench attention"),
@@ -61,6 +62,7 @@ def pages():
     found = {f"benchmarks/results/{name}.md": text for name, text in {**own, "README": index(own)}.items()}
     marked = {
         "README.md": {"key figures": key_figures()},
+        "docs/guide.md": {"ends": show_speed.ends_table()},
         "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
         "docs/quality.md": {"in short": show_quality.brief()},
         "docs/training.md": {

@@ -193,6 +193,21 @@ def packs_table():
     )
 
 
+def ends_table():
+    """Make guide.md's table: what a prompt takes by when its routes are decided."""
+    lines = []
+    for base in (row for row in load("ends")["rows"] if row["method"] == "static"):
+        cells = [label(base["seq_len"]), f"{base['ms']:,.0f} ({base['ms_min']:,.0f} to {base['ms_max']:,.0f})"]
+        for method in ("routed", "routed-ends"):
+            row = row_of("ends", shape=base["shape"], seq_len=base["seq_len"], method=method)
+            more = row["ms"] - base["ms"]
+            cells.append(f"{row['ms']:,.0f} ({row['ms_min']:,.0f} to {row['ms_max']:,.0f})")
+            cells.append(f"{more:+.1f} ({100 * more / base['ms']:+.1f} %)".replace("-0.0 ", "0.0 "))
+        lines.append(cells)
+    columns = ["in the prefill, ms", "more, ms", "by the ends, ms", "more, ms"]
+    return table(["tokens", "forced, ms", *columns], lines)
+
+
 def attention_page(name, title, rate, *parts):
     body = table(
         ["tokens", "batch", "engine, method", "ms", rate[1], "baseline", "its ms", "ratio"],
