@@ -6,6 +6,7 @@ Run: ``python benchmarks/show_pages.py``. Writes a page beside each result file,
 
 import show_idea
 import show_quality
+import show_real
 import show_shipped
 import show_speed
 from show_tables import RESULTS, ROOT, STYLE, filled, load, prose, table
@@ -27,6 +28,7 @@ FILES = {
     "ends_quality": ("routes by a prompt's ends beside those of the prefill", "python benchmarks/ends_quality.py"),
     "two_prompts": ("routes of two prompts: README's picture", "python benchmarks/two_prompts.py"),
     "quickstart": ("what the quick start's routers answer", "flux-attention eval shipped --routers runs/quickstart"),
+    "quality_real": ("what a real model answers, calibrated and trained", "python benchmarks/real_models.py"),
     "quality": ("the study: routed, fixed and random layers", "python recipes/study/run.py evaluate"),
 }
 
@@ -58,13 +60,18 @@ def key_figures():
 
 def pages():
     """Return {path in the repository: text} of all that is generated, but for the images."""
-    own = {**show_speed.pages(), **show_quality.pages(), **show_shipped.pages()}
+    own = {**show_speed.pages(), **show_quality.pages(), **show_real.pages(), **show_shipped.pages()}
     found = {f"benchmarks/results/{name}.md": text for name, text in {**own, "README": index(own)}.items()}
     marked = {
         "README.md": {"key figures": key_figures()},
         "docs/guide.md": {"ends": show_speed.ends_table()},
         "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
         "docs/quality.md": {"in short": show_quality.brief()},
+        "docs/real-models.md": {
+            "aims": show_real.aims(),
+            "layers": show_real.route_table(),
+            "lengths": show_real.length_tables(),
+        },
         "docs/training.md": {
             "quick start": show_shipped.quickstart_table(),
             "speed": show_speed.training_table(),
@@ -81,7 +88,7 @@ def main():
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(STYLE)
-    for show in (show_idea, show_quality, show_shipped, show_speed):
+    for show in (show_idea, show_quality, show_real, show_shipped, show_speed):
         show.images()
     for name, text in pages().items():
         (ROOT / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,243 @@
+"""Makes pages and plot of benchmarks/results/quality_real.json: what a real model answers, calibrated and trained.
+
+Run by ``python benchmarks/show_pages.py``.
+"""
+
+from operator import eq
+from statistics import fmean
+
+from show_tables import load, page, prose, save, table
+
+from flux_attention.evaluation import report
+
+LOOK_UPS = ("look_up", "several_keys", "all_values", "place", "several_queries")
+#: Sets of layers have equal Ω_MSR if they differ by less; of 24 layers one is 0.042.
+EQUAL = 0.03
+
+
+def result():
+    """Return rows by length, as the file has them, and what it says about them."""
+    found, data = {}, load("quality_real")
+    for row in data["rows"]:
+        found.setdefault(row["seq_len"], []).append(row)
+    return found, data["meta"]
+
+
+def of(rows, families):
+    return [row for row in rows if row["task"] in families]
+
+
+def words(families):
+    return ", ".join(family.replace("_", " ") for family in families)
+
+
+def points(rows, others, families):
+    """Return the difference over families, and half of its interval, in points."""
+    return report.difference(of(rows, families), of(others, families))[0]
+
+
+def shown(found):
+    return f"{found[0]:+.1f} ± {found[1]:.1f}".replace("-", "−")
+
+
+def questions(rows):
+    """List the families that are answered; prose is scored."""
+    return list(dict.fromkeys(row["task"] for row in rows if "accuracy" in row))
+
+
+def losing(rows):
+    """List the families that all-sparse layers answer worse than dense, beyond the interval of the difference."""
+    groups = report.by_method(rows)
+    dense, sparse = (next(some for key, some in groups.items() if key[1] == name) for name in ("dense", "sparse"))
+    found = {family: points(sparse, dense, [family]) for family in questions(rows)}
+    return [family for family, (change, width) in found.items() if change + width < 0]
+
+
+def sparsity(rows):
+    return fmean(row["sparsity"] for row in rows)
+
+
+def compared(rows):
+    """Yield pairs of a method's rows with dense's, and with those of fixed layers of equal Ω_MSR or other routes."""
+    groups = report.by_method(rows)
+    for key, some in groups.items():
+        for other in report.rivals(groups, key):
+            if other[1] != "static-nll" or abs(sparsity(groups[other]) - sparsity(some)) < EQUAL:
+                yield some, groups[other]
+
+
+def difference_table(rows):
+    names, lines = report.short_names(rows), []
+    for some, others in compared(rows):
+        cells = [shown(points(some, others, kinds)) for kinds in (questions(rows), LOOK_UPS, losing(rows))]
+        ratio, width = report.difference(some, others)[1]
+        pair = [report.label(each[0], names) for each in (some, others)]
+        lines.append([*pair, *cells, f"{ratio:.3f} ± {width:.3f}"])
+    columns = ["all kinds", "look-ups", "kinds that need full layers", "perplexity of prose, ratio"]
+    return table(["points", "beside", *columns], lines)
+
+
+def notes(rows):
+    """Say which kinds cannot tell what is lost."""
+    need = losing(rows)
+    spared = words(family for family in questions(rows) if family not in need)
+    text = f"Kinds in which all-sparse layers lose nothing beyond chance: {spared or 'none'}."
+    dense = [row for row in rows if row["method"] == "dense" and row.get("accuracy", 1) < report.HARDLY]
+    scores = ", ".join(f"{words([row['task']])} ({row['accuracy']:.2f})" for row in dense)
+    return f"{text} Kinds that dense hardly answers: {scores or 'none'}."
+
+
+def length_tables():
+    """Make quality by class and differences of each length."""
+    parts = []
+    for length, rows in result()[0].items():
+        count = rows[0]["n"]
+        parts += [
+            f"### {length:,} tokens, {count} samples of each kind",
+            table(*report.class_table(rows)),
+            difference_table(rows),
+            prose(notes(rows)),
+        ]
+    return "\n" + "\n\n".join(part.strip("\n") for part in parts) + "\n\n"
+
+
+def verdict(reached):
+    return "yes" if reached else "**no**"
+
+
+#: What was aimed at, in the order of ``reached``.
+AIMS = (
+    "calibrated, Ω_MSR ≥ 0.5: within 1 point of dense",
+    "trained, mean Ω_MSR ≥ 0.65: within 1 point of dense",
+    "trained, look-ups: ≥ 5 points above calibrated layers of equal Ω_MSR",
+    "trained, routes by the ends: within 0.5 points of routes in the prefill",
+)
+
+
+def aims():
+    """Make a line for each aim, with what was reached at each length."""
+    by_length, _ = result()
+    lines = zip(AIMS, *map(reached, by_length.values()), strict=True)
+    return table(["aimed at", *(f"{length:,} tokens" for length in by_length)], lines)
+
+
+def reached(rows):
+    """Yield a cell for each aim: whether it was reached, and by what."""
+    pairs, every = {}, questions(rows)
+    for some, others in compared(rows):
+        pairs.setdefault((some[0]["method"], others[0]["method"]), []).append((some, others))
+    half = [pair for pair in pairs.get(("static-nll", "dense"), ()) if pair[0][0]["budget"] >= 0.5]
+    best = max(half, key=lambda pair: points(*pair, every), default=None)
+    yield cell(best, every, lambda change, _: change >= -1)
+    yield cell(*pairs.get(("routed", "dense"), [None]), every, lambda change, ratio: change >= -1 and ratio >= 0.65)
+    yield cell(*pairs.get(("routed", "static-nll"), [None]), LOOK_UPS, lambda change, _: change >= 5)
+    (pair,) = pairs.get(("routed-ends", "routed"), [None])
+    text = cell(pair, every, lambda change, _: abs(change) <= 0.5)
+    if pair:
+        scores = [[score for row in rows for score in row["scores"]] for rows in pair]
+        text += f"; {sum(map(eq, *scores)):,} of {len(scores[0]):,} scores are the same"
+    yield text
+
+
+def cell(pair, families, is_enough):
+    """Say whether a difference, at its Ω_MSR, is what was aimed at."""
+    if pair is None:
+        return "not measured"
+    change, ratio = points(*pair, families), sparsity(pair[0])
+    return f"{'yes' if is_enough(change[0], ratio) else '**no**'}: {shown(change)}, at Ω_MSR {ratio:.3f}"
+
+
+def full_layers(row):
+    """Write which layers ran full, and how often where it was not always."""
+    if "fa_rate" not in row:
+        return ", ".join(map(str, row.get("full_layers") or ())) or {"dense": "all"}.get(row["method"], "none")
+    rates = {layer: rate for layer, rate in row["fa_rate"].items() if rate}
+    return ", ".join(layer if rate == 1 else f"{layer} ({rate:.0%})" for layer, rate in rates.items()) or "none"
+
+
+def kept(ratio, length, pattern):
+    """Return the share of dense's KV cache that is kept."""
+    return 1 - ratio + ratio * min(1, (pattern["sink"] + pattern["window"]) / length)
+
+
+def route_table():
+    """Make a line for each method and the layers that it runs full: of all inputs, or of which kinds and lengths."""
+    by_length, meta = result()
+    rows = [row for some in by_length.values() for row in some]
+    names, found = report.short_names(rows), {}
+    for row in sorted(rows, key=lambda row: row["sparsity"]):
+        routes = found.setdefault(report.label(row, names), {})
+        routes.setdefault(full_layers(row), []).append(row)
+    lines = []
+    for name, routes in found.items():
+        for layers, some in routes.items():
+            inputs = "all" if len(routes) == 1 else by_kind(some)
+            shares = [f"{kept(sparsity(some), length, meta['settings']['sparse']):.2f}" for length in by_length]
+            lines.append([name, inputs, layers, *shares])
+    calibrated = meta["adapters"]["calibrated"]
+    ranking = f"""
+    Calibration ranks the layers, by need: {", ".join(map(str, calibrated["ranking"]))}. Its default budget is
+    {calibrated["budget"]:g}.
+    """
+    columns = ["method", "inputs", "full layers", *(f"KV cache ÷ dense's, {length:,} tokens" for length in by_length)]
+    return table(columns, lines) + f"\n{prose(ranking)}\n"
+
+
+def by_kind(rows):
+    """Say which lengths and families rows are of."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["seq_len"], []).append(row["task"])
+    return "; ".join(f"{length:,} tokens: {words(families)}" for length, families in found.items())
+
+
+def pages():
+    """Return {name of the result file: text} of the page by kind of question."""
+    by_length, meta = result()
+    parts = [
+        f"""
+        {meta["settings"]["model"]}, {meta["settings"]["dtype"]}, weights: {meta["weights"]}. What the model generated,
+        by kind of question; [real-models.md](../../docs/real-models.md) says what it means, and
+        [evaluation.md](../../docs/evaluation.md) what is asked. {report.MARKED}
+        """
+    ]
+    for rows in by_length.values():
+        for title, *cells in report.tables(rows):
+            if title.startswith("Accuracy at"):
+                parts += [f"## {title}", table(*cells)]
+    return {"quality_real": page("quality_real", "A real model, by kind of question", *parts)}
+
+
+def score_points(rows):
+    """Return Ω_MSR, mean score and half of the interval beside dense of each method: {method: those of its sets}."""
+    groups, found = report.by_method(rows), {}
+    dense = next(some for key, some in groups.items() if key[1] == "dense")
+    for each, some in zip(report.summary(rows), groups.values(), strict=True):
+        width = 0 if some is dense else points(some, dense, questions(rows))[1] / 100
+        found.setdefault(each["method"], []).append((each["sparsity"], each["accuracy"], width))
+    return found
+
+
+def images():
+    """Plot mean score over Ω_MSR, a panel a length."""
+    import matplotlib.pyplot as plt
+
+    by_length, _ = result()
+    size = (4.2 * len(by_length), 3.8)
+    figure, panels = plt.subplots(1, len(by_length), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    looks = {"dense": ("o", "dense"), "sparse": ("o", "sparse"), "static-nll": ("o", "calibrated layers")}
+    looks |= {"routed": ("D", "trained"), "routed-ends": ("x", "trained, by the ends")}
+    for axes, (length, rows) in zip(panels[0], by_length.items(), strict=True):
+        found = score_points(rows)
+        line = sorted(point[:2] for method in ("dense", "static-nll", "sparse") for point in found[method])
+        axes.plot(*zip(*line, strict=True), color=report.COLOURS["static-nll"], zorder=1)
+        for method, (marker, name) in looks.items():
+            if method in found:
+                ratios, means, widths = zip(*found[method], strict=True)
+                axes.errorbar(ratios, means, widths, fmt=marker, color=report.COLOURS[method], label=name, capsize=3)
+        axes.set(xlabel="mean Ω_MSR", xlim=(-0.03, 1.03), ylim=(0, None))
+        axes.set_title(f"{length:,} tokens", size=11)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("mean score of generated answers")
+    panels[0][0].legend(frameon=False, fontsize=9, loc="lower left")
+    save(figure, "real_models")
