@@ -27,3 +27,7 @@ class DataError(ValueError):
 
 class CalibrationError(ValueError):
     """Refuses samples, or a model on them, that cannot tell which layers need full attention."""
+
+
+class ServingError(ValueError):
+    """Refuses a server's settings, or a model, that the vLLM plugin cannot serve."""

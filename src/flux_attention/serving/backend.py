@@ -1,0 +1,198 @@
+"""Puts routed attention over vLLM's own: its backends, metadata builders and implementations, subclassed.
+
+A layer's own attention runs untouched in steps in which every row is full in it, and for the full rows of other steps
+with prompts. Layers that are not routed, and all layers of a model that is not, are left to vLLM.
+
+Shape suffixes: T tokens of all rows, B rows (sequences), N pages, P tokens of a page, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from flux_attention import kernels
+from flux_attention.serving.routes import Ends, Unrotation
+
+
+@dataclass
+class RoutedLayer:
+    """
+    What a routed layer's implementation knows besides vLLM's.
+
+    Attributes
+    ----------
+    place : int
+        Of the layer among the routed ones.
+    sink, window : int
+        Tokens.
+    unrotate : Unrotation
+        Of its queries.
+    routes_N : torch.Tensor
+        uint8: at a row's first page whether the row is full (1) or sparse (0) in this layer.
+    workspace : PagedWorkspace or None
+        On GPUs.
+    """
+
+    place: int
+    sink: int
+    window: int
+    unrotate: Unrotation
+    routes_N: torch.Tensor
+    workspace: Any = None
+
+
+class RoutedAttention:
+    """Runs before an implementation of vLLM's, whose ``forward`` it takes over in routed layers."""
+
+    #: Set by the worker once the model is there.
+    routed: RoutedLayer | None = None
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
+        """See ``AttentionImpl.forward``."""
+        if isinstance(attn_metadata, Ends):
+            return self._read_ends(attn_metadata, query, key, value, output)
+        if self.routed is None or attn_metadata is None:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        full = (lambda metadata: super(RoutedAttention, self).forward(
+            layer, query, key, value, kv_cache, metadata, output, *args, **kwargs))  # fmt: skip
+        self._attend(full, query, self.pages(kv_cache), attn_metadata, output)
+        return output
+
+    def _read_ends(self, ends: Ends, query, key, value, output):
+        if self.routed is not None:
+            ends.read(self.routed.place, query, self.routed.unrotate)
+        output.copy_(ends.attend(query, key, value, self.scale).reshape(output.shape))
+        return output
+
+    def pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views of the keys and the values, (N, P, K, D)."""
+        raise NotImplementedError
+
+    def _attend(self, full, query, pages, metadata, output) -> None:
+        """Compute a step: ``full`` runs vLLM's own attention with the metadata that it is given."""
+        raise NotImplementedError
+
+
+class OnGpu(RoutedAttention):
+    """Attends by our kernels, which read routes on the device: CUDA graphs of decode steps serve all routes."""
+
+    def pages(self, kv_cache):
+        """See ``RoutedAttention.pages``."""
+        if kv_cache.shape[1] == 2 and kv_cache.ndim == 5:  # vLLM 0.25: (N, 2, P, K, D)
+            return kv_cache.unbind(1)
+        return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)  # (N, K, P, 2 D)
+
+    def _attend(self, full, query, pages, metadata, output):
+        from flux_attention.kernels import triton_paged  # only where Triton is installed
+
+        mine, tokens = self.routed, metadata.num_actual_tokens
+        shared = dict(sink=mine.sink, window=mine.window, scale=self.scale, routes_N=mine.routes_N)
+        rows = len(metadata.query_start_loc) - 1
+        table, lengths = metadata.block_table[:rows], metadata.seq_lens[:rows]
+        query, answer = query[:tokens], output[:tokens].view(tokens, *query.shape[1:])
+        if metadata.max_query_len == 1:
+            # Rows beyond the tokens are a CUDA graph's padding.
+            rows = min(rows, tokens)
+            triton_paged.decode(
+                query[:rows], *pages, answer[:rows], table[:rows], lengths[:rows], workspace=mine.workspace, **shared
+            )
+            return
+        is_full = mine.routes_N[table[:, 0].long()] != 0
+        # Rows of no keys cost vLLM's kernel next to nothing; what its builder planned was for other lengths.
+        full(replace(metadata, seq_lens=torch.where(is_full, lengths, 0), scheduler_metadata=None))
+        triton_paged.sparse_prefill(query, *pages, answer, table, metadata.query_start_loc, lengths, **shared)
+
+
+class OnCpu(RoutedAttention):
+    """Attends in plain PyTorch, row by row: to try things out, and for tests."""
+
+    def pages(self, kv_cache):
+        """See ``RoutedAttention.pages``; keys lie across, as ``CpuBuilder`` asks for."""
+        blocks, heads, size, _ = kv_cache.shape
+        key, value = kv_cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+        key = key.flatten(2).view(blocks, heads, -1, size).transpose(2, 3)
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def _attend(self, full, query, pages, metadata, output):
+        mine = self.routed
+        rows = len(metadata.query_start_loc) - 1
+        starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens[:rows].tolist()
+        is_full = mine.routes_N[metadata.block_table[:rows, 0].long()].tolist()
+        if any(is_full):
+            full(metadata)  # also of sparse rows, for nothing
+        for row in range(rows):
+            new = slice(starts[row], starts[row + 1])
+            if is_full[row] or new.start == new.stop:
+                continue
+            key, value = self._kept(pages, metadata.block_table[row], lengths[row], new.stop - new.start)
+            out = kernels.streaming(
+                query[new].transpose(0, 1)[None], key, value, mine.sink, mine.window, self.scale
+            )  # (1, H, S, D)
+            output[new] = out[0].transpose(0, 1).reshape(output[new].shape)
+
+    def _kept(self, pages, table: torch.Tensor, length: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather the keys and values that a sparse row's new tokens see: (1, K, T, D), sink first."""
+        size, window = pages[0].shape[1], self.routed.window
+        oldest = max(0, length - queries - window + 1)
+        # The sink is whole, or what stands before the first window.
+        tokens = torch.cat([torch.arange(min(self.routed.sink, oldest)), torch.arange(oldest, length)])
+        where = table[tokens // size].long(), tokens % size
+        return tuple(states[where].transpose(0, 1)[None] for states in pages)
+
+
+class DecodeGraphs:
+    """Says of a metadata builder what CUDA graphs may hold: decode steps, as others need vLLM's attention too."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def _flash() -> type:
+    from vllm.v1.attention.backends import flash_attn as own
+
+    class Implementation(OnGpu, own.FlashAttentionImpl):
+        pass
+
+    class Builder(DecodeGraphs, own.FlashAttentionMetadataBuilder):
+        pass
+
+    return _backend(own.FlashAttentionBackend, Implementation, Builder)
+
+
+def _cpu() -> type:
+    from vllm.v1.attention.backends import cpu_attn as own
+
+    class Implementation(OnCpu, own.CPUAttentionBackendImpl):
+        pass
+
+    class Builder(own.CPUAttentionMetadataBuilder):
+        def _set_isa_to_layers(self, layer_names):
+            self.isa = "vec"  # on every CPU, and its pages are laid out in a way that we can read
+            super()._set_isa_to_layers(layer_names)
+
+    return _backend(own.CPUAttentionBackend, Implementation, Builder)
+
+
+def _backend(own: type, implementation: type, builder: type) -> type:
+    """Subclass a backend of vLLM's with an implementation and a builder of ours."""
+    return type(
+        f"Routed{own.__name__}",
+        (own,),
+        {"get_impl_cls": staticmethod(lambda: implementation), "get_builder_cls": staticmethod(lambda: builder)},
+    )
+
+
+RoutedBackend = _cpu() if current_platform.is_cpu() else _flash()
+"""The platform's backend, routed."""
+
+
+def install() -> str:
+    """Put the routed backend in place of vLLM's own, in this process; return its name."""
+    name = RoutedBackend.get_name()
+    register_backend(AttentionBackendEnum[name], f"{__name__}.RoutedBackend")
+    return name

@@ -1,0 +1,115 @@
+"""The entry point that vLLM calls in each of its processes: routes are decided if an adapter is named, else nothing is.
+
+Only one thing of vLLM's is wrapped, ``EngineArgs.create_engine_config``: it gets the flags that routing needs. All else
+goes in by options of vLLM's own: the worker's and the scheduler's class, and the attention backend's name.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import vllm
+from packaging.version import Version
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+
+from flux_attention.errors import ServingError
+from flux_attention.serving.settings import Settings
+
+logger = init_logger("vllm.flux_attention")
+
+#: The versions of vLLM that were tested.
+OLDEST, BEYOND = Version("0.25.1"), Version("0.33")
+#: vLLM's worker classes, and ours in their place.
+WORKERS = ("vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.cpu_worker.CPUWorker")
+WORKER = "flux_attention.serving.worker.PlatformWorker"
+SCHEDULER = "flux_attention.serving.scheduler.Routed{}Scheduler"
+
+
+def register() -> None:
+    """Let vLLM's engines route, if an adapter is named when they are configured; more calls change nothing."""
+    create = EngineArgs.create_engine_config
+    if hasattr(create, "flux_attention"):
+        return
+
+    @functools.wraps(create)
+    def create_engine_config(self, *args, **kwargs):
+        settings = Settings.read(self.additional_config)
+        if settings is None:
+            return create(self, *args, **kwargs)
+        prepare(self, settings)
+        return finish(create(self, *args, **kwargs), settings)
+
+    create_engine_config.flux_attention = True
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def prepare(arguments: EngineArgs, settings: Settings) -> None:
+    """
+    Set the flags that routing needs, before vLLM looks at them.
+
+    Raises
+    ------
+    AdapterError, ServingError
+        For an adapter that cannot be read, a flag that asks for something else, or an untested version of vLLM.
+    """
+    version = Version(vllm.__version__)
+    if not OLDEST <= Version(version.base_version) < BEYOND:
+        raise ServingError(f"vLLM {version} was not tested with routing, expected {OLDEST} to {BEYOND}")
+    settings.config()
+    if arguments.enable_prefix_caching:
+        raise ServingError(
+            "prefix caching shares the keys of requests, which depend on their routes: leave --enable-prefix-caching out"
+        )
+    arguments.enable_prefix_caching = False
+    if arguments.worker_cls != "auto" or arguments.scheduler_cls is not None:
+        raise ServingError("--worker-cls and --scheduler-cls are what routing comes in by: leave them out")
+    arguments.additional_config = {**(arguments.additional_config or {}), **settings.to_dict()}
+
+
+def finish(config: Any, settings: Settings) -> Any:
+    """
+    Put our worker and scheduler into an engine's configuration, and say what was done.
+
+    Raises
+    ------
+    ServingError
+        For what cannot be served, by name.
+    """
+    if reasons := refusals(config):
+        raise ServingError("routing does not serve " + "; ".join(reasons))
+    parallel, scheduler = config.parallel_config, config.scheduler_config
+    if parallel.worker_cls not in WORKERS:
+        raise ServingError(f"the platform's worker is {parallel.worker_cls}, expected one of {WORKERS}")
+    parallel.worker_cls = WORKER
+    scheduler.scheduler_cls = SCHEDULER.format("Async" if scheduler.async_scheduling else "")
+    adapter = settings.config()
+    how = "by the prompt's ends" if adapter.ranking is None else f"fixed, {adapter.budget:.3g} of the layers sparse"
+    logger.info(
+        "flux-attention routes requests by %s (%s; sink %d, window %d); prefix caching is off",
+        settings.routers, how, adapter.sparse["sink"], adapter.sparse["window"],
+    )  # fmt: skip
+    return config
+
+
+def refusals(config: Any) -> list[str]:
+    """List what an engine's configuration asks for that routing does not serve."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    asked = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "two batches that overlap (DBO)": getattr(parallel, "enable_dbo", False),
+        "speculative decoding": config.speculative_config is not None,
+        "KV connectors": config.kv_transfer_config is not None,
+        "LoRA adapters": config.lora_config is not None,
+        f"a KV cache of {cache.cache_dtype}": cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+        "multi-head latent attention (MLA)": model.use_mla,
+        "encoder-decoder models": model.is_encoder_decoder,
+        "models of images, video or sound": model.is_multimodal_model,
+        "models with state-space layers": model.is_hybrid or model.is_attention_free,
+        "models that generate nothing": model.runner_type != "generate",
+        "prompts given as embeddings": getattr(model, "enable_prompt_embeds", False),
+    }
+    return [what for what, is_asked in asked.items() if is_asked]

@@ -1,0 +1,83 @@
+"""What a server is told about routing: by the environment, or by vLLM's ``--additional-config``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flux_attention import adapters
+from flux_attention.config import FluxConfig, with_options
+from flux_attention.errors import ServingError
+
+#: The key of ``--additional-config``, and the environment variable that names an adapter.
+KEY, VARIABLE = "flux_attention", "FLUX_ATTENTION_ROUTERS"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Says how requests are routed.
+
+    Attributes
+    ----------
+    routers : str
+        Adapter: a directory, a Hub id, or ``shipped``.
+    budget : float, optional
+        Share of sparse layers, for adapters that take one; default: the adapter's own.
+    """
+
+    routers: str
+    budget: float | None = None
+
+    @classmethod
+    def read(cls, additional: Mapping[str, Any] | None) -> Settings | None:
+        """
+        Read them from vLLM's additional configuration, or from the environment; None where no adapter is named.
+
+        Raises
+        ------
+        ServingError
+            For keys and values that mean nothing.
+        """
+        given = dict((additional or {}).get(KEY) or {})
+        given.setdefault("routers", os.environ.get(VARIABLE) or None)
+        if unknown := sorted(set(given) - {"routers", "budget"}):
+            raise ServingError(f"--additional-config: {KEY} has unknown keys {unknown}, expected routers and budget")
+        if given["routers"] is None:
+            if len(given) > 1:
+                raise ServingError(f"--additional-config: {KEY} names no adapter; expected routers, or {VARIABLE}")
+            return None
+        budget = given.get("budget")
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
+            raise ServingError(f"--additional-config: budget is {budget!r}, expected a number between 0 and 1")
+        return cls(str(given["routers"]), None if budget is None else float(budget))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them as vLLM's additional configuration holds them."""
+        return {KEY: asdict(self)}
+
+    def config(self) -> FluxConfig:
+        """
+        Read the adapter's configuration, as it is served: routers read the prompt's ends.
+
+        Raises
+        ------
+        AdapterError, FluxConfigError, ServingError
+            If it cannot be read, or cannot be served.
+        """
+        _, config = adapters.load_config(self.routers)
+        return self.served(config)
+
+    def served(self, config: FluxConfig) -> FluxConfig:
+        """Put these settings in place of what an adapter says; raises as ``config``."""
+        if config.granularity == "head":
+            raise ServingError(f"the routers of {self.routers} decide by head, which saves nothing; expected by layer")
+        for what, settings, known in (("sparse", config.sparse, "streaming"), ("full", config.full, "full")):
+            if settings["pattern"] != known:
+                raise ServingError(
+                    f"the {what} layers of {self.routers} compute {settings['pattern']}, which vLLM has no kernel for "
+                    f"here; expected {known}"
+                )
+        return with_options(config, self.budget, "ends" if config.ranking is None else None)
