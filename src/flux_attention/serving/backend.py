@@ -59,8 +59,11 @@ class RoutedAttention:
             return self._read_ends(attn_metadata, query, key, value, output)
         if self.routed is None or attn_metadata is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        full = (lambda metadata: super(RoutedAttention, self).forward(
-            layer, query, key, value, kv_cache, metadata, output, *args, **kwargs))  # fmt: skip
+
+        def full(metadata):
+            stock = super(RoutedAttention, self).forward
+            return stock(layer, query, key, value, kv_cache, metadata, output, *args, **kwargs)
+
         self._attend(full, query, self.pages(kv_cache), attn_metadata, output)
         return output
 

@@ -1,7 +1,8 @@
 """The entry point that vLLM calls in each of its processes: routes are decided if an adapter is named, else nothing is.
 
-Only one thing of vLLM's is wrapped, ``EngineArgs.create_engine_config``: it gets the flags that routing needs. All else
-goes in by options of vLLM's own: the worker's and the scheduler's class, and the attention backend's name.
+Three functions of vLLM's are wrapped: ``EngineArgs.create_engine_config``, to set the flags that routing needs, and the
+two that requests and answers pass through, see ``api``. All else goes in by options of vLLM's own: the worker's and the
+scheduler's class, and the attention backend's name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
 from flux_attention.errors import ServingError
-from flux_attention.serving.settings import Settings
+from flux_attention.serving import api
+from flux_attention.serving.settings import KEY, Settings
 
 logger = init_logger("vllm.flux_attention")
 
@@ -30,8 +32,9 @@ SCHEDULER = "flux_attention.serving.scheduler.Routed{}Scheduler"
 def register() -> None:
     """Let vLLM's engines route, if an adapter is named when they are configured; more calls change nothing."""
     create = EngineArgs.create_engine_config
-    if hasattr(create, "flux_attention"):
+    if hasattr(create, KEY):
         return
+    api.install()
 
     @functools.wraps(create)
     def create_engine_config(self, *args, **kwargs):
@@ -41,7 +44,7 @@ def register() -> None:
         prepare(self, settings)
         return finish(create(self, *args, **kwargs), settings)
 
-    create_engine_config.flux_attention = True
+    setattr(create_engine_config, KEY, True)
     EngineArgs.create_engine_config = create_engine_config
 
 
@@ -60,7 +63,7 @@ def prepare(arguments: EngineArgs, settings: Settings) -> None:
     settings.config()
     if arguments.enable_prefix_caching:
         raise ServingError(
-            "prefix caching shares the keys of requests, which depend on their routes: leave --enable-prefix-caching out"
+            "prefix caching shares keys between requests, which depend on their routes: leave --enable-prefix-caching out"
         )
     arguments.enable_prefix_caching = False
     if arguments.worker_cls != "auto" or arguments.scheduler_cls is not None:

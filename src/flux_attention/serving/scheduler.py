@@ -5,6 +5,9 @@ from __future__ import annotations
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from flux_attention.serving.pages import PageCoordinator
+from flux_attention.serving.settings import KEY, Settings
+
 
 class _Routed:
     """Stands before a scheduler of vLLM's."""
@@ -13,10 +16,23 @@ class _Routed:
         super().__init__(*args, **kwargs)
         #: Of each request in flight whether each routed layer is full.
         self.flux_routes: dict[str, list[bool]] = {}
+        config = Settings.read(self.vllm_config.additional_config).config()
+        self.pages = PageCoordinator(
+            self.kv_cache_manager.coordinator,
+            config.base_model.routed_layers,
+            config.sparse["sink"],
+            config.sparse["window"],
+            self.flux_routes,
+            None if config.ranking is None else len(config.full_layers),
+        )
+        self.kv_cache_manager.coordinator = self.pages
 
     def update_from_output(self, scheduler_output, model_runner_output):
         """Learn the routes of requests that started in a step."""
-        self.flux_routes.update(getattr(model_runner_output, "flux_routes", None) or {})
+        if news := getattr(model_runner_output, "flux_routes", None):
+            self.pages.learn(news)
+            # A request may have been cancelled meanwhile.
+            self.flux_routes.update({request: routes for request, routes in news.items() if request in self.requests})
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _free_request(self, request, *args, **kwargs):
@@ -25,7 +41,7 @@ class _Routed:
         routes = self.flux_routes.pop(request.request_id, None)
         if routes is None:
             return found
-        told = {"flux_attention": {"omega_msr": 1 - sum(routes) / len(routes)}}
+        told = {KEY: {"omega_msr": 1 - sum(routes) / len(routes)}}
         if isinstance(found, tuple):  # with the parameters of an encoder's transfer, since vLLM 0.26 or so
             return ({**(found[0] or {}), **told}, *found[1:])
         return {**(found or {}), **told}

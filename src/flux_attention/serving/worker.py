@@ -21,6 +21,7 @@ from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import ServingError
 from flux_attention.routes import parse_routes
 from flux_attention.serving.backend import RoutedAttention, RoutedLayer, install
+from flux_attention.serving.pages import LayerSpec
 from flux_attention.serving.requests import Wish
 from flux_attention.serving.routes import Routers, Unrotation, lay_out, take_ends
 from flux_attention.serving.settings import Settings
@@ -59,10 +60,17 @@ class RequestRouter:
         self.known: dict[str, torch.Tensor] = {}
         self.news: dict[str, list[bool]] = {}
         self.routes_LN: torch.Tensor | None = None
+        #: The KV cache group of each routed layer.
+        self.groups: list[int] = []
 
-    def allocate(self, pages: int) -> None:
+    def allocate(self, kv_cache_config) -> None:
         """Make room for routes, once it is known how many pages there are, and tell each layer where."""
+        pages, names = kv_cache_config.num_blocks, [group.layer_names for group in kv_cache_config.kv_cache_groups]
         self.routes_LN = torch.ones(len(self.layers), pages, dtype=torch.uint8, device=self.device)
+        self.groups = [
+            next(place for place, some in enumerate(names) if attention.layer_name in some)
+            for attention in self.attentions.values()
+        ]
         workspace = self._workspace()
         for place, (layer, attention) in enumerate(self.attentions.items()):
             attention.impl.routed = RoutedLayer(
@@ -107,8 +115,9 @@ class RequestRouter:
 
     def _put(self, pages: Sequence[tuple[list[int], ...]], routes_RL: torch.Tensor) -> None:
         """Write routes at the requests' first pages."""
-        first = torch.tensor([groups[0][0] for groups in pages])
-        self.routes_LN[:, first.to(self.device)] = routes_RL.T.to(self.device, torch.uint8)
+        first_RL = torch.tensor([[groups[place][0] for place in self.groups] for groups in pages])
+        place_L = torch.arange(len(self.layers))
+        self.routes_LN[place_L.to(self.device), first_RL.to(self.device)] = routes_RL.to(self.device, torch.uint8)
 
     def decide(self, requests: Sequence[Any]) -> torch.Tensor:
         """Return the routes of new requests, bool (R, L) on the CPU: as they wish, else by routers or the ranking."""
@@ -238,9 +247,15 @@ class RoutedWorker:
         settings = Settings.read(self.vllm_config.additional_config)
         self.router = RequestRouter(self.model_runner.get_model(), self.vllm_config, settings)
 
+    def get_kv_cache_spec(self):
+        """Describe the KV cache as vLLM does, with a group for each routed layer."""
+        found = super().get_kv_cache_spec()
+        layers = {attention.layer_name: layer for layer, attention in self.router.attentions.items()}
+        return {name: LayerSpec.of(spec, layers[name]) if name in layers else spec for name, spec in found.items()}
+
     def initialize_from_config(self, kv_cache_config, *args, **kwargs):
         """Allocate KV cache and routes."""
-        self.router.allocate(kv_cache_config.num_blocks)
+        self.router.allocate(kv_cache_config)
         return super().initialize_from_config(kv_cache_config, *args, **kwargs)
 
     def execute_model(self, scheduler_output, *args, **kwargs):
