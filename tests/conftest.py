@@ -28,6 +28,8 @@ collect_ignore = [
     for package, path in (("lm_eval", "evaluation/test_lm_harness.py"), ("peft", "hf/test_modules.py"))
     if find_spec(package) is None
 ]
+#: Those of the server, which `make test-serving` runs where there is one.
+collect_ignore_glob = [] if find_spec("vllm") else ["serving/test_vllm_*.py"]
 #: Where fixtures that several folders share are.
 pytest_plugins = [
     "helpers.compiling",

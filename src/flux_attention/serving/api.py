@@ -6,9 +6,11 @@ import functools
 from typing import Any
 
 from prometheus_client import Histogram
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
+from flux_attention.errors import ServingError
 from flux_attention.serving.requests import Wish
 from flux_attention.serving.settings import KEY, Settings
 
@@ -29,7 +31,10 @@ def install() -> None:
     def checked(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any):
         if (self.vllm_config.additional_config or {}).get(KEY):
             config = _config(self)
-            Wish.of(params, config, config.base_model.routed_layers)
+            try:
+                Wish.of(params, config, config.base_model.routed_layers)
+            except ServingError as error:
+                raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         return process_inputs(self, request_id, prompt, params, *args, **kwargs)
 
     @functools.wraps(process_outputs)

@@ -1,4 +1,4 @@
-"""Gives the pages of sparse layers back: a KV cache group for each layer, and a coordinator that frees what lies between.
+"""Gives pages of sparse layers back: a KV cache group for each layer, and a coordinator that frees what lies between.
 
 vLLM hands pages out by KV cache group, and all layers of a group share a block table. Routes differ by layer and by
 request, so each layer becomes a group of its own; all groups draw from one pool. A sparse layer of a request then keeps
@@ -107,6 +107,8 @@ class PageCoordinator:
         self.held: dict[str, int] = {}
         self.freed: dict[str, int] = {}
         self.nothing = tuple([] for _ in specs)
+        #: Pages that were given back since they were taken from here, for a debugging server.
+        self.returned: list[int] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.own, name)
@@ -167,6 +169,7 @@ class PageCoordinator:
         self.freed[request_id] = last
         for manager, full in zip(self.managers, routes, strict=True):
             if not full:
+                self._note(manager.req_to_blocks[request_id][first:last])
                 manager._remove_blocks_in_range(request_id, first, last)
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -186,6 +189,18 @@ class PageCoordinator:
         self._forget(request_id)
         return self.own.pop_blocks_for_free(request_id)
 
+    def take_returned(self) -> list[int]:
+        """Return the pages that were given back since the last call."""
+        found, self.returned = self.returned, []
+        return found
+
+    def _note(self, blocks: Sequence[Any]) -> None:
+        if self.returned is not None:
+            self.returned += [block.block_id for block in blocks if not block.is_null]
+
     def _forget(self, request_id: str) -> None:
+        if self.returned is not None:
+            for manager in self.own.single_type_managers:
+                self._note(manager.req_to_blocks.get(request_id, ()))
         self.held.pop(request_id, None)
         self.freed.pop(request_id, None)

@@ -63,7 +63,7 @@ def prepare(arguments: EngineArgs, settings: Settings) -> None:
     settings.config()
     if arguments.enable_prefix_caching:
         raise ServingError(
-            "prefix caching shares keys between requests, which depend on their routes: leave --enable-prefix-caching out"
+            "prefix caching shares keys between requests, but they depend on routes: leave --enable-prefix-caching out"
         )
     arguments.enable_prefix_caching = False
     if arguments.worker_cls != "auto" or arguments.scheduler_cls is not None:

@@ -6,6 +6,7 @@ layers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -139,7 +140,7 @@ class Routers(nn.Module):
             {name.replace(".", "/"): nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
         )
         self.takes_budget = routers[0].takes_budget
-        self.one = [routers[0].to("meta")]  # in a list, so that it is no part of this module
+        self.one = [copy.deepcopy(routers[0]).to("meta")]  # in a list, so that it is no part of this module
 
     def forward(self, pooled_LRD: torch.Tensor, budget: float | None = None) -> torch.Tensor:
         """Return bool ``routes_RL``, True = full attention, from what the routers read, float32."""

@@ -16,7 +16,8 @@ class _Routed:
         super().__init__(*args, **kwargs)
         #: Of each request in flight whether each routed layer is full.
         self.flux_routes: dict[str, list[bool]] = {}
-        config = Settings.read(self.vllm_config.additional_config).config()
+        settings = Settings.read(self.vllm_config.additional_config)
+        config = settings.config()
         self.pages = PageCoordinator(
             self.kv_cache_manager.coordinator,
             config.base_model.routed_layers,
@@ -26,6 +27,15 @@ class _Routed:
             None if config.ranking is None else len(config.full_layers),
         )
         self.kv_cache_manager.coordinator = self.pages
+        if settings.debug:
+            self.pages.returned = []
+
+    def schedule(self, *args, **kwargs):
+        """Plan a step; a debugging server also tells which pages were given back."""
+        output = super().schedule(*args, **kwargs)
+        if self.pages.returned is not None:
+            output.flux_returned = self.pages.take_returned()
+        return output
 
     def update_from_output(self, scheduler_output, model_runner_output):
         """Learn the routes of requests that started in a step."""

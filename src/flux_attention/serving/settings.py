@@ -26,10 +26,13 @@ class Settings:
         Adapter: a directory, a Hub id, or ``shipped``.
     budget : float, optional
         Share of sparse layers, for adapters that take one; default: the adapter's own.
+    debug : bool
+        Whether pages that are given back are filled with a large number, which shows in answers if one is read.
     """
 
     routers: str
     budget: float | None = None
+    debug: bool = False
 
     @classmethod
     def read(cls, additional: Mapping[str, Any] | None) -> Settings | None:
@@ -43,16 +46,20 @@ class Settings:
         """
         given = dict((additional or {}).get(KEY) or {})
         given.setdefault("routers", os.environ.get(VARIABLE) or None)
-        if unknown := sorted(set(given) - {"routers", "budget"}):
-            raise ServingError(f"--additional-config: {KEY} has unknown keys {unknown}, expected routers and budget")
+        if unknown := sorted(set(given) - {"routers", "budget", "debug"}):
+            raise ServingError(
+                f"--additional-config: {KEY} has unknown keys {unknown}, expected routers, budget or debug"
+            )
         if given["routers"] is None:
             if len(given) > 1:
                 raise ServingError(f"--additional-config: {KEY} names no adapter; expected routers, or {VARIABLE}")
             return None
-        budget = given.get("budget")
+        budget, debug = given.get("budget"), given.get("debug", False)
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
             raise ServingError(f"--additional-config: budget is {budget!r}, expected a number between 0 and 1")
-        return cls(str(given["routers"]), None if budget is None else float(budget))
+        if not isinstance(debug, bool):
+            raise ServingError(f"--additional-config: debug is {debug!r}, expected true or false")
+        return cls(str(given["routers"]), None if budget is None else float(budget), debug)
 
     def to_dict(self) -> dict[str, Any]:
         """Return them as vLLM's additional configuration holds them."""

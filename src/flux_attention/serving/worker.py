@@ -28,6 +28,9 @@ from flux_attention.serving.settings import Settings
 
 logger = init_logger(__name__)
 
+#: What a debugging server fills pages with that were given back.
+SPOILT = 3e4
+
 
 class RequestRouter:
     """
@@ -92,9 +95,21 @@ class RequestRouter:
         rows = max(rows, self.vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         return PagedWorkspace(rows, one.num_heads, one.num_kv_heads, one.head_size, self.device)
 
+    def spoil(self, pages: list[int]) -> None:
+        """
+        Fill pages with a number that shows in answers; all layers share one pool.
+
+        No NaN: vLLM's kernels multiply what stands behind a row's last token in its page by zero.
+        """
+        pools = {attention.kv_cache.data_ptr(): attention.kv_cache for attention in self.attentions.values()}
+        for pool in pools.values():
+            pool[torch.tensor(pages, dtype=torch.long, device=pool.device)] = SPOILT
+
     @torch.inference_mode()
     def admit(self, scheduled) -> None:
         """Decide the routes of a step's new requests, and put those of all that start, or start again, in place."""
+        if pages := getattr(scheduled, "flux_returned", None):
+            self.spoil(pages)
         for request in scheduled.finished_req_ids:
             self.known.pop(request, None)
         started = [(new.req_id, new.block_ids) for new in scheduled.scheduled_new_reqs]

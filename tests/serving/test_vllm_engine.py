@@ -1,0 +1,145 @@
+"""Stock vLLM with routes, on the shipped model, against the transformers engine: log-probabilities in float32."""
+
+import os
+
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_WORKER_MULTIPROCESSING_METHOD="spawn"
+)
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import LLM, SamplingParams, TokensPrompt
+
+from flux_attention import attach
+from flux_attention.names import BACKBONE
+from flux_attention.tasks.families import FAMILIES
+from flux_attention.tasks.samples import Haystack, make_sample
+from flux_attention.tasks.text import local_texts
+
+SINK, WINDOW, CHUNK, PAGE, LAYERS = 64, 704, 256, 32, 10
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BACKBONE)
+
+
+@pytest.fixture(scope="module")
+def haystack(tokenizer):
+    return Haystack(local_texts(True, max_chars=300_000), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer, haystack):
+    """Prompts of all families, and of lengths around every boundary, as token ids."""
+    found = [
+        list(make_sample(family, haystack, tokenizer, length, 0, held_out=True).prompt_ids)
+        for family, length in zip(FAMILIES, [900, 1100, 1300, 1500, 1700, 2000, 800], strict=True)
+    ]
+    text = found[2]
+    edges = [1, 2, PAGE, PAGE + 1, SINK - 1, SINK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1]
+    edges += [SINK + WINDOW - 1, SINK + WINDOW, SINK + WINDOW + 1, SINK + WINDOW + PAGE, 4 * CHUNK + 1]
+    return [[int(token) for token in prompt] for prompt in [*found, *(text[:length] for length in edges)]]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Give the log-probabilities of a prompt's next tokens, and its routes, by the transformers engine."""
+    model = AutoModelForCausalLM.from_pretrained(BACKBONE, dtype=torch.float32)
+    routing = attach(model, "shipped", decide="ends")
+
+    def score(prompt, answer, routes=None):
+        with torch.no_grad(), routing.force(routes):
+            ids = torch.tensor([prompt + answer[:-1]])
+            logits = model(ids, prompt_lengths=[len(prompt)]).logits[0, len(prompt) - 1 :]
+        return logits.log_softmax(-1)[range(len(answer)), answer], routing.routes.msr[0]
+
+    return score
+
+
+def engine(max_model_len=4096, **options):
+    return LLM(
+        str(BACKBONE),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=max_model_len,
+        block_size=PAGE,
+        disable_log_stats=False,
+        additional_config={"flux_attention": {"routers": "shipped", "debug": True}},
+        **options,
+    )
+
+
+def ask(llm, prompts, new=NEW, wishes=None):
+    params = [
+        SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True, extra_args=wish or {})
+        for wish in wishes or [None] * len(prompts)
+    ]
+    found = []
+    for output in llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False):
+        (answer,) = output.outputs
+        losses = [next(iter(token.values())).logprob for token in answer.logprobs]
+        found.append((list(answer.token_ids), losses, output.kv_transfer_params["flux_attention"]["omega_msr"]))
+    return found
+
+
+def check(llm, prompts, reference, wishes=None, new=NEW):
+    """Compare with the other engine; return how far dense answers are from these, in nats."""
+    apart = []
+    wishes = wishes or [None] * len(prompts)
+    for prompt, wish, (answer, losses, msr) in zip(prompts, wishes, ask(llm, prompts, new, wishes), strict=True):
+        expected, routes = reference(prompt, answer, (wish or {}).get("flux_routes"))
+        assert msr == pytest.approx(routes), len(prompt)
+        torch.testing.assert_close(torch.tensor(losses), expected, atol=1e-4, rtol=0, msg=f"{len(prompt)} tokens")
+        dense, _ = reference(prompt, answer, "full")
+        apart.append((dense - expected).abs().max().item())
+    return apart
+
+
+def metric(llm, name):
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return engine(max_num_batched_tokens=CHUNK, max_num_seqs=8)
+
+
+def test_prompts_in_chunks_beside_decoding_rows_are_routed_and_answered_as_by_transformers(llm, prompts, reference):
+    apart = check(llm, prompts, reference)
+    assert sum(nats > 1e-2 for nats in apart) >= 5  # equal tokens prove little where dense answers alike
+
+
+def test_each_request_may_force_its_routes(llm, prompts, reference):
+    wishes = ["full", "sparse", 0.5, [3, 7], "0.2", None]
+    wishes = [wish if wish is None else {"flux_routes": wish} for wish in wishes]
+    mixed = [prompt for prompt in prompts if len(prompt) > 1000][:3]
+    # parse_routes reads text as the command line does; forcing by hand takes numbers.
+    written = [{"flux_routes": 0.2} if wish == {"flux_routes": "0.2"} else wish for wish in wishes]
+    found = ask(llm, (mixed * 2)[: len(wishes)], wishes=wishes)
+    again = ask(llm, (mixed * 2)[: len(wishes)], wishes=written)
+    assert found == again
+    check(llm, (mixed * 2)[: len(wishes)], reference, written)
+
+
+def test_a_wish_that_means_nothing_is_refused_and_disturbs_nobody(llm, prompts, reference):
+    with pytest.raises(Exception, match="cannot force 'most'"):
+        ask(llm, prompts[:2], wishes=[None, {"flux_routes": "most"}])
+    check(llm, prompts[:2], reference)
+
+
+def test_all_pages_are_there_in_the_end(llm, prompts):
+    used = metric(llm, "vllm:kv_cache_usage_perc")
+    assert used == 0
+
+
+def test_requests_that_make_way_come_back_with_their_routes(prompts, reference):
+    # Room for one of 2,048 tokens and a little more if it runs full in all ten layers.
+    llm = engine(2048, max_num_batched_tokens=CHUNK, max_num_seqs=8, num_gpu_blocks_override=700)
+    long = [prompt[-1500:] for prompt in prompts if len(prompt) >= 900] * 2
+    apart = check(llm, long, reference, new=120)
+    assert metric(llm, "vllm:num_preemptions") > 0
+    assert sum(nats > 1e-2 for nats in apart) >= 5
+    assert metric(llm, "vllm:kv_cache_usage_perc") == 0
