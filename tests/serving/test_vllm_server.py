@@ -19,12 +19,16 @@ from flux_attention.names import BACKBONE
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 60
 
 
+LOGS = {}
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("server") / "log").open("w+")
+    path = tmp_path_factory.mktemp("server") / "log"
+    log, LOGS[f"http://127.0.0.1:{port}"] = path.open("w+"), path
     environment = {
         **os.environ, "FLUX_ATTENTION_ROUTERS": "shipped", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -62,6 +66,14 @@ def post(url, timeout=120, **body):
             return response.status, text if b'"stream": true' in body else json.loads(text)
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())["error"]["message"]
+
+
+def text(url):
+    return urllib.request.urlopen(f"{url}/metrics").read().decode()
+
+
+def log_of(url):
+    return LOGS[url].read_text()
 
 
 def omega(answer):
@@ -103,9 +115,9 @@ def test_many_clients_at_once_get_what_each_gets_alone(url):
     alone = [answer(body) for body in asked]
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         # One that leaves in the middle of its answer.
-        left = pool.submit(lambda: pytest.raises(OSError, post, url, 0.3, prompt=TEXT, max_tokens=900))
+        left = pool.submit(post, url, 0.3, prompt=TEXT, max_tokens=900)
         together = list(pool.map(answer, asked))
-        left.result()
+        assert isinstance(left.exception(), OSError)
     assert together == alone and len(set(alone)) > 5
 
 
@@ -129,3 +141,8 @@ def test_metrics_count_what_was_routed(url):
     post(url, prompt=TEXT, vllm_xargs={"flux_routes": 0.5})
     after = read()
     assert after["count"] - before["count"] == 1 and after["sum"] - before["sum"] == pytest.approx(0.5)
+    dense = [
+        float(fit) for fit in re.findall(r"flux-attention: ([\d.]+) requests of 4096 tokens fit dense", log_of(url))
+    ]
+    fit = float(re.search(r"^flux_attention_requests_that_fit (\S+)", text(url), re.M)[1])
+    assert dense and fit > dense[0]

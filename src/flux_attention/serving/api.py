@@ -3,34 +3,67 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from typing import Any
 
-from prometheus_client import Histogram
+from prometheus_client import Gauge, Histogram
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from flux_attention.errors import ServingError
+from flux_attention.serving.pages import pages_needed
 from flux_attention.serving.requests import Wish
 from flux_attention.serving.settings import KEY, Settings
 
-#: The name of the metric.
-METRIC = "flux_attention_omega_msr"
+#: What is counted, and how many requests tell what the next ones will be like.
+OMEGA, FIT, REMEMBERED = "flux_attention_omega_msr", "flux_attention_requests_that_fit", 64
+
+
+class Counts:
+    """
+    Counts what was routed, for Prometheus.
+
+    Attributes
+    ----------
+    engine : tuple or None
+        vLLM's configuration and the adapter's, once a request came.
+    """
+
+    def __init__(self):
+        self.engine, self.last = None, deque(maxlen=REMEMBERED)
+        self.omega = Histogram(
+            OMEGA, "Share of routed layers that ran sparse, by request", buckets=[step / 10 for step in range(11)]
+        )
+        self.fit = Gauge(FIT, "Requests of the longest kind that the KV cache holds, routed as the latest ones were")
+
+    def add(self, omega: float) -> None:
+        """Count a request that is done."""
+        self.omega.observe(omega)
+        self.last.append(omega)
+        if self.engine is None or not self.engine[0].cache_config.num_gpu_blocks:
+            return
+        config, adapter = self.engine
+        layers = len(adapter.base_model.routed_layers)
+        sparse = layers * sum(self.last) / len(self.last)
+        sizes = config.cache_config.block_size, adapter.sparse["sink"], adapter.sparse["window"]
+        needed = pages_needed(
+            config.model_config.max_model_len, *sizes, adapter.base_model.num_layers - sparse, sparse
+        )  # fmt: skip
+        self.fit.set((config.cache_config.num_gpu_blocks - 1) / needed)
 
 
 def install() -> None:
     """Look at requests and answers in this process; more calls change nothing."""
     if hasattr(InputProcessor.process_inputs, KEY):
         return
-    process_inputs, process_outputs = InputProcessor.process_inputs, OutputProcessor.process_outputs
-    omega = Histogram(
-        METRIC, "Share of routed layers that ran sparse, by request", buckets=[step / 10 for step in range(11)]
-    )
+    process_inputs, process_outputs, counts = InputProcessor.process_inputs, OutputProcessor.process_outputs, Counts()
 
     @functools.wraps(process_inputs)
     def checked(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any):
         if (self.vllm_config.additional_config or {}).get(KEY):
             config = _config(self)
+            counts.engine = self.vllm_config, config
             try:
                 Wish.of(params, config, config.base_model.routed_layers)
             except ServingError as error:
@@ -41,7 +74,7 @@ def install() -> None:
     def counted(self, engine_core_outputs: list, *args: Any, **kwargs: Any):
         for output in engine_core_outputs:
             if told := (output.kv_transfer_params or {}).get(KEY):
-                omega.observe(told["omega_msr"])
+                counts.add(told["omega_msr"])
         return process_outputs(self, engine_core_outputs, *args, **kwargs)
 
     setattr(checked, KEY, True)

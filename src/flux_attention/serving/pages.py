@@ -7,6 +7,7 @@ its sink, its window, and the pages that these begin and end in.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -63,6 +64,11 @@ def gap(tokens: int, page: int, sink: int, window: int) -> tuple[int, int]:
         From ``first`` on, and before ``last``. A request's first page always stays: routes are kept by it.
     """
     return max(1, -(-sink // page)), max(0, tokens - window + 1) // page
+
+
+def pages_needed(tokens: int, page: int, sink: int, window: int, full: float, sparse: float) -> int:
+    """Count the pages of a request with so many full and so many sparse layers, rounded up."""
+    return math.ceil(full * -(-tokens // page) + sparse * pages_kept(tokens, page, sink, window))
 
 
 class PageCoordinator:
@@ -125,10 +131,10 @@ class PageCoordinator:
 
     def expected_pages(self, request_id: str, tokens: int) -> int:
         """Count the pages of a request of ``tokens`` tokens once its routes are known, rounded up."""
-        routes, count = self.routes.get(request_id), len(self.managers)
+        routes = self.routes.get(request_id)
         full = self.expected_full() if routes is None else sum(routes)
-        dense, sparse = -(-tokens // self.page), pages_kept(tokens, self.page, self.sink, self.window)
-        return int(-(-(full * dense + (count - full) * sparse) // 1)) + self.unrouted * dense
+        sparse = len(self.managers) - full
+        return pages_needed(tokens, self.page, self.sink, self.window, full + self.unrouted, sparse)
 
     # What vLLM calls at every step.
 

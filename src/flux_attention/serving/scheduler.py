@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from flux_attention.serving.pages import PageCoordinator
+from flux_attention.serving.pages import PageCoordinator, pages_needed
 from flux_attention.serving.settings import KEY, Settings
+
+logger = init_logger("vllm.flux_attention")
 
 
 class _Routed:
@@ -29,6 +32,24 @@ class _Routed:
         self.kv_cache_manager.coordinator = self.pages
         if settings.debug:
             self.pages.returned = []
+        self._tell(config)
+
+    def _tell(self, config) -> None:
+        """Say how many of the longest requests fit."""
+        layers, longest = len(self.pages.managers), self.vllm_config.model_config.max_model_len
+        room = self.kv_cache_config.num_blocks - 1  # one is vLLM's own
+
+        def fit(full: float) -> float:
+            sizes = self.pages.page, self.pages.sink, self.pages.window
+            return room / pages_needed(longest, *sizes, full + self.pages.unrouted, layers - full)
+
+        if config.ranking is None:
+            known = (
+                f"{fit(layers / 2):.1f} if half of the layers run sparse, {fit(layers / 4):.1f} if three quarters do"
+            )
+        else:
+            known = f"{fit(len(config.full_layers)):.1f} at a budget of {config.budget:.3g}"
+        logger.info("flux-attention: %.1f requests of %d tokens fit dense, %s", fit(layers), longest, known)
 
     def schedule(self, *args, **kwargs):
         """Plan a step; a debugging server also tells which pages were given back."""
