@@ -92,3 +92,11 @@ def test_all_routers_at_once_say_what_each_says(takes_budget):
     expected = torch.stack([hard_route(router(x, *told)) for router, x in zip(routers, pooled, strict=True)], dim=1)
     found = Routers(routers)(pooled, 0.3 if takes_budget else None)
     assert torch.equal(found, expected) and 0 < found.sum() < found.numel()
+
+
+def test_a_router_that_gives_no_number_leaves_its_layer_full():
+    routers = [LayerRouter(8) for _ in range(2)]
+    routers[0].head[-1].bias.data[:] = torch.tensor([3.0, 0.0])
+    pooled = torch.randn(2, 2, 8)
+    pooled[0, 1] = float("nan")
+    assert Routers(routers)(pooled).tolist() == [[False, True], [True, True]]

@@ -143,3 +143,12 @@ def test_requests_that_make_way_come_back_with_their_routes(prompts, reference):
     assert metric(llm, "vllm:num_preemptions") > 0
     assert sum(nats > 1e-2 for nats in apart) >= 5
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+
+
+def test_processes_that_share_the_heads_decide_alike(prompts, reference, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    llm = engine(max_num_batched_tokens=CHUNK, max_num_seqs=8, tensor_parallel_size=2)
+    some = [prompt for prompt in prompts if len(prompt) > 800][:5]
+    apart = check(llm, some, reference)  # ranks that decide otherwise would give other answers
+    assert sum(nats > 1e-2 for nats in apart) >= 2

@@ -150,9 +150,14 @@ class OnCpu(RoutedAttention):
 
 
 class DecodeGraphs:
-    """Says of a metadata builder what CUDA graphs may hold: decode steps, as others need vLLM's attention too."""
+    """Stands before a metadata builder: CUDA graphs hold decode steps alone, as others need vLLM's attention too."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        """Build metadata; in decode steps without vLLM's schedule, which our kernel needs not, for each layer anew."""
+        fast_build = fast_build or common_attn_metadata.max_query_len == 1
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
 
 def _flash() -> type:

@@ -14,6 +14,7 @@ import vllm
 from packaging.version import Version
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from flux_attention.errors import ServingError
 from flux_attention.serving import api
@@ -23,6 +24,8 @@ logger = init_logger("vllm.flux_attention")
 
 #: The versions of vLLM that were tested.
 OLDEST, BEYOND = Version("0.25.1"), Version("0.33")
+#: Tokens of a page on GPUs, unless the user says otherwise.
+BLOCK = 64
 #: vLLM's worker classes, and ours in their place.
 WORKERS = ("vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.cpu_worker.CPUWorker")
 WORKER = "flux_attention.serving.worker.PlatformWorker"
@@ -66,6 +69,9 @@ def prepare(arguments: EngineArgs, settings: Settings) -> None:
             "prefix caching shares keys between requests, but they depend on routes: leave --enable-prefix-caching out"
         )
     arguments.enable_prefix_caching = False
+    if arguments.block_size is None and not current_platform.is_cpu():
+        # A pool of single layers' pages has many of them, and each costs the scheduler time.
+        arguments.block_size = BLOCK
     if arguments.worker_cls != "auto" or arguments.scheduler_cls is not None:
         raise ServingError("--worker-cls and --scheduler-cls are what routing comes in by: leave them out")
     arguments.additional_config = {**(arguments.additional_config or {}), **settings.to_dict()}
@@ -103,6 +109,7 @@ def refusals(config: Any) -> list[str]:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "data parallelism of mixtures of experts": parallel.data_parallel_size > 1 and bool(model.is_moe),
         "two batches that overlap (DBO)": getattr(parallel, "enable_dbo", False),
         "speculative decoding": config.speculative_config is not None,
         "KV connectors": config.kv_transfer_config is not None,

@@ -143,10 +143,14 @@ class Routers(nn.Module):
         self.one = [copy.deepcopy(routers[0]).to("meta")]  # in a list, so that it is no part of this module
 
     def forward(self, pooled_LRD: torch.Tensor, budget: float | None = None) -> torch.Tensor:
-        """Return bool ``routes_RL``, True = full attention, from what the routers read, float32."""
+        """
+        Return bool ``routes_RL``, True = full attention, from what the routers read, float32.
+
+        Where a router's output is not finite the layer is full: a server should not fail for one prompt.
+        """
         parameters = {name.replace("/", "."): value for name, value in self.stacked.items()}
         told = (pooled_LRD.new_full(pooled_LRD.shape[1:2], budget),) if self.takes_budget else ()
         logits_LR2 = torch.vmap(
             lambda mine, x: torch.func.functional_call(self.one[0], mine, (x, *told)),
         )(parameters, pooled_LRD)
-        return hard_route(logits_LR2).T
+        return (hard_route(logits_LR2) | ~logits_LR2.isfinite().all(-1)).T

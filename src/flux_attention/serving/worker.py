@@ -136,7 +136,7 @@ class RequestRouter:
 
     def decide(self, requests: Sequence[Any]) -> torch.Tensor:
         """Return the routes of new requests, bool (R, L) on the CPU: as they wish, else by routers or the ranking."""
-        wishes = [Wish.of(request.sampling_params, self.config, self.layers) for request in requests]
+        wishes = [self._wish(request) for request in requests]
         routes = torch.ones(len(requests), len(self.layers), dtype=torch.bool)
         by_routers = []
         for row, (wish, request) in enumerate(zip(wishes, requests, strict=True)):
@@ -154,6 +154,14 @@ class RequestRouter:
             for start in range(0, len(rows), most):
                 routes[rows[start : start + most]] = self.read(prompts[start : start + most], budget)
         return routes
+
+    def _wish(self, request: Any) -> Wish:
+        """Read what a request wishes; it was checked when it came in, and is no reason to fail for all others."""
+        try:
+            return Wish.of(request.sampling_params, self.config, self.layers)
+        except ServingError as error:
+            logger.warning("request %s is routed as if it had no wish: %s", request.req_id, error)
+            return Wish(None, self.config.budget)
 
     def read(self, prompts: Sequence[Sequence[int]], budget: float | None = None) -> torch.Tensor:
         """Run the model over prompts' ends and return what its routers say: bool (R, L) on the CPU."""
