@@ -39,20 +39,27 @@ def pool_query(query_BSHD: torch.Tensor, columns_BN: torch.Tensor, weights_BN: t
     return (weights_BN[:, None] @ picked.mean(2, dtype=torch.float32))[:, 0]
 
 
-def pooled_slots(lengths_B: torch.Tensor, pool_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pooled_slots(
+    lengths_B: torch.Tensor, pool_size: int, longest: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     List the first and the last ``pool_size`` tokens of sequences of ``lengths_B`` tokens, with their weights.
 
     In a sequence shorter than ``pool_size`` both are the whole sequence; below twice that they overlap.
 
+    Parameters
+    ----------
+    longest : int, optional
+        What no length exceeds; default: the greatest, for which the host waits if lengths are on a GPU.
+
     Returns
     -------
     slots_BN : torch.Tensor
-        int64, N = 2 × min(pool_size, longest sequence); token numbers counted from the sequence's start.
+        int64, N = 2 × min(pool_size, longest); token numbers counted from the sequence's start.
     weights_BN : torch.Tensor
         float32, equal over the tokens read and zero in the unused places of shorter sequences.
     """
-    size = min(pool_size, int(lengths_B.max()))
+    size = min(pool_size, int(lengths_B.max()) if longest is None else longest)
     offset = torch.arange(size, device=lengths_B.device)
     count_B1 = lengths_B.clamp(max=size)[:, None]
     used = (offset < count_B1).float()

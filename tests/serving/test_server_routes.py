@@ -60,7 +60,8 @@ def test_the_ends_and_what_is_pooled_of_them_are_those_of_the_other_engine(lengt
     ends = [take_ends(prompt.tolist(), end_tokens) for prompt in prompts]
     assert ends == [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
 
-    flat, positions, metadata = lay_out(ends, 6, "cpu")
+    flat, positions, metadata = lay_out(ends, 6, torch.device("cpu"))
+    assert (flat.dtype, positions.dtype) == (torch.int32, torch.int64)  # what vLLM compiles models for, unchecked
     assert flat.view(len(ends), -1).shape == positions.view(len(ends), -1).shape == tokens.shape
     rotary, heads = Rotary(8, True), torch.randn(len(flat), 3, 8)
     metadata.read(0, rotary(heads, positions), Unrotation(rotary))
@@ -71,7 +72,7 @@ def test_the_ends_and_what_is_pooled_of_them_are_those_of_the_other_engine(lengt
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_each_pair_of_ends_attends_to_itself_alone(counts):
-    flat, _, metadata = lay_out([[1] * count for count in counts], 4, "cpu")
+    flat, _, metadata = lay_out([[1] * count for count in counts], 4, torch.device("cpu"))
     query, key, value = torch.randn(len(flat), 4, 8), *torch.randn(2, len(flat), 2, 8)
     found = metadata.attend(query, key, value, 0.3).view(len(counts), -1, 4, 8)
     rows = [states.view(len(counts), -1, *states.shape[1:]) for states in (query, key, value)]

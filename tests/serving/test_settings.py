@@ -39,6 +39,7 @@ def test_an_adapter_is_named_by_the_environment_or_by_the_configuration(monkeypa
         ({"routers": "here", "sink": 3}, r"unknown keys \['sink'\]"),
         ({"routers": "here", "budget": "half"}, "budget is 'half'"),
         ({"routers": "here", "debug": 1}, "debug is 1"),
+        ({"routers": "here", "decide": "later"}, "decide is 'later'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(given, message, monkeypatch):
@@ -50,6 +51,8 @@ def test_settings_that_mean_nothing_are_refused(given, message, monkeypatch):
 def test_what_is_served_reads_the_ends_and_has_patterns_that_there_are_kernels_for():
     assert Settings("here").served(FluxConfig(pool_size=200)).end_tokens == 200
     assert Settings("here").served(FluxConfig()).decide == "ends"
+    assert Settings("here", decide="prefill").served(FluxConfig()).decide == "prefill"
+    assert Settings("here").served(RANKED) == RANKED
     assert Settings("here", 0.25).served(RANKED).full_layers == (0, 2, 5)
     for config, message in (
         (FluxConfig(pattern="triangle"), "compute triangle"),

@@ -19,14 +19,12 @@ PAGE = 16
 OWN = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=8, dtype=torch.float32)
 
 
-def manager(layers, pages, routes, sink=0, window=1, routed=True, unrouted=0, expected=None):
+def manager(layers, pages, routes, sink=0, window=1, routed=True, in_flight=0, expected=None):
     specs = [LayerSpec.of(OWN, layer) if routed else OWN for layer in range(layers)]
-    if unrouted:
-        specs.insert(1, OWN)
     groups = [KVCacheGroupSpec([f"layers.{place}"], spec) for place, spec in enumerate(specs)]
     found = KVCacheManager(KVCacheConfig(pages, [], groups), 10_000, PAGE, PAGE, enable_caching=False)
     if routed:
-        found.coordinator = PageCoordinator(found.coordinator, range(layers), sink, window, routes, expected)
+        found.coordinator = PageCoordinator(found.coordinator, range(layers), sink, window, routes, in_flight, expected)
     return found
 
 
@@ -102,12 +100,10 @@ def test_under_any_traffic_requests_keep_what_they_see_and_no_page_is_lost(data)
                 mine.append_output_token_ids(1)
                 left = 1
             count = data.draw(st.integers(1, left))
-            before = own.block_pool.get_num_free_blocks()
             if own.allocate_slots(mine, count) is None:  # full: as a preempted one, with its routes
                 own.free(mine)
                 mine.num_computed_tokens = 0
                 continue
-            assert own.block_pool.get_num_free_blocks() <= before + layers * pages
             seen = mine.num_computed_tokens
             mine.num_computed_tokens += count
             used = set()
@@ -168,15 +164,24 @@ def test_a_request_is_let_in_if_it_fits_as_it_will_be_routed():
     assert own.coordinator.get_num_blocks_to_allocate("long", 640, apply_admission_cap=True) == 160 - 4
 
 
-def test_layers_that_are_not_routed_keep_their_pages():
-    routes = {"r": [False, False]}
-    own = manager(2, 200, routes, sink=16, window=16, unrouted=1)
-    mine = request("r", 500)
-    for _ in range(25):
-        own.allocate_slots(mine, 20)
-        mine.num_computed_tokens += 20
-    first, unrouted, last = ([block.block_id for block in blocks] for blocks in own.get_blocks("r").blocks)
-    assert all(unrouted) and sum(map(bool, first)) == sum(map(bool, last)) < 6
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 900), st.integers(1, 130), st.lists(st.booleans(), min_size=3, max_size=3), st.booleans())
+def test_a_request_that_is_let_in_can_be_computed_to_its_end(tokens, chunk, layers, late):
+    # Routes are known before the first chunk, or, where steps are planned ahead, when the third is.
+    routes, sink, window = {"others": layers}, 20, 100
+    steps = -(-tokens // chunk)
+    known = 2 if late else 1
+    own = manager(3, 400, routes, sink, window, in_flight=known * chunk)
+    own.coordinator.learn(routes)
+    mine = request("r", tokens)
+    needed = own.coordinator.get_num_blocks_to_allocate("r", tokens, apply_admission_cap=True)
+    own.block_pool.get_new_blocks(own.block_pool.get_num_free_blocks() - needed)  # others hold all the rest
+    for step in range(steps):
+        if step == known:
+            routes["r"] = layers
+        count = min(chunk, tokens - mine.num_computed_tokens)
+        assert own.allocate_slots(mine, count, full_sequence_must_fit=step == 0) is not None
+        mine.num_computed_tokens += count
 
 
 def test_pages_that_were_given_back_can_be_asked_for():

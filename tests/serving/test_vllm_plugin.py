@@ -76,3 +76,11 @@ def test_untested_versions_are_refused(version, monkeypatch):
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(ServingError, match=f"vLLM {version} was not tested"):
         routed()
+
+
+def test_vllm_finds_the_routed_backend_by_its_name():
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from flux_attention.serving.backend import RoutedBackend
+
+    assert resolve_obj_by_qualname(".".join(RoutedBackend.full_cls_name())) is RoutedBackend

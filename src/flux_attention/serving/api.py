@@ -38,7 +38,7 @@ class Counts:
         self.fit = Gauge(FIT, "Requests of the longest kind that the KV cache holds, routed as the latest ones were")
 
     def add(self, omega: float) -> None:
-        """Count a request that is done."""
+        """Count a request whose routes are known."""
         self.omega.observe(omega)
         self.last.append(omega)
         if self.engine is None or not self.engine[0].cache_config.num_gpu_blocks:
@@ -47,9 +47,7 @@ class Counts:
         layers = len(adapter.base_model.routed_layers)
         sparse = layers * sum(self.last) / len(self.last)
         sizes = config.cache_config.block_size, adapter.sparse["sink"], adapter.sparse["window"]
-        needed = pages_needed(
-            config.model_config.max_model_len, *sizes, adapter.base_model.num_layers - sparse, sparse
-        )  # fmt: skip
+        needed = pages_needed(config.model_config.max_model_len, *sizes, layers - sparse, sparse)
         self.fit.set((config.cache_config.num_gpu_blocks - 1) / needed)
 
 
@@ -73,8 +71,13 @@ def install() -> None:
     @functools.wraps(process_outputs)
     def counted(self, engine_core_outputs: list, *args: Any, **kwargs: Any):
         for output in engine_core_outputs:
+            state = self.request_states.get(output.request_id)
             if told := (output.kv_transfer_params or {}).get(KEY):
                 counts.add(told["omega_msr"])
+                if state is not None:
+                    setattr(state, KEY, told)
+            elif told := getattr(state, KEY, None):  # what came with the first tokens is told with the last ones too
+                output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: told}
         return process_outputs(self, engine_core_outputs, *args, **kwargs)
 
     setattr(checked, KEY, True)

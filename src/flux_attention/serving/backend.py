@@ -1,7 +1,6 @@
 """Puts routed attention over vLLM's own: its backends, metadata builders and implementations, subclassed.
 
-A layer's own attention runs untouched in steps in which every row is full in it, and for the full rows of other steps
-with prompts. Layers that are not routed, and all layers of a model that is not, are left to vLLM.
+Full rows of steps with prompts are vLLM's own attention's. Sparse rows, and on GPUs all rows of decode steps, are ours.
 
 Shape suffixes: T tokens of all rows, B rows (sequences), N pages, P tokens of a page, K KV heads, D head dim.
 """
@@ -17,7 +16,8 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from flux_attention import kernels
-from flux_attention.serving.routes import Ends, Unrotation
+from flux_attention.kernels import DTYPES, HEAD_DIMS
+from flux_attention.serving.routes import Ends, InPrefill, Unrotation
 
 
 @dataclass
@@ -37,6 +37,8 @@ class RoutedLayer:
         uint8: at a row's first page whether the row is full (1) or sparse (0) in this layer.
     workspace : PagedWorkspace or None
         On GPUs.
+    in_prefill : InPrefill or None
+        Where routers decide in the prefill.
     """
 
     place: int
@@ -45,6 +47,7 @@ class RoutedLayer:
     unrotate: Unrotation
     routes_N: torch.Tensor
     workspace: Any = None
+    in_prefill: InPrefill | None = None
 
 
 class RoutedAttention:
@@ -60,12 +63,25 @@ class RoutedAttention:
         if self.routed is None or attn_metadata is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
 
+        if self.routed.in_prefill is not None and attn_metadata.max_query_len > 1:
+            self._decide(query, attn_metadata)
+
         def full(metadata):
             stock = super(RoutedAttention, self).forward
             return stock(layer, query, key, value, kv_cache, metadata, output, *args, **kwargs)
 
         self._attend(full, query, self.pages(kv_cache), attn_metadata, output)
         return output
+
+    def _decide(self, query, metadata) -> None:
+        mine, rows = self.routed, len(metadata.query_start_loc) - 1
+        first = metadata.block_table[:rows, 0].long()
+        mine.in_prefill.decide(mine.place, query, metadata.query_start_loc, first, mine.unrotate, mine.routes_N)
+
+    @staticmethod
+    def takes(head_size: int, dtype: torch.dtype) -> bool:
+        """Whether heads of this kind can be attended to."""
+        return True
 
     def _read_ends(self, ends: Ends, query, key, value, output):
         if self.routed is not None:
@@ -84,6 +100,11 @@ class RoutedAttention:
 
 class OnGpu(RoutedAttention):
     """Attends by our kernels, which read routes on the device: CUDA graphs of decode steps serve all routes."""
+
+    @staticmethod
+    def takes(head_size, dtype):
+        """See ``RoutedAttention.takes``."""
+        return head_size in HEAD_DIMS and dtype in DTYPES
 
     def pages(self, kv_cache):
         """See ``RoutedAttention.pages``."""
@@ -107,8 +128,7 @@ class OnGpu(RoutedAttention):
             )
             return
         is_full = mine.routes_N[table[:, 0].long()] != 0
-        # Rows of no keys cost vLLM's kernel next to nothing; what its builder planned was for other lengths.
-        full(replace(metadata, seq_lens=torch.where(is_full, lengths, 0), scheduler_metadata=None))
+        full(replace(metadata, seq_lens=torch.where(is_full, lengths, 0)))  # rows of no keys cost next to nothing
         triton_paged.sparse_prefill(query, *pages, answer, table, metadata.query_start_loc, lengths, **shared)
 
 
@@ -155,9 +175,8 @@ class DecodeGraphs:
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
-        """Build metadata; in decode steps without vLLM's schedule, which our kernel needs not, for each layer anew."""
-        fast_build = fast_build or common_attn_metadata.max_query_len == 1
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        """Build metadata without vLLM's schedule, which would be for other lengths than those that it is used with."""
+        return super().build(common_prefix_len, common_attn_metadata, fast_build=True)
 
 
 def _flash() -> type:
@@ -188,11 +207,9 @@ def _cpu() -> type:
 
 def _backend(own: type, implementation: type, builder: type) -> type:
     """Subclass a backend of vLLM's with an implementation and a builder of ours."""
-    return type(
-        f"Routed{own.__name__}",
-        (own,),
-        {"get_impl_cls": staticmethod(lambda: implementation), "get_builder_cls": staticmethod(lambda: builder)},
-    )
+    methods = {"get_impl_cls": staticmethod(lambda: implementation), "get_builder_cls": staticmethod(lambda: builder)}
+    # vLLM looks the class up by its name.
+    return type("RoutedBackend", (own,), {**methods, "__module__": __name__, "__qualname__": "RoutedBackend"})
 
 
 RoutedBackend = _cpu() if current_platform.is_cpu() else _flash()

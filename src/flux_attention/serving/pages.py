@@ -88,6 +88,8 @@ class PageCoordinator:
         Tokens.
     routes : mapping of str to list of bool
         Of each request that is known whether each routed layer is full; others may be added at any time.
+    in_flight : int
+        Tokens of a request that may be computed while none of its pages are given back.
     expected : float, optional
         Full layers that a request has whose routes are not known yet; default: as those before it, all at first.
     """
@@ -99,15 +101,15 @@ class PageCoordinator:
         sink: int,
         window: int,
         routes: Mapping[str, list[bool]],
+        in_flight: int,
         expected: float | None = None,
     ):
-        self.own, self.routes, self.sink, self.window = own, routes, sink, window
+        self.own, self.routes, self.sink, self.window, self.in_flight = own, routes, sink, window, in_flight
         specs = [group.kv_cache_spec for group in own.kv_cache_config.kv_cache_groups]
-        where = {spec.layer: place for place, spec in enumerate(specs) if isinstance(spec, LayerSpec)}
-        #: The managers of the routed layers, in their order, and how many there are of others.
+        where = {spec.layer: place for place, spec in enumerate(specs)}
+        #: The managers of the routed layers, in their order: there are no others.
         self.managers = [own.single_type_managers[where[layer]] for layer in layers]
         self.page = self.managers[0].block_size
-        self.unrouted = len(specs) - len(self.managers)
         self.expected, self.last = expected, deque(maxlen=REMEMBERED)
         #: Of each request its pages in each layer, freed ones included, and the end of what was freed.
         self.held: dict[str, int] = {}
@@ -130,11 +132,12 @@ class PageCoordinator:
         return sum(self.last) / len(self.last) if self.last else len(self.managers)
 
     def expected_pages(self, request_id: str, tokens: int) -> int:
-        """Count the pages of a request of ``tokens`` tokens once its routes are known, rounded up."""
+        """Count the pages that a request takes at most until all of its ``tokens`` tokens are computed, rounded up."""
         routes = self.routes.get(request_id)
         full = self.expected_full() if routes is None else sum(routes)
-        sparse = len(self.managers) - full
-        return pages_needed(tokens, self.page, self.sink, self.window, full + self.unrouted, sparse)
+        sparse, dense = len(self.managers) - full, len(self.managers) * -(-tokens // self.page)
+        passing = sparse * -(-min(tokens, self.in_flight) // self.page)
+        return min(dense, pages_needed(tokens, self.page, self.sink, self.window, full, sparse) + math.ceil(passing))
 
     # What vLLM calls at every step.
 
@@ -179,11 +182,7 @@ class PageCoordinator:
                 manager._remove_blocks_in_range(request_id, first, last)
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: prefixes are not cached."""
-
-    def get_num_common_prefix_blocks(self, running_request_id: str) -> list[int]:
-        """Say that requests share no page."""
-        return [0] * len(self.nothing)
+        """Do nothing, without asking every manager: prefixes are not cached."""
 
     def free(self, request_id: str) -> None:
         """Give all of a request's pages back."""

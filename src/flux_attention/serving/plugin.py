@@ -1,13 +1,14 @@
 """The entry point that vLLM calls in each of its processes: routes are decided if an adapter is named, else nothing is.
 
-Three functions of vLLM's are wrapped: ``EngineArgs.create_engine_config``, to set the flags that routing needs, and the
-two that requests and answers pass through, see ``api``. All else goes in by options of vLLM's own: the worker's and the
+Wrapped is ``EngineArgs.create_engine_config``, to set the flags that routing needs, and then the two functions that
+requests and answers pass through, see ``api``. All else goes in by options of vLLM's own: the worker's and the
 scheduler's class, and the attention backend's name.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import vllm
@@ -17,12 +18,11 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from flux_attention.errors import ServingError
-from flux_attention.serving import api
 from flux_attention.serving.settings import KEY, Settings
 
 logger = init_logger("vllm.flux_attention")
 
-#: The versions of vLLM that were tested.
+#: The versions of vLLM that this was written for: from the first on, before the second.
 OLDEST, BEYOND = Version("0.25.1"), Version("0.33")
 #: Tokens of a page on GPUs, unless the user says otherwise.
 BLOCK = 64
@@ -37,18 +37,35 @@ def register() -> None:
     create = EngineArgs.create_engine_config
     if hasattr(create, KEY):
         return
-    api.install()
 
     @functools.wraps(create)
     def create_engine_config(self, *args, **kwargs):
         settings = Settings.read(self.additional_config)
         if settings is None:
             return create(self, *args, **kwargs)
+        check_version()  # first: of others not even the parts may be there that the rest is made of
         prepare(self, settings)
+        from flux_attention.serving import api
+
+        api.install()
         return finish(create(self, *args, **kwargs), settings)
 
     setattr(create_engine_config, KEY, True)
     EngineArgs.create_engine_config = create_engine_config
+
+
+def check_version() -> None:
+    """
+    Refuse versions of vLLM that this was not written for.
+
+    Raises
+    ------
+    ServingError
+        With those that it was written for.
+    """
+    version = Version(vllm.__version__)
+    if not OLDEST <= Version(version.base_version) < BEYOND:
+        raise ServingError(f"vLLM {version} was not tested with routing, expected {OLDEST} or newer, before {BEYOND}")
 
 
 def prepare(arguments: EngineArgs, settings: Settings) -> None:
@@ -58,12 +75,16 @@ def prepare(arguments: EngineArgs, settings: Settings) -> None:
     Raises
     ------
     AdapterError, ServingError
-        For an adapter that cannot be read, a flag that asks for something else, or an untested version of vLLM.
+        For an adapter that cannot be read, or a flag that asks for something else.
     """
-    version = Version(vllm.__version__)
-    if not OLDEST <= Version(version.base_version) < BEYOND:
-        raise ServingError(f"vLLM {version} was not tested with routing, expected {OLDEST} to {BEYOND}")
-    settings.config()
+    adapter = settings.config()
+    if adapter.ranking is None and adapter.decide == "prefill":
+        if arguments.enable_chunked_prefill:
+            raise ServingError(
+                "routers that decide in the prefill read whole prompts: leave --enable-chunked-prefill out, or decide "
+                "by the ends"
+            )
+        arguments.enable_chunked_prefill = False
     if arguments.enable_prefix_caching:
         raise ServingError(
             "prefix caching shares keys between requests, but they depend on routes: leave --enable-prefix-caching out"
@@ -94,7 +115,22 @@ def finish(config: Any, settings: Settings) -> Any:
     parallel.worker_cls = WORKER
     scheduler.scheduler_cls = SCHEDULER.format("Async" if scheduler.async_scheduling else "")
     adapter = settings.config()
-    how = "by the prompt's ends" if adapter.ranking is None else f"fixed, {adapter.budget:.3g} of the layers sparse"
+    if adapter.ranking is not None:
+        how = f"fixed, {adapter.budget:.3g} of the layers sparse"
+    elif adapter.decide == "prefill":
+        how = "in the prefill, of whole prompts"
+        if scheduler.long_prefill_token_threshold:
+            raise ServingError(
+                "routers that decide in the prefill read whole prompts: leave "
+                "--long-prefill-token-threshold out, or decide by the ends"
+            )
+    else:
+        how = "by the prompt's ends"
+        if scheduler.max_num_batched_tokens < 2 * adapter.end_tokens:
+            raise ServingError(
+                f"a step computes {scheduler.max_num_batched_tokens} tokens, but routers read {adapter.end_tokens} at "
+                f"each end of a prompt: expected --max-num-batched-tokens of {2 * adapter.end_tokens} at least"
+            )
     logger.info(
         "flux-attention routes requests by %s (%s; sink %d, window %d); prefix caching is off",
         settings.routers, how, adapter.sparse["sink"], adapter.sparse["window"],
@@ -110,6 +146,11 @@ def refusals(config: Any) -> list[str]:
         "context parallelism": parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "data parallelism of mixtures of experts": parallel.data_parallel_size > 1 and bool(model.is_moe),
+        "the first executor for Ray": os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "0",
+        "answers that do not depend on the batch (VLLM_BATCH_INVARIANT)": os.environ.get("VLLM_BATCH_INVARIANT") == "1",
+        "one KV cache group for all layers": config.scheduler_config.disable_hybrid_kv_cache_manager is True,
+        "sequence parallelism": bool(getattr(config.compilation_config.pass_config, "enable_sp", False)),
+        "routed experts in answers": getattr(model, "enable_return_routed_experts", False),
         "two batches that overlap (DBO)": getattr(parallel, "enable_dbo", False),
         "speculative decoding": config.speculative_config is not None,
         "KV connectors": config.kv_transfer_config is not None,

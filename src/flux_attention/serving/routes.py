@@ -7,7 +7,7 @@ layers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flux_attention.errors import ServingError
+from flux_attention.kernels import to_device
 from flux_attention.router import LayerRouter, hard_route, pooled_slots
 
 
@@ -38,10 +39,10 @@ class Unrotation:
         if rotary is None:
             return
         facts = ("cos_sin_cache", "rotary_dim", "is_neox_style")
-        if missing := [fact for fact in facts if not hasattr(rotary, fact)] or "MRotary" in type(rotary).__name__:
+        if not all(hasattr(rotary, fact) for fact in facts) or "MRotary" in type(rotary).__name__:
             raise ServingError(
-                f"the queries' rotary embedding is a {type(rotary).__name__}, whose rotation cannot be undone "
-                f"({missing}): this model cannot be routed here"
+                f"the queries' rotary embedding is a {type(rotary).__name__}, whose rotation cannot be undone: this "
+                "model cannot be routed here"
             )
 
     def __call__(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -105,22 +106,24 @@ def take_ends(prompt: Sequence[int], end_tokens: int) -> list[int]:
     return prompt if len(prompt) <= 2 * end_tokens else prompt[:end_tokens] + prompt[-end_tokens:]
 
 
-def lay_out(ends: Sequence[Sequence[int]], pool_size: int, device) -> tuple[torch.Tensor, torch.Tensor, Ends]:
+def lay_out(
+    ends: Sequence[Sequence[int]], pool_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, Ends]:
     """
     Lay the ends of prompts out for one forward pass.
 
     Returns
     -------
     tokens, positions : torch.Tensor
-        int64 (R × W), padded by zeros behind each pair of ends.
+        int32 and int64, as vLLM compiles models for, (R × W), padded by zeros behind each pair of ends.
     ends : Ends
     """
     width = max(map(len, ends))
-    tokens = torch.tensor([[*some, *[0] * (width - len(some))] for some in ends])
+    tokens = torch.tensor([[*some, *[0] * (width - len(some))] for some in ends], dtype=torch.int32)
     slots, weights = pooled_slots(torch.tensor([len(some) for some in ends]), pool_size)
     positions = torch.arange(width).repeat(len(ends))
-    ready = Ends(len(ends), width, slots.to(device), weights.to(device))
-    return tokens.flatten().to(device), positions.to(device), ready
+    ready = Ends(len(ends), width, to_device(slots, device), to_device(weights, device))
+    return to_device(tokens.flatten(), device), to_device(positions, device), ready
 
 
 class Routers(nn.Module):
@@ -154,3 +157,68 @@ class Routers(nn.Module):
             lambda mine, x: torch.func.functional_call(self.one[0], mine, (x, *told)),
         )(parameters, pooled_LRD)
         return (hard_route(logits_LR2) | ~logits_LR2.isfinite().all(-1)).T
+
+
+class InPrefill:
+    """
+    Decides routes in each layer, in the step that computes a whole prompt, without a word to the host.
+
+    Parameters
+    ----------
+    routers : sequence of LayerRouter
+        In the layers' order, on the device.
+    pool_size : int
+        P, tokens that routers read at each end.
+    mean : callable
+        Takes the mean of a tensor over all ranks.
+    asked_N : torch.Tensor
+        uint8: at a request's first page in any layer whether its routes are to be decided.
+    budgets_N : torch.Tensor
+        float32, there as well: the budget that its routers are told.
+    """
+
+    def __init__(
+        self,
+        routers: Sequence[LayerRouter],
+        pool_size: int,
+        mean: Callable[[torch.Tensor], torch.Tensor],
+        asked_N: torch.Tensor,
+        budgets_N: torch.Tensor,
+    ):
+        self.routers, self.pool_size, self.mean = routers, pool_size, mean
+        self.asked_N, self.budgets_N = asked_N, budgets_N
+
+    def decide(
+        self,
+        place: int,
+        query_THD: torch.Tensor,
+        starts: torch.Tensor,
+        first_R: torch.Tensor,
+        unrotate: Unrotation,
+        routes_N: torch.Tensor,
+    ) -> None:
+        """
+        Write the routes of the requests that are to be decided.
+
+        Parameters
+        ----------
+        place : int
+            Of the layer among the routed ones.
+        query_THD : torch.Tensor
+            Rotated queries of all rows.
+        starts : torch.Tensor
+            int32 (R + 1), where each row's tokens start.
+        first_R : torch.Tensor
+            int64, the first page of each row in this layer.
+        unrotate : Unrotation
+        routes_N : torch.Tensor
+            uint8, written to.
+        """
+        starts = starts.long()
+        lengths = starts[1:] - starts[:-1]
+        slots_RN, weights_RN = pooled_slots(lengths, self.pool_size, self.pool_size)
+        picked_RND = query_THD[starts[:-1, None] + slots_RN].mean(2, dtype=torch.float32)
+        pooled_RD = self.mean((weights_RN[:, None] @ unrotate(picked_RND, slots_RN))[:, 0])
+        logits = self.routers[place](pooled_RD, self.budgets_N[first_R])
+        full = hard_route(logits) | ~logits.isfinite().all(-1)
+        routes_N[first_R] = torch.where(self.asked_N[first_R] != 0, full.to(torch.uint8), routes_N[first_R])

@@ -1,4 +1,4 @@
-"""Runs beside vLLM's scheduler: learns the routes of requests, and tells them with their answers."""
+"""Runs beside vLLM's scheduler: learns the routes of requests, gives pages back, and tells routes with answers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class _Routed:
         super().__init__(*args, **kwargs)
         #: Of each request in flight whether each routed layer is full.
         self.flux_routes: dict[str, list[bool]] = {}
+        self.untold: dict[str, list[bool]] = {}
         settings = Settings.read(self.vllm_config.additional_config)
         config = settings.config()
         self.pages = PageCoordinator(
@@ -27,6 +28,7 @@ class _Routed:
             config.sparse["sink"],
             config.sparse["window"],
             self.flux_routes,
+            self.scheduler_config.max_num_batched_tokens * (2 if self.scheduler_config.async_scheduling else 1),
             None if config.ranking is None else len(config.full_layers),
         )
         self.kv_cache_manager.coordinator = self.pages
@@ -41,7 +43,7 @@ class _Routed:
 
         def fit(full: float) -> float:
             sizes = self.pages.page, self.pages.sink, self.pages.window
-            return room / pages_needed(longest, *sizes, full + self.pages.unrouted, layers - full)
+            return room / pages_needed(longest, *sizes, full, layers - full)
 
         if config.ranking is None:
             known = (
@@ -59,23 +61,27 @@ class _Routed:
         return output
 
     def update_from_output(self, scheduler_output, model_runner_output):
-        """Learn the routes of requests that started in a step."""
+        """Learn the routes of requests that started in a step, and tell them with the first tokens."""
         if news := getattr(model_runner_output, "flux_routes", None):
             self.pages.learn(news)
             # A request may have been cancelled meanwhile.
-            self.flux_routes.update({request: routes for request, routes in news.items() if request in self.requests})
-        return super().update_from_output(scheduler_output, model_runner_output)
+            news = {request: routes for request, routes in news.items() if request in self.requests}
+            self.flux_routes.update(news)
+            self.untold.update(news)
+        found = super().update_from_output(scheduler_output, model_runner_output)
+        if self.untold:
+            for output in (output for outputs in found.values() for output in outputs.outputs):
+                if routes := self.untold.pop(output.request_id, None):
+                    # The one field of an answer that passes through vLLM unread.
+                    told = {KEY: {"omega_msr": 1 - sum(routes) / len(routes)}}
+                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), **told}
+            self.untold = {request: routes for request, routes in self.untold.items() if request in self.requests}
+        return found
 
     def _free_request(self, request, *args, **kwargs):
-        """Tell a finished request's routes in the one field of an answer that passes through vLLM unread."""
-        found = super()._free_request(request, *args, **kwargs)
-        routes = self.flux_routes.pop(request.request_id, None)
-        if routes is None:
-            return found
-        told = {KEY: {"omega_msr": 1 - sum(routes) / len(routes)}}
-        if isinstance(found, tuple):  # with the parameters of an encoder's transfer, since vLLM 0.26 or so
-            return ({**(found[0] or {}), **told}, *found[1:])
-        return {**(found or {}), **told}
+        """Let go of a request."""
+        self.flux_routes.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
 
 
 class RoutedScheduler(_Routed, Scheduler):

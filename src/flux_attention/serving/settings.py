@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from flux_attention import adapters
-from flux_attention.config import FluxConfig, with_options
+from flux_attention.config import DECIDE, FluxConfig, with_options
 from flux_attention.errors import ServingError
 
 #: The key of ``--additional-config``, and the environment variable that names an adapter.
@@ -26,12 +26,15 @@ class Settings:
         Adapter: a directory, a Hub id, or ``shipped``.
     budget : float, optional
         Share of sparse layers, for adapters that take one; default: the adapter's own.
+    decide : {"ends", "prefill"}
+        When routers read a prompt: its two ends beforehand, or in each layer while the whole of it is computed.
     debug : bool
         Whether pages that are given back are filled with a large number, which shows in answers if one is read.
     """
 
     routers: str
     budget: float | None = None
+    decide: str = "ends"
     debug: bool = False
 
     @classmethod
@@ -46,20 +49,21 @@ class Settings:
         """
         given = dict((additional or {}).get(KEY) or {})
         given.setdefault("routers", os.environ.get(VARIABLE) or None)
-        if unknown := sorted(set(given) - {"routers", "budget", "debug"}):
-            raise ServingError(
-                f"--additional-config: {KEY} has unknown keys {unknown}, expected routers, budget or debug"
-            )
+        if unknown := sorted(set(given) - {field.name for field in fields(cls)}):
+            known = ", ".join(field.name for field in fields(cls))
+            raise ServingError(f"--additional-config: {KEY} has unknown keys {unknown}, expected some of {known}")
         if given["routers"] is None:
             if len(given) > 1:
                 raise ServingError(f"--additional-config: {KEY} names no adapter; expected routers, or {VARIABLE}")
             return None
-        budget, debug = given.get("budget"), given.get("debug", False)
+        budget, decide, debug = given.get("budget"), given.get("decide", "ends"), given.get("debug", False)
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
             raise ServingError(f"--additional-config: budget is {budget!r}, expected a number between 0 and 1")
+        if decide not in DECIDE:
+            raise ServingError(f"--additional-config: decide is {decide!r}, expected one of {DECIDE}")
         if not isinstance(debug, bool):
             raise ServingError(f"--additional-config: debug is {debug!r}, expected true or false")
-        return cls(str(given["routers"]), None if budget is None else float(budget), debug)
+        return cls(str(given["routers"]), None if budget is None else float(budget), decide, debug)
 
     def to_dict(self) -> dict[str, Any]:
         """Return them as vLLM's additional configuration holds them."""
@@ -67,7 +71,7 @@ class Settings:
 
     def config(self) -> FluxConfig:
         """
-        Read the adapter's configuration, as it is served: routers read the prompt's ends.
+        Read the adapter's configuration, as it is served.
 
         Raises
         ------
@@ -87,4 +91,4 @@ class Settings:
                     f"the {what} layers of {self.routers} compute {settings['pattern']}, which vLLM has no kernel for "
                     f"here; expected {known}"
                 )
-        return with_options(config, self.budget, "ends" if config.ranking is None else None)
+        return with_options(config, self.budget, self.decide if config.ranking is None else None)

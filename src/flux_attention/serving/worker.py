@@ -7,23 +7,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from flux_attention import adapters
-from flux_attention.config import BaseModel, FluxConfig
+from flux_attention.config import FluxConfig
 from flux_attention.errors import ServingError
+from flux_attention.kernels import to_device
 from flux_attention.routes import parse_routes
-from flux_attention.serving.backend import RoutedAttention, RoutedLayer, install
+from flux_attention.serving.backend import RoutedLayer, install
+from flux_attention.serving.model import base_model, mean_over_ranks, rotary_embeddings, routed_attentions
 from flux_attention.serving.pages import LayerSpec
 from flux_attention.serving.requests import Wish
-from flux_attention.serving.routes import Routers, Unrotation, lay_out, take_ends
+from flux_attention.serving.routes import InPrefill, Routers, Unrotation, lay_out, take_ends
 from flux_attention.serving.settings import Settings
 
 logger = init_logger(__name__)
@@ -57,24 +55,36 @@ class RequestRouter:
         config, routers = adapters.load(settings.routers, base)
         self.config: FluxConfig = settings.served(config)
         self.device = next(model.parameters()).device
-        self.routers = None if self.config.ranking is not None else Routers(list(routers.values())).to(self.device)
+        self.place_L = torch.arange(len(self.layers), device=self.device)
+        self.routers = list(routers.to(self.device).values())
         self.attentions, self.rotary = attentions, rotary_embeddings(model, attentions)
-        #: Of each request in flight its routes, bool (L,) on the CPU, and those that the scheduler was not told yet.
+        #: Of each request in flight its routes, uint8 (L,) on the device; and what the scheduler was not told yet.
         self.known: dict[str, torch.Tensor] = {}
-        self.news: dict[str, list[bool]] = {}
+        self.news = News()
         self.routes_LN: torch.Tensor | None = None
         #: The KV cache group of each routed layer.
         self.groups: list[int] = []
+        #: Routers at once, for the ends; and where they decide in the prefill, what of, and since this step.
+        self.at_once = Routers(self.routers) if self.routers and self.config.decide == "ends" else None
+        self.in_prefill: InPrefill | None = None
+        self.asked: dict[str, torch.Tensor] = {}
 
     def allocate(self, kv_cache_config) -> None:
         """Make room for routes, once it is known how many pages there are, and tell each layer where."""
-        pages, names = kv_cache_config.num_blocks, [group.layer_names for group in kv_cache_config.kv_cache_groups]
+        # A multiple of 16, so that all layers' rows are aligned alike: kernels are compiled once.
+        pages = -(-kv_cache_config.num_blocks // 16) * 16
+        names = [group.layer_names for group in kv_cache_config.kv_cache_groups]
         self.routes_LN = torch.ones(len(self.layers), pages, dtype=torch.uint8, device=self.device)
         self.groups = [
             next(place for place, some in enumerate(names) if attention.layer_name in some)
             for attention in self.attentions.values()
         ]
         workspace = self._workspace()
+        if self.routers and self.config.decide == "prefill":
+            asked, budgets = torch.zeros(2, pages, device=self.device)
+            self.in_prefill = InPrefill(
+                self.routers, self.config.pool_size, mean_over_ranks, asked.to(torch.uint8), budgets
+            )  # fmt: skip
         for place, (layer, attention) in enumerate(self.attentions.items()):
             attention.impl.routed = RoutedLayer(
                 place,
@@ -83,6 +93,7 @@ class RequestRouter:
                 Unrotation(self.rotary[layer]),
                 self.routes_LN[place],
                 workspace,
+                self.in_prefill,
             )
 
     def _workspace(self):
@@ -121,39 +132,70 @@ class RequestRouter:
         ]
         unknown = [new for new in scheduled.scheduled_new_reqs if new.req_id not in self.known]
         if unknown:
-            routes = self.decide(unknown)
-            for new, row in zip(unknown, routes, strict=True):
-                self.known[new.req_id] = row
-                self.news[new.req_id] = row.tolist()
+            asked = self.decide(unknown)
         if started:
-            self._put([pages for _, pages in started], torch.stack([self.known[request] for request, _ in started]))
+            first_RL = torch.tensor([[groups[place][0] for place in self.groups] for _, groups in started])
+            first_RL = to_device(first_RL, self.device)
+            self.routes_LN[self.place_L, first_RL] = torch.stack([self.known[request] for request, _ in started])
+            if self.in_prefill is not None:
+                self._ask([request for request, _ in started], first_RL, asked if unknown else {})
 
-    def _put(self, pages: Sequence[tuple[list[int], ...]], routes_RL: torch.Tensor) -> None:
-        """Write routes at the requests' first pages."""
-        first_RL = torch.tensor([[groups[place][0] for place in self.groups] for groups in pages])
-        place_L = torch.arange(len(self.layers))
-        self.routes_LN[place_L.to(self.device), first_RL.to(self.device)] = routes_RL.to(self.device, torch.uint8)
+    def _ask(self, started: Sequence[str], first_RL: torch.Tensor, budgets: dict[str, float | None]) -> None:
+        """Let layers decide the routes of some of the requests that start, and those of no other."""
+        asked = to_device(torch.tensor([request in budgets for request in started], dtype=torch.uint8), self.device)
+        told = to_device(torch.tensor([budgets.get(request) or 0.0 for request in started]), self.device)
+        self.in_prefill.asked_N[first_RL] = asked[:, None].expand_as(first_RL)
+        self.in_prefill.budgets_N[first_RL] = told[:, None].expand_as(first_RL)
+        self.asked = {request: row for request, row in zip(started, first_RL, strict=True) if request in budgets}
 
-    def decide(self, requests: Sequence[Any]) -> torch.Tensor:
-        """Return the routes of new requests, bool (R, L) on the CPU: as they wish, else by routers or the ranking."""
-        wishes = [self._wish(request) for request in requests]
-        routes = torch.ones(len(requests), len(self.layers), dtype=torch.bool)
-        by_routers = []
-        for row, (wish, request) in enumerate(zip(wishes, requests, strict=True)):
+    def learn(self) -> None:
+        """After a step: look at what layers decided in it."""
+        if not self.asked:
+            return
+        first_RL = torch.stack(list(self.asked.values()))
+        self.in_prefill.asked_N[first_RL] = 0
+        self._know(list(self.asked), self.routes_LN[self.place_L, first_RL])
+        self.asked = {}
+
+    def _know(self, requests: Sequence[str], routes_RL: torch.Tensor) -> None:
+        """Keep routes, uint8 on the device or the CPU, and have them told."""
+        self.news.add(requests, routes_RL)
+        self.known.update(zip(requests, to_device(routes_RL, self.device), strict=True))
+
+    def decide(self, requests: Sequence[Any]) -> dict[str, float | None]:
+        """
+        Decide the routes of new requests: as they wish, else by routers or the ranking.
+
+        Returns
+        -------
+        dict of str to float or None
+            The budgets of those whose routers decide in the prefill; until then they are full.
+        """
+        wishes = {request.req_id: self._wish(request) for request in requests}
+        prompts = {}
+        routes = {}
+        for request in requests:
+            wish = wishes[request.req_id]
             if wish.routes is not None:
-                routes[row] = parse_routes(wish.routes, 1, self.layers)[0]
+                routes[request.req_id] = parse_routes(wish.routes, 1, self.layers)[0]
             elif self.config.ranking is not None:
                 layers = self.config.with_budget(wish.budget).full_layers
-                routes[row] = parse_routes(list(layers), 1, self.layers)[0]
-            elif request.prompt_token_ids:
-                by_routers.append(row)
-        for budget in {wishes[row].budget for row in by_routers}:
-            rows = [row for row in by_routers if wishes[row].budget == budget]
-            prompts = [requests[row].prompt_token_ids for row in rows]
-            most = max(1, self.vllm_config.scheduler_config.max_num_batched_tokens // (2 * self.config.end_tokens))
-            for start in range(0, len(rows), most):
-                routes[rows[start : start + most]] = self.read(prompts[start : start + most], budget)
-        return routes
+                routes[request.req_id] = parse_routes(list(layers), 1, self.layers)[0]
+            else:
+                prompts[request.req_id] = request.prompt_token_ids
+        if routes:
+            self._know(list(routes), torch.stack(list(routes.values())).to(torch.uint8))
+        if self.in_prefill is not None:
+            full = torch.ones(len(self.layers), dtype=torch.uint8, device=self.device)
+            self.known.update(dict.fromkeys(prompts, full))
+            return {request: wishes[request].budget for request in prompts}
+        for budget in {wishes[request].budget for request in prompts}:
+            some = [request for request in prompts if wishes[request].budget == budget]
+            most = self.vllm_config.scheduler_config.max_num_batched_tokens // (2 * self.config.end_tokens)
+            for start in range(0, len(some), most):
+                part = some[start : start + most]
+                self._know(part, self.read([prompts[request] for request in part], budget))
+        return {}
 
     def _wish(self, request: Any) -> Wish:
         """Read what a request wishes; it was checked when it came in, and is no reason to fail for all others."""
@@ -164,8 +206,8 @@ class RequestRouter:
             return Wish(None, self.config.budget)
 
     def read(self, prompts: Sequence[Sequence[int]], budget: float | None = None) -> torch.Tensor:
-        """Run the model over prompts' ends and return what its routers say: bool (R, L) on the CPU."""
-        return self.routers(self.pooled(prompts), budget).cpu()
+        """Run the model over prompts' ends and return what its routers say: uint8 (R, L) on the device."""
+        return self.at_once(self.pooled(prompts), budget).to(torch.uint8)
 
     def pooled(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return what the routers read: float32 (L, R, D), the mean over the heads of all ranks."""
@@ -173,89 +215,54 @@ class RequestRouter:
         tokens, positions, metadata = lay_out(ends, self.config.pool_size, self.device)
         with set_forward_context(metadata, self.vllm_config, num_tokens=len(tokens), slot_mapping={}):
             self.model(input_ids=tokens, positions=positions)
-        pooled = torch.stack([metadata.pooled[place] for place in range(len(self.layers))])
-        ranks = get_tensor_model_parallel_world_size()
-        return tensor_model_parallel_all_reduce(pooled) / ranks if ranks > 1 else pooled
+        return mean_over_ranks(torch.stack([metadata.pooled[place] for place in range(len(self.layers))]))
 
-    def take_news(self) -> dict[str, list[bool]]:
+    def take_news(self) -> News:
         """Return the routes that the scheduler was not told yet."""
-        news, self.news = self.news, {}
+        news, self.news = self.news, News()
         return news
 
+    def warm_up(self) -> None:
+        """Compile what no warm-up of vLLM's runs: the kernel of sparse rows."""
+        if current_platform.is_cpu():
+            return
+        from flux_attention.kernels.triton_paged import sparse_prefill  # only where Triton is installed
 
-def routed_attentions(vllm_config) -> dict[int, Attention]:
-    """
-    Find the layers that attend over the whole context, by index.
-
-    Raises
-    ------
-    ServingError
-        For layers whose attention is not plain causal softmax, or not by the backend that is routed.
-    """
-    found = {}
-    for name, attention in get_layers_from_vllm_config(vllm_config, Attention).items():
-        if attention.sliding_window is not None:
-            continue
-        impl = attention.impl
-        if not isinstance(impl, RoutedAttention):
-            raise ServingError(
-                f"{name} attends by {type(impl).__name__}, which is not routed; choose --attention-backend FLASH_ATTN"
-            )
-        for what in ("logits_soft_cap", "alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
-            value = getattr(impl, what, None)
-            if value is not None and not (isinstance(value, int | float) and value == 0):
-                raise ServingError(f"{name} has {what}, which routed attention does not compute")
-        found[extract_layer_index(name)] = attention
-    if not found:
-        raise ServingError("the model has no layer that attends over the whole context, so there is nothing to route")
-    return dict(sorted(found.items()))
+        attention = next(iter(self.attentions.values()))
+        mine, pages = attention.impl.routed, attention.impl.pages(attention.kv_cache)
+        query = torch.zeros(1, attention.num_heads, attention.head_size, dtype=attention.dtype, device=self.device)
+        table, starts = (torch.zeros(size, dtype=torch.int32, device=self.device) for size in ((1, 1), 2))
+        starts[1] = 1
+        sparse_prefill(
+            *(query, *pages, torch.empty_like(query), table, starts, starts[1:], torch.zeros_like(mine.routes_N)),
+            *(mine.sink, mine.window, attention.impl.scale),
+        )
 
 
-def rotary_embeddings(model: nn.Module, attentions: dict[int, Attention]) -> dict[int, nn.Module | None]:
-    """Find the rotary embedding beside each attention; None where there is none."""
-    layers = {id(attention): layer for layer, attention in attentions.items()}
-    found: dict[int, nn.Module | None] = {}
-    for module in model.modules():
-        for child in module.children():
-            if id(child) in layers:
-                found[layers[id(child)]] = getattr(module, "rotary_emb", None)
-    return found
+class News:
+    """Holds routes on their way to the scheduler: a GPU brings them to the host while it does other things."""
 
+    def __init__(self):
+        self.parts: list[tuple[list[str], torch.Tensor, Any]] = []
 
-def base_model(model: nn.Module, vllm_config, layers: tuple[int, ...]) -> BaseModel:
-    """Describe a model, as adapters are checked against it."""
-    model_config = vllm_config.model_config
-    config = model_config.hf_text_config
-    heads = config.num_attention_heads
-    return BaseModel(
-        name=model_config.model,
-        model_type=config.model_type,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=model_config.get_head_size(),
-        vocab_size=config.vocab_size,
-        routed_layers=layers,
-        sample=_sample(model, config.vocab_size),
-    )
+    def add(self, requests: Sequence[str], routes_RL: torch.Tensor) -> None:
+        """Send routes, uint8 on any device."""
+        arrived = None
+        if routes_RL.is_cuda:
+            there = torch.empty(routes_RL.shape, dtype=routes_RL.dtype, pin_memory=True)
+            routes_RL = there.copy_(routes_RL, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.parts.append((list(requests), routes_RL, arrived))
 
-
-def _sample(model: nn.Module, vocab_size: int) -> tuple[float, ...] | None:
-    """Return the embedding weights that ``BaseModel.sample`` holds; those of other ranks come from there."""
-    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
-    weight = getattr(embedding, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.ndim != 2:
-        return None
-    rows = torch.linspace(0, vocab_size - 1, 6, device=weight.device).long()[1:-1]
-    shard = getattr(embedding, "shard_indices", None)
-    first, end = (0, vocab_size) if shard is None else (shard.org_vocab_start_index, shard.org_vocab_end_index)
-    mine = (rows >= first) & (rows < end)
-    values = torch.zeros(4, 4, device=weight.device)
-    values[mine] = weight[rows[mine] - first, :4].float()
-    if get_tensor_model_parallel_world_size() > 1:
-        values = tensor_model_parallel_all_reduce(values)
-    return tuple(float(f"{value:.4g}") for value in values.flatten().tolist())
+    def read(self) -> dict[str, list[bool]]:
+        """Return the routes of each request, once they are there."""
+        found: dict[str, list[bool]] = {}
+        for requests, routes_RL, arrived in self.parts:
+            if arrived is not None:
+                arrived.synchronize()
+            found.update(zip(requests, routes_RL.bool().tolist(), strict=True))
+        return found
 
 
 class RoutedWorker:
@@ -279,36 +286,40 @@ class RoutedWorker:
     def initialize_from_config(self, kv_cache_config, *args, **kwargs):
         """Allocate KV cache and routes."""
         self.router.allocate(kv_cache_config)
-        return super().initialize_from_config(kv_cache_config, *args, **kwargs)
+        found = super().initialize_from_config(kv_cache_config, *args, **kwargs)
+        self.router.warm_up()
+        return found
 
     def execute_model(self, scheduler_output, *args, **kwargs):
         """Route the new requests, then run the step."""
         self.router.admit(scheduler_output)
-        return self._with_news(super().execute_model(scheduler_output, *args, **kwargs))
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        self.router.learn()
+        return output if output is None else self._with_news(output)
 
     def sample_tokens(self, *args, **kwargs):
         """Sample, and report routes to the scheduler with the tokens."""
         return self._with_news(super().sample_tokens(*args, **kwargs))
 
     def _with_news(self, output):
-        if output is None or not self.router.news:
-            return output
         news = self.router.take_news()
+        if output is None or not news.parts:
+            return output
         if isinstance(output, AsyncModelRunnerOutput):
             return _WithRoutes(output, news)
-        output.flux_routes = news
+        output.flux_routes = news.read()
         return output
 
 
 class _WithRoutes(AsyncModelRunnerOutput):
     """An output that is waited for later, with routes."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, routes: dict[str, list[bool]]):
-        self.output, self.routes = output, routes
+    def __init__(self, output: AsyncModelRunnerOutput, news: News):
+        self.output, self.news = output, news
 
     def get_output(self):
         found = self.output.get_output()
-        found.flux_routes = self.routes
+        found.flux_routes = self.news.read()
         return found
 
     def __getattr__(self, name: str):
