@@ -22,7 +22,7 @@ test-real: $(READY)
 
 # The vLLM plugin, in an environment of its own with vLLM's build for CPUs.
 test-serving: $(SERVING)/.ready
-	VLLM_CPU_KVCACHE_SPACE=1 $(SERVING)/bin/python -m pytest -q -p no:cacheprovider tests/serving
+	TRITON_INTERPRET=1 VLLM_CPU_KVCACHE_SPACE=1 $(SERVING)/bin/python -m pytest -q -p no:cacheprovider tests/serving
 
 lint: $(READY)
 	$(BIN)/ruff check .

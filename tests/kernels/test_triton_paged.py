@@ -10,6 +10,16 @@ from flux_attention.kernels.triton_paged import PagedWorkspace, decode, sparse_p
 from flux_attention.patterns import Full, Streaming
 
 PAGE = 16
+#: KV heads, query heads of each, head dim: small ones for the interpreter, and those of models.
+SHAPES = {"cpu": [(1, 1, 16), (2, 3, 32), (1, 7, 64)], "cuda": [(2, 7, 64), (8, 4, 128), (2, 2, 256), (1, 1, 16)]}
+
+
+def in_layout_of(version, key_NPKD, value_NPKD):
+    """Put pages as vLLM keeps them, and view them as its keys and values again."""
+    if version == "0.25":  # (N, 2, P, K, D)
+        return torch.stack([key_NPKD, value_NPKD], 1).unbind(1)
+    both = torch.cat([key_NPKD, value_NPKD], -1).transpose(1, 2).contiguous()  # (N, K, P, 2 D)
+    return both.transpose(1, 2).split(key_NPKD.shape[-1], dim=-1)
 
 
 def rows_in_pages(lengths, kv_heads, dim, sink, window, routes, generator, device, dtype):
@@ -34,8 +44,9 @@ def rows_in_pages(lengths, kv_heads, dim, sink, window, routes, generator, devic
             key[mine[first:last]] = value[mine[first:last]] = float("nan")
     routes_N = torch.zeros(len(key), dtype=torch.uint8)
     routes_N[table[:, 0].long()] = torch.tensor(routes, dtype=torch.uint8)
-    places = [tensor.to(device) for tensor in (table, routes_N)]
-    return states, key.to(device, dtype), value.to(device, dtype), *places
+    layout = "0.25" if sum(lengths) % 2 else "0.32"
+    key, value = in_layout_of(layout, key.to(device, dtype), value.to(device, dtype))
+    return states, key, value, table.to(device), routes_N.to(device)
 
 
 def expected(query_SHD, key_TKD, value_TKD, pattern):
@@ -55,7 +66,7 @@ def test_sparse_rows_see_sink_and_window_and_full_rows_are_left_alone(device, da
     lengths = data.draw(st.lists(st.integers(1, 190), min_size=1, max_size=3))
     queries = [data.draw(st.integers(1, length)) for length in lengths]
     routes = [data.draw(st.booleans()) for _ in lengths]
-    kv_heads, group, dim = data.draw(st.sampled_from([(1, 1, 16), (2, 3, 32), (1, 4, 64)]))
+    kv_heads, group, dim = data.draw(st.sampled_from(SHAPES[device]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     # The chunk's first query needs the window before it.
@@ -85,7 +96,7 @@ def test_a_step_of_rows_of_all_routes_and_lengths(device, data):
     sink, window = data.draw(st.sampled_from([0, 5, 32])), data.draw(st.sampled_from([1, 40, 200]))
     lengths = data.draw(st.lists(st.integers(1, 600), min_size=1, max_size=4))
     routes = [data.draw(st.booleans()) for _ in lengths]
-    kv_heads, group, dim = data.draw(st.sampled_from([(1, 1, 16), (2, 3, 32), (1, 7, 64)]))
+    kv_heads, group, dim = data.draw(st.sampled_from(SHAPES[device]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     states, key, value, table, routes_N = rows_in_pages(
@@ -106,3 +117,30 @@ def test_a_step_of_rows_of_all_routes_and_lengths(device, data):
         assert not output[len(lengths) :].any()
         output.fill_(float("nan"))
     assert not workspace.count.any()
+
+
+@pytest.mark.gpu
+def test_a_graph_of_a_step_serves_all_routes_and_lengths():
+    generator, lengths, dim = torch.Generator().manual_seed(0), [700, 90, 1500], 128
+    states, key, value, table, routes_N = rows_in_pages(
+        lengths, 8, dim, 32, 200, [True] * 3, generator, "cuda", torch.bfloat16
+    )
+    query = torch.randn(3, 32, dim, generator=generator).to("cuda", torch.bfloat16)
+    output, counts = torch.empty_like(query), torch.tensor(lengths, device="cuda").int()
+    workspace = PagedWorkspace(3, 32, 8, dim, query.device)
+
+    def step():
+        decode(query, key, value, output, table, counts, routes_N, workspace, 32, 200, dim**-0.5)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for routes, shorter in (([1, 0, 1], 0), ([0, 0, 0], 40), ([0, 1, 1], 80)):
+        routes_N[table[:, 0].long()] = torch.tensor(routes, dtype=torch.uint8, device="cuda")
+        counts.copy_(torch.tensor(lengths) - shorter)
+        graph.replay()
+        for row, (k, v) in enumerate(states):
+            pattern, end = Full() if routes[row] else Streaming(32, 200), lengths[row] - shorter
+            want = expected(query[row : row + 1].cpu(), k[:end], v[:end], pattern)
+            torch.testing.assert_close(output[row : row + 1].cpu().double(), want, atol=0.02, rtol=0.02)
