@@ -19,14 +19,15 @@ PAGE = 16
 OWN = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=8, dtype=torch.float32)
 
 
-def manager(layers, pages, routes, sink=0, window=1, routed=True, unrouted=0, expected=None):
+def manager(layers, pages, routes, sink=0, window=1, routed=True, unrouted=0, expected=None, in_flight=0):
     specs = [LayerSpec.of(OWN, layer) if routed else OWN for layer in range(layers)]
     if unrouted:
         specs.insert(1, OWN)
     groups = [KVCacheGroupSpec([f"layers.{place}"], spec) for place, spec in enumerate(specs)]
     found = KVCacheManager(KVCacheConfig(pages, [], groups), 10_000, PAGE, PAGE, enable_caching=False)
     if routed:
-        found.coordinator = PageCoordinator(found.coordinator, range(layers), sink, window, routes, expected)
+        own = found.coordinator
+        found.coordinator = PageCoordinator(own, range(layers), sink, window, routes, expected, in_flight)
     return found
 
 
@@ -163,9 +164,31 @@ def test_a_request_is_let_in_if_it_fits_as_it_will_be_routed():
     assert own.allocate_slots(long, 16, full_sequence_must_fit=True) is not None
     # 40 + 3 × 4 pages, of which it has one a layer.
     needed = own.coordinator.get_num_blocks_to_allocate("long", 640, apply_admission_cap=True)
-    assert needed == 40 + 3 * pages_kept(640, PAGE, 16, 32) - 4
+    assert needed == 40 + 3 * 4 - 4 and pages_kept(640, PAGE, 16, 32) <= 4
     routes["long"] = [True, True, True, True]
     assert own.coordinator.get_num_blocks_to_allocate("long", 640, apply_admission_cap=True) == 160 - 4
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(60, 400), st.integers(0, 300), st.integers(1, 600), st.integers(1, 200), st.integers(0, 40),
+    st.integers(1, 100), st.lists(st.booleans(), min_size=3, max_size=3), st.booleans(),
+)  # fmt: skip
+def test_a_request_that_is_let_in_gets_all_its_pages_if_no_other_takes_them(
+    pages, others, tokens, chunk, sink, window, full, known
+):
+    routes = {"other": [True] * 3, **({"mine": full} if known else {})}
+    own = manager(3, pages, routes, sink, window, expected=sum(full), in_flight=chunk)
+    other, mine = request("other", max(1, others)), request("mine", tokens)
+    own.allocate_slots(other, other.num_tokens)
+    while mine.num_computed_tokens < tokens:
+        count = min(chunk, tokens - mine.num_computed_tokens)
+        got = own.allocate_slots(mine, count, full_sequence_must_fit=not mine.num_computed_tokens)
+        if got is None:
+            assert mine.num_computed_tokens == 0
+            return
+        mine.num_computed_tokens += count
+        routes["mine"] = full
 
 
 def test_layers_that_are_not_routed_keep_their_pages():

@@ -90,6 +90,8 @@ class PageCoordinator:
         Of each request that is known whether each routed layer is full; others may be added at any time.
     expected : float, optional
         Full layers that a request has whose routes are not known yet; default: as those before it, all at first.
+    in_flight : int
+        Tokens of a prompt that are computed at once, at most: a sparse layer holds them besides what it keeps.
     """
 
     def __init__(
@@ -100,8 +102,9 @@ class PageCoordinator:
         window: int,
         routes: Mapping[str, list[bool]],
         expected: float | None = None,
+        in_flight: int = 0,
     ):
-        self.own, self.routes, self.sink, self.window = own, routes, sink, window
+        self.own, self.routes, self.sink, self.window, self.in_flight = own, routes, sink, window, in_flight
         specs = [group.kv_cache_spec for group in own.kv_cache_config.kv_cache_groups]
         where = {spec.layer: place for place, spec in enumerate(specs) if isinstance(spec, LayerSpec)}
         #: The managers of the routed layers, in their order, and how many there are of others.
@@ -130,11 +133,13 @@ class PageCoordinator:
         return sum(self.last) / len(self.last) if self.last else len(self.managers)
 
     def expected_pages(self, request_id: str, tokens: int) -> int:
-        """Count the pages of a request of ``tokens`` tokens once its routes are known, rounded up."""
-        routes = self.routes.get(request_id)
+        """Count the pages that a request of ``tokens`` tokens holds at most while they are computed, rounded up."""
+        routes, dense = self.routes.get(request_id), -(-tokens // self.page)
         full = self.expected_full() if routes is None else sum(routes)
         sparse = len(self.managers) - full
-        return pages_needed(tokens, self.page, self.sink, self.window, full + self.unrouted, sparse)
+        # Were it let in with less, it would get stuck on its last tokens, make way, and be let in again at once.
+        most = min(dense, max(1, -(-self.sink // self.page)) + -(-(self.window + self.in_flight) // self.page) + 1)
+        return math.ceil((full + self.unrouted) * dense + sparse * most)
 
     # What vLLM calls at every step.
 

@@ -28,6 +28,8 @@ class _Routed:
             config.sparse["window"],
             self.flux_routes,
             None if config.ranking is None else len(config.full_layers),
+            # Two steps are under way where one is planned before the last one's tokens are known.
+            self.scheduler_config.max_num_batched_tokens * (2 if isinstance(self, AsyncScheduler) else 1),
         )
         self.kv_cache_manager.coordinator = self.pages
         if settings.debug:
