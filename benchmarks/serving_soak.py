@@ -59,7 +59,7 @@ def arguments():
     add("--differ", type=int, default=0, help="answers that may differ from what they were alone")
     add("--seed", type=int, default=0)
     add("--context", type=int, default=2048, help="tokens of the longest request")
-    add("--room", type=float, default=1.1, help="the KV cache, in longest requests that run full")
+    add("--room", type=float, default=1.5, help="the KV cache, in longest requests that run full")
     add("--page", type=int, default=32)
     add("--chunk", type=int, default=512, help="tokens of a step")
     add("--dtype", default="auto")
@@ -95,7 +95,8 @@ class Soak:
 
     def __init__(self, args, server):
         self.args, self.server, self.began = args, server, time.monotonic()
-        self.faults, self.preemptions, self.restarts, self.told = [], 0, 0, 0.0
+        self.faults, self.preemptions, self.restarts, self.told, self.dead = [], 0, 0, 0.0, False
+        self.client = None
 
     def say(self, text):
         print(f"[{time.monotonic() - self.began:5.0f} s] {text}", flush=True)
@@ -120,87 +121,99 @@ class Soak:
         async with aiohttp.ClientSession(
             timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
         ) as session:
-            client = Client(self.server.url, session)
-            client.up.set()
-            self.until = self.began + args.limit
-            await self.ask_alone(client, asks)
+            self.client = Client(self.server.url, session)
+            self.client.up.set()
+            await self.ask_alone(asks)
             self.say(f"{len(warming)} requests to warm up")
-            await crowd(client, warming, args.clients, self.tell, self.until)
-            await self.quiet(client)
-            before, asked = self.server.memory(), len(warming)
+            await crowd(self.client, warming, args.clients, self.tell, self.began + args.limit)
+            await self.quiet()
+            before = self.server.memory()
             self.say(f"{len(asks)} requests by {args.clients} clients" + _megabytes(before))
-            await crowd(client, asks, args.clients, lambda done: self.progress(client, done), self.until)
-            self.say(f"asked {asked + sum(ask.asked for ask in asks)} requests")
-            await self.quiet(client)
+            await crowd(self.client, asks, args.clients, self.progress, self.began + args.limit)
+            await self.quiet()
             self.judge_memory(before)
-            await self.judge(client, [*warming, *asks])
+            await self.judge([*warming, *asks])
         return not self.faults
 
-    async def ask_alone(self, client, asks):
+    async def ask_alone(self, asks):
         """Ask some requests while nobody else does."""
         some = [ask for ask in asks if ask.code and ask.manner not in (LEAVE_WHOLE, LEAVE_STREAM)][: self.args.alone]
         for ask in some:
-            ask.alone = (await self.once(client, ask)).text
+            ask.alone = (await self.once(ask)).text
         self.say(f"asked {len(some)} alone")
 
-    async def once(self, client, ask):
+    async def once(self, ask):
         alone = Ask(ask.body, ask.code, ask.manner, omega=ask.omega)
-        await client.ask(alone)
+        await self.client.ask(alone)
         if alone.fate != ANSWERED:
             self.fault(f"a request alone: {alone.fate}, {alone.reason}")
         return alone
 
     async def tell(self, done):
-        if time.monotonic() > self.told + 10:
-            self.told = time.monotonic()
+        """Tell how far it is now and then, and return whether the server is still there."""
+        if self.dead or time.monotonic() < self.told + 10 or not self.client.up.is_set():
+            return not self.dead
+        self.told, epoch = time.monotonic(), self.client.epoch
+        try:
+            if not await asyncio.to_thread(self.server.alive):
+                raise OSError("it says that it is not well")
             found = await asyncio.to_thread(self.server.metrics)
-            self.say(
-                f"{done} done; {found['vllm:num_requests_running']:.0f} running, "
-                f"{found['vllm:num_requests_waiting']:.0f} waiting, {found['vllm:kv_cache_usage_perc']:.0%} of the "
-                f"pages in use, {found['vllm:num_preemptions_total']:.0f} made way"
-            )
+        except OSError as error:
+            if epoch == self.client.epoch:
+                self.dead = True
+                self.fault(f"the server died by itself ({error}); what it said is in its log")
+            return not self.dead
+        self.say(
+            f"{done} done; {found['vllm:num_requests_running']:.0f} running, "
+            f"{found['vllm:num_requests_waiting']:.0f} waiting, {found['vllm:kv_cache_usage_perc']:.0%} of the "
+            f"pages in use, {found['vllm:num_preemptions_total']:.0f} made way"
+        )
+        return True
 
-    async def progress(self, client, done):
-        """Tell how far it is, and kill the server now and then."""
-        every = self.args.restart_every
-        if every and done % every == 0 and done < self.args.requests:
-            self.preemptions += self.server.metrics()["vllm:num_preemptions_total"]
-            client.up.clear()
-            client.epoch += 1
-            self.server.kill()
-            self.restarts += 1
-            self.say(f"killed the server after {done}; started again in "
-                     f"{await asyncio.to_thread(self.server.start):.0f} s")  # fmt: skip
-            client.up.set()
-        elif client.up.is_set():
-            await self.tell(done)
+    async def progress(self, done):
+        """Do as ``tell``, and kill the server now and then."""
+        every, client = self.args.restart_every, self.client
+        if not every or done % every or done >= self.args.requests:
+            return await self.tell(done)
+        self.preemptions += self.server.metrics()["vllm:num_preemptions_total"]
+        client.up.clear()
+        client.epoch += 1
+        self.server.kill()
+        self.restarts += 1
+        seconds = await asyncio.to_thread(self.server.start)
+        self.say(f"killed the server after {done} were done, started it again in {seconds:.0f} s")
+        client.up.set()
+        return True
 
-    async def quiet(self, client):
+    async def quiet(self):
         """Wait until nothing runs and no page is in use: vLLM tells how many are when it runs a step."""
-        for _ in range(30):
-            await self.once(client, Ask({"model": "shipped", "prompt": [5, 6, 7], "max_tokens": 2}, ""))
+        names, left = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"), None
+        for _ in range(0 if self.dead else 30):
+            await self.once(Ask({"model": "shipped", "prompt": [5, 6, 7], "max_tokens": 2}, ""))
             await asyncio.sleep(1)
             found = await asyncio.to_thread(self.server.metrics)
-            names = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
             if not any(left := [found[name] for name in names]):
                 return
         self.fault(f"after all is answered, requests running, waiting and share of pages in use are {left}")
 
     def judge_memory(self, before):
-        after = self.server.memory()
-        if before is None or self.restarts:
-            self.say("memory is not judged: " + ("the server was restarted" if self.restarts else "no --pid"))
+        """Compare the memory of the server's processes with what it was."""
+        if before is None or self.restarts or self.dead:
+            self.say("memory is not judged: the server is another one, or there is no --pid")
             return
+        after = self.server.memory()
         self.say(f"memory of the server's processes: before{_megabytes(before)}, after{_megabytes(after)}")
         if after > before * (1 + self.args.growth):
             self.fault(f"the server's processes grew by {after / before - 1:.1%}")
 
-    async def judge(self, client, asks):
+    async def judge(self, asks):
         """Look at what became of all, and say it."""
         for ask in foreign(asks):  # a wrong answer may be another's code by chance, but then it is so alone, too
-            if (again := await self.once(client, ask)).first_line != ask.first_line:
-                self.fault(f"asked for {ask.code}, answered {ask.first_line!r}, alone {again.first_line!r}")
-        differ = [ask for ask in asks if ask.alone is not None and ask.fate == ANSWERED and ask.text != ask.alone]
+            again = None if self.dead else (await self.once(ask)).first_line
+            if again != ask.first_line:
+                self.fault(f"asked for {ask.code}, answered {ask.first_line!r}, alone {again!r}")
+        both = [ask for ask in asks if ask.alone is not None and ask.fate == ANSWERED]
+        differ = [ask for ask in both if ask.text != ask.alone]
         for ask in differ:
             self.say(f"differs from alone: code {ask.code}, {ask.text[:40]!r}, alone {ask.alone[:40]!r}")
         if len(differ) > self.args.differ:
@@ -208,15 +221,16 @@ class Soak:
         for ask in asks:
             if ask.asked and ask.fate in (None, FAILED):
                 self.fault(f"{ask.manner}: {ask.fate or 'LOST'}, {ask.reason}; {_short(ask.body)}")
-        found = await asyncio.to_thread(self.server.metrics)
-        self.preemptions += found["vllm:num_preemptions_total"]
+        if not self.dead:
+            self.preemptions += (await asyncio.to_thread(self.server.metrics))["vllm:num_preemptions_total"]
         if self.args.serve and not self.preemptions:
             self.fault("no request made way for another: give it fewer pages (--room)")
-        compared = sum(ask.alone is not None and ask.fate == ANSWERED for ask in asks)
         self.say(f"what became of them: {fates(asks)}; {sum(not ask.asked for ask in asks)} were not asked")
         self.say(f"right by routes: {accuracy(asks)}")
-        self.say(f"{compared} compared with alone, {len(differ)} differ; {self.preemptions:.0f} made way; "
-                 f"{self.restarts} restarts; {len(self.faults)} faults")  # fmt: skip
+        self.say(
+            f"{len(both)} compared with alone, {len(differ)} differ; {self.preemptions:.0f} made way; "
+            f"{self.restarts} restarts; {len(self.faults)} faults"
+        )
 
 
 def _megabytes(count):

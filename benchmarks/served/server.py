@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Sequence
@@ -49,6 +48,14 @@ class Server:
                     found[match[1]] += float(match[2])
         return found
 
+    def alive(self) -> bool:
+        """Whether it says that it is well: its engine may have died before it."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=30):
+                return True
+        except OSError:
+            return False
+
     def memory(self) -> int | None:
         """Count the bytes that the server's processes have in memory; None if it is not known which they are."""
         if self.process is None:
@@ -76,12 +83,13 @@ class Served(Server):
             port = free.getsockname()[1]
         super().__init__(f"http://127.0.0.1:{port}")
         folder.mkdir(parents=True, exist_ok=True)
-        self.log, self.own, self.starts = folder / "server.log", None, 0
+        self.log, self.own = folder / "server.log", None
         self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(BACKBONE), *options]
         self.command += ["--served-model-name", "shipped", "--host", "127.0.0.1", "--port", str(port)]
         self.command += ["--additional-config", json.dumps({KEY: settings})]
         self.environment = {
             "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "PYTHONFAULTHANDLER": "1",
             **{name: value for name, value in os.environ.items() if name != VARIABLE},
         }  # fmt: skip
         if not entry_points(group="vllm.general_plugins", name=KEY):
@@ -109,16 +117,13 @@ class Served(Server):
             )
         self.process = self.own.pid
         while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5)
-                self.starts += 1
+            if self.alive():
                 return time.monotonic() - began
-            except OSError:
-                if self.own.poll() is not None or time.monotonic() > began + START:
-                    lines = self.log.read_text(errors="replace").splitlines()
-                    errors = [line for line in lines if "Error" in line][-12:]
-                    raise RuntimeError("\n".join(["the server does not start:", *errors, *lines[-12:]])) from None
-                time.sleep(0.5)
+            if self.own.poll() is not None or time.monotonic() > began + START:
+                lines = self.log.read_text(errors="replace").splitlines()
+                errors = [line for line in lines if "Error" in line][-12:]
+                raise RuntimeError("\n".join(["the server does not start:", *errors, *lines[-12:]]))
+            time.sleep(0.5)
 
     def kill(self) -> None:
         """Kill all its processes by SIGKILL."""

@@ -203,9 +203,9 @@ class Client:
 
 
 async def crowd(
-    client: Client, asks: Sequence[Ask], clients: int, tell: Callable[[int], Awaitable[None]], until: float
+    client: Client, asks: Sequence[Ask], clients: int, tell: Callable[[int], Awaitable[bool]], until: float
 ) -> None:
-    """Let so many clients ask all of them, as long as there is time; ``tell`` hears how many are done."""
+    """Let so many clients ask all of them, while there is time and ``tell``, who hears how many are done, says so."""
     waiting, done = iter(asks), 0
 
     async def one() -> None:
@@ -215,7 +215,8 @@ async def crowd(
                 return
             await client.ask(ask)
             done += 1
-            await tell(done)
+            if not await tell(done):
+                return
 
     await asyncio.gather(*(one() for _ in range(clients)))
 
