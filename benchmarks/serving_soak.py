@@ -166,7 +166,7 @@ class Soak:
         self.say(
             f"{done} done; {found['vllm:num_requests_running']:.0f} running, "
             f"{found['vllm:num_requests_waiting']:.0f} waiting, {found['vllm:kv_cache_usage_perc']:.0%} of the "
-            f"pages in use, {found['vllm:num_preemptions_total']:.0f} made way"
+            f"pages in use, {found['vllm:num_preemptions_total']:.0f} made way" + _megabytes(self.server.memory())
         )
         return True
 
