@@ -15,7 +15,9 @@ import torch
 from flux_attention.files import replacing
 
 #: The facts of a row that say what was measured.
-MEASURED = ("shape", "seq_len", "batch", "phase", "engine", "method", "sparsity", "queries")
+MEASURED = (
+    "shape", "seq_len", "batch", "phase", "engine", "method", "sparsity", "queries", "measure", "output_tokens",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
