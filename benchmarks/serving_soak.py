@@ -59,7 +59,7 @@ def arguments():
     add("--differ", type=int, default=0, help="answers that may differ from what they were alone")
     add("--seed", type=int, default=0)
     add("--context", type=int, default=2048, help="tokens of the longest request")
-    add("--room", type=float, default=1.5, help="the KV cache, in longest requests that run full")
+    add("--room", type=float, default=2.5, help="the KV cache, in longest requests that run full")
     add("--page", type=int, default=32)
     add("--chunk", type=int, default=512, help="tokens of a step")
     add("--dtype", default="auto")
