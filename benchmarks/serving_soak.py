@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import copy
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -249,6 +250,7 @@ def _short(body):
 def main():
     args = arguments()
     server = make_server(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what stops the server
     try:
         right = asyncio.run(Soak(args, server).run())
     finally:
