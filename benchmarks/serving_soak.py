@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import copy
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def arguments():
     add("--differ", type=int, default=0, help="answers that may differ from what they were alone")
     add("--seed", type=int, default=0)
     add("--context", type=int, default=2048, help="tokens of the longest request")
-    add("--room", type=float, default=1.5, help="the KV cache, in longest requests that run full")
+    add("--room", type=float, default=2.5, help="the KV cache, in longest requests that run full")
     add("--page", type=int, default=32)
     add("--chunk", type=int, default=512, help="tokens of a step")
     add("--dtype", default="auto")
@@ -249,6 +250,7 @@ def _short(body):
 def main():
     args = arguments()
     server = make_server(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what stops the server
     try:
         right = asyncio.run(Soak(args, server).run())
     finally:

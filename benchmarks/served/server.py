@@ -90,6 +90,8 @@ class Served(Server):
         self.environment = {
             "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "PYTHONFAULTHANDLER": "1",
+            # What oneDNN keeps for each number of tokens, up to 1,024 of them by default, looks like a leak.
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
             **{name: value for name, value in os.environ.items() if name != VARIABLE},
         }  # fmt: skip
         if not entry_points(group="vllm.general_plugins", name=KEY):
