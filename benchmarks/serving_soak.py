@@ -6,7 +6,7 @@ way for others, and stops it at the end; ``--url URL --pid PID`` asks a server t
 nonsense. ``--restart-every N`` kills the server after each N requests and starts it again.
 
 It fails if a request is lost, if nonsense is not refused by 4xx, if an answer holds another request's code or differs
-from what the same request got alone, if pages are still in use at the end, if the server's processes have grown, and,
+from what the same request got alone, if pages are still in use at the end, if the server's processes still grow, and,
 with ``--serve``, if no request made way for another. What follows ``--`` goes to ``vllm serve``; on a CPU:
 ``--dtype float32 -- --enforce-eager``.
 """
@@ -56,7 +56,7 @@ def arguments():
     add("--restart-every", type=int, metavar="N", help="kill the server after each N requests")
     add("--limit", type=float, default=3600, help="seconds after which no more is asked")
     add("--patience", type=float, default=600, help="seconds that one answer may take")
-    add("--growth", type=float, default=0.05, help="share by which the server's memory may grow")
+    add("--growth", type=float, default=0.02, help="share by which the server's memory may grow in the second half")
     add("--differ", type=int, default=0, help="answers that may differ from what they were alone")
     add("--seed", type=int, default=0)
     add("--context", type=int, default=2048, help="tokens of the longest request")
@@ -97,7 +97,7 @@ class Soak:
     def __init__(self, args, server):
         self.args, self.server, self.began = args, server, time.monotonic()
         self.faults, self.preemptions, self.restarts, self.told, self.dead = [], 0, 0, 0.0, False
-        self.client = None
+        self.client, self.memory = None, []
 
     def say(self, text):
         print(f"[{time.monotonic() - self.began:5.0f} s] {text}", flush=True)
@@ -128,11 +128,11 @@ class Soak:
             self.say(f"{len(warming)} requests to warm up")
             await crowd(self.client, warming, args.clients, self.tell, self.began + args.limit)
             await self.quiet()
-            before = self.server.memory()
-            self.say(f"{len(asks)} requests by {args.clients} clients" + _megabytes(before))
+            self.memory = [self.server.memory()]
+            self.say(f"{len(asks)} requests by {args.clients} clients" + _megabytes(self.memory[0]))
             await crowd(self.client, asks, args.clients, self.progress, self.began + args.limit)
             await self.quiet()
-            self.judge_memory(before)
+            self.judge_memory()
             await self.judge([*warming, *asks])
         return not self.faults
 
@@ -174,6 +174,8 @@ class Soak:
     async def progress(self, done):
         """Do as ``tell``, and kill the server now and then."""
         every, client = self.args.restart_every, self.client
+        if done == self.args.requests // 2:
+            self.memory.append(await asyncio.to_thread(self.server.memory))
         if not every or done % every or done >= self.args.requests:
             return await self.tell(done)
         self.preemptions += self.server.metrics()["vllm:num_preemptions_total"]
@@ -197,13 +199,15 @@ class Soak:
                 return
         self.fault(f"after all is answered, requests running, waiting and share of pages in use are {left}")
 
-    def judge_memory(self, before):
-        """Compare the memory of the server's processes with what it was."""
-        if before is None or self.restarts or self.dead:
-            self.say("memory is not judged: the server is another one, or there is no --pid")
+    def judge_memory(self):
+        """Compare the memory of the server's processes with what it was half-way: until then they fill buffers."""
+        self.memory.append(self.server.memory())
+        if len(self.memory) < 3 or None in self.memory or self.restarts or self.dead:
+            self.say("memory is not judged: the server is another one, or there is no --pid, or too little was asked")
             return
-        after = self.server.memory()
-        self.say(f"memory of the server's processes: before{_megabytes(before)}, after{_megabytes(after)}")
+        self.say("memory of the server's processes at the start, half-way and in the end"
+                 + "".join(map(_megabytes, self.memory)))  # fmt: skip
+        _, before, after = self.memory
         if after > before * (1 + self.args.growth):
             self.fault(f"the server's processes grew by {after / before - 1:.1%}")
 
