@@ -10,7 +10,7 @@ from helpers.oracles import oracle_logits
 
 from flux_attention import CalibrationError, FluxConfig, attach
 from flux_attention.calibration import calibrator
-from flux_attention.calibration.calibrator import Calibrator, answered, choose_budget, greedy_order
+from flux_attention.calibration.calibrator import Calibrator, answered, choose_budget, eliminate
 from flux_attention.calibration.samples import CalibrationSet
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.tasks import generation
@@ -49,47 +49,44 @@ def expected_loss(stock, sample, full):
     return torch.nn.functional.cross_entropy(logits, tokens[0, start:end]).item()
 
 
-def test_layers_are_ranked_by_what_sparing_them_costs():
-    stock, samples = model(), some_samples()
-    ranking = calibrator_of(model()).rank()
-    losses = {}
-    for layer in range(LAYERS):
-        full = set(range(LAYERS)) - {layer}
-        families = {}
-        for each in samples.ranked:
-            families.setdefault(each.family, []).append(expected_loss(stock, each, full))
-        losses[layer] = fmean(map(fmean, families.values()))
-    assert list(ranking) == sorted(losses, key=losses.__getitem__, reverse=True)
-    assert len(set(ranking)) == LAYERS and list(ranking) != list(range(LAYERS))
-
-
-def test_greedy_refinement_orders_the_first_half():
-    stock, samples = model(), some_samples()
-    routed = calibrator_of(model())
-    plain, ranking = routed.rank(), routed.rank(greedy=True)
+def oracle_ranking(stock, samples, removed):
+    """Rank by backward elimination that takes out so many layers a round; losses are those of the stock model."""
 
     def loss(full):
         families = {}
         for each in samples.ranked:
-            families.setdefault(each.family, []).append(expected_loss(stock, each, set(full)))
+            families.setdefault(each.family, []).append(expected_loss(stock, each, full))
         return fmean(map(fmean, families.values()))
 
-    first = greedy_order(loss, list(plain), LAYERS // 2)
-    assert list(ranking) == first + [layer for layer in plain if layer not in first]
+    left, found = set(range(LAYERS)), []
+    for count in removed:
+        losses = {layer: loss(left - {layer}) for layer in left}
+        cheap = sorted(left, key=losses.__getitem__)[:count]
+        found += cheap
+        left -= set(cheap)
+    return found[::-1]
 
 
-def test_greedy_order_takes_what_lowers_the_loss_most():
-    worth = {3: 5.0, 5: 1.0, 8: 2.0, 9: 0.1}
+@pytest.mark.parametrize("rounds, removed", [(1, [6]), (2, [3, 3]), (4, [2, 1, 2, 1]), (6, [1] * 6), (8, [1] * 6)])
+def test_layers_are_ranked_by_what_sparing_them_costs(rounds, removed):
+    stock, samples = model(), some_samples()
+    ranking = calibrator_of(model()).rank(rounds)
+    assert list(ranking) == oracle_ranking(stock, samples, removed)
+    assert len(set(ranking)) == LAYERS and list(ranking) != list(range(LAYERS))
+
+
+def test_rounds_rank_layers_that_stand_in_for_each_other():
     asked = []
 
-    def loss(chosen):
-        asked.append(chosen)
-        return -sum(worth[layer] for layer in chosen) - 3.0 * ({5, 9} <= set(chosen))
+    def loss(full):
+        asked.append(full)
+        return 3.0 * (not {3, 5} & set(full)) + 1.0 * (8 not in full) + 0.1 * (9 not in full)
 
-    assert greedy_order(loss, list(worth), 2) == [3, 8]
-    assert len(asked) == 4 + 3
-    assert greedy_order(loss, list(worth), 0) == []
-    assert greedy_order(loss, list(worth), 4) == [3, 8, 5, 9]
+    layers = [3, 5, 8, 9]
+    # Alone, neither 3 nor 5 is missed, so leave-one-out has them last; when one is out, the other one is needed most.
+    assert eliminate(loss, layers, 1) == [8, 9, 3, 5] and len(asked) == 4
+    assert eliminate(loss, layers, 4)[0] in (3, 5) and len(asked) == 4 + 4 + 3 + 2 + 1
+    assert eliminate(loss, layers, 9) == eliminate(loss, layers, 4)
 
 
 def test_budgets_are_judged_by_the_loss_of_nested_sets():
@@ -114,7 +111,7 @@ class Stop(BaseException):
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     whole = calibrator_of(model(), folder=tmp_path / "whole")
-    expected_ranking = whole.rank()
+    expected_ranking = whole.rank(1)
     expected = whole.judge(expected_ranking)
     calls, evaluate = [], calibrator.evaluate
 
@@ -134,13 +131,13 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     for what, when in (("ranking layers", 4), ("judging budgets", 3), (None, None)):
         stopped = calibrator_of(model(), folder=tmp_path / "parts", progress=stop_at(what, when))
         try:
-            ranking = stopped.rank()
+            ranking = stopped.rank(1)
             rows = stopped.judge(ranking)
         except Stop:
             continue
     assert ranking == expected_ranking and rows == expected
     assert len(calls) == LAYERS + len(expected)
-    calibrator_of(model(), folder=tmp_path / "parts", restart=True).rank()
+    calibrator_of(model(), folder=tmp_path / "parts", restart=True).rank(1)
     assert len(calls) == 2 * LAYERS + len(expected)
 
 
@@ -189,7 +186,7 @@ def test_families_that_dense_does_not_answer_do_not_rank(monkeypatch):
     assert routed.counted == {"first"}
     stock, only = model(), next(each for each in routed.samples.ranked if each.family == "first")
     losses = {layer: expected_loss(stock, only, set(range(LAYERS)) - {layer}) for layer in range(LAYERS)}
-    assert list(routed.rank()) == sorted(losses, key=losses.__getitem__, reverse=True) != list(both)
+    assert list(routed.rank(1)) == sorted(losses, key=losses.__getitem__, reverse=True) != list(both)
 
 
 def test_losses_that_are_no_numbers_are_refused():

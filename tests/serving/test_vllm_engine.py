@@ -2,60 +2,24 @@
 
 import os
 
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_WORKER_MULTIPROCESSING_METHOD="spawn"
-)
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm import LLM, SamplingParams, TokensPrompt
+from helpers.serving import CHUNK, NEW, ask, make_prompts, metric, transformers_engine
+from vllm import LLM
+from vllm.platforms import current_platform
 
-from flux_attention import attach
 from flux_attention.names import BACKBONE
-from flux_attention.tasks.families import FAMILIES
-from flux_attention.tasks.samples import Haystack, make_sample
-from flux_attention.tasks.text import local_texts
 
-SINK, WINDOW, CHUNK, PAGE, LAYERS = 64, 704, 256, 32, 10
-NEW = 16
+PAGE = 32
+
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="of float32, which no attention on GPUs takes")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(BACKBONE)
-
-
-@pytest.fixture(scope="module")
-def haystack(tokenizer):
-    return Haystack(local_texts(True, max_chars=300_000), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def prompts(tokenizer, haystack):
-    """Prompts of all families, and of lengths around every boundary, as token ids."""
-    found = [
-        list(make_sample(family, haystack, tokenizer, length, 0, held_out=True).prompt_ids)
-        for family, length in zip(FAMILIES, [900, 1100, 1300, 1500, 1700, 2000, 800], strict=True)
-    ]
-    text = found[2]
-    edges = [1, 2, PAGE, PAGE + 1, SINK - 1, SINK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1]
-    edges += [SINK + WINDOW - 1, SINK + WINDOW, SINK + WINDOW + 1, SINK + WINDOW + PAGE, 4 * CHUNK + 1]
-    return [[int(token) for token in prompt] for prompt in [*found, *(text[:length] for length in edges)]]
-
-
-def transformers_engine(decide):
-    """Give the log-probabilities of a prompt's next tokens, and its routes, by the transformers engine."""
-    model = AutoModelForCausalLM.from_pretrained(BACKBONE, dtype=torch.float32)
-    routing = attach(model, "shipped", decide=decide)
-
-    def score(prompt, answer, routes=None):
-        with torch.no_grad(), routing.force(routes):
-            ids = torch.tensor([prompt + answer[:-1]])
-            logits = model(ids, prompt_lengths=[len(prompt)]).logits[0, len(prompt) - 1 :]
-        return logits.log_softmax(-1)[range(len(answer)), answer], routing.routes.msr[0]
-
-    return score
+def prompts():
+    return make_prompts(PAGE)
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +40,6 @@ def engine(max_model_len=4096, decide="ends", **options):
     )
 
 
-def ask(llm, prompts, new=NEW, wishes=None):
-    params = [
-        SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True, extra_args=wish or {})
-        for wish in wishes or [None] * len(prompts)
-    ]
-    found = []
-    for output in llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False):
-        (answer,) = output.outputs
-        losses = [next(iter(token.values())).logprob for token in answer.logprobs]
-        found.append((list(answer.token_ids), losses, output.kv_transfer_params["flux_attention"]["omega_msr"]))
-    return found
-
-
 def check(llm, prompts, reference, wishes=None, new=NEW):
     """Compare with the other engine; return how far dense answers are from these, in nats."""
     apart = []
@@ -100,11 +51,6 @@ def check(llm, prompts, reference, wishes=None, new=NEW):
         dense, _ = reference(prompt, answer, "full")
         apart.append((dense - expected).abs().max().item())
     return apart
-
-
-def metric(llm, name):
-    (found,) = [metric.value for metric in llm.get_metrics() if metric.name == name]
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Ranks layers by what making one sparse does to the loss of answers, and judges how many can be.
+"""Ranks layers by what making them sparse does to the loss of answers, and judges how many can be.
 
 A fixed set for any budget is the first layers of the ranking. Sets are judged on other samples, by the loss and by what
 the model generates, as the loss alone misleads: the largest budget that loses neither is the default. Published for
@@ -25,6 +25,8 @@ from flux_attention.tasks.scoring import evaluate
 
 #: Shares of sparse layers that are judged.
 BUDGETS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+#: Rounds of the ranking: layers that stand in for each other, which leave-one-out cannot see, are told apart.
+ROUNDS = 8
 #: Nats a token by which no family's loss may rise at the default budget.
 TOLERANCE = 0.05
 #: By how much the mean score of generated answers may be below that of dense there.
@@ -38,20 +40,28 @@ ROWS_FILE, PLOT_FILE = "calibration.json", "calibration.svg"
 Progress = Callable[[str, int, int], None]
 
 
-def greedy_order(loss: Callable[[list[int]], float], layers: Sequence[int], count: int) -> list[int]:
+def eliminate(loss: Callable[[list[int]], float], layers: Sequence[int], rounds: int) -> list[int]:
     """
-    Order ``count`` layers to run full: from all sparse, the one that lowers the loss most is added, again and again.
+    Order layers, the one that needs full attention most first, by backward elimination.
+
+    All layers begin full. A round takes the loss with each layer that is left made sparse, too, and then leaves out
+    those that cost least: about as many in each round, so that all are out in the end. One round is leave-one-out.
 
     Parameters
     ----------
     loss : callable
-        Of a list of full layers; called about ``count`` × layers times.
+        Of a list of full layers; called layers × (rounds + 1) / 2 times.
+    rounds : int
+        At least one; more than there are layers are as many as there are.
     """
-    chosen: list[int] = []
-    while len(chosen) < count:
-        losses = {layer: loss([*chosen, layer]) for layer in layers if layer not in chosen}
-        chosen.append(min(losses, key=losses.__getitem__))
-    return chosen
+    left, found, rounds = list(layers), [], min(rounds, len(layers))
+    for number in range(rounds):
+        losses = {layer: loss([other for other in left if other != layer]) for layer in left}
+        keep = len(layers) * (rounds - number - 1) // rounds
+        ranked = sorted(left, key=losses.__getitem__, reverse=True)
+        found = ranked[keep:] + found
+        left = [layer for layer in left if layer in ranked[:keep]]
+    return found
 
 
 class Calibrator:
@@ -130,35 +140,28 @@ class Calibrator:
         counted = [nats for family, nats in row["families"].items() if family in self.counted]
         return fmean(counted) if counted else row["nats"]
 
-    def rank(self, greedy: bool = False) -> tuple[int, ...]:
+    def rank(self, rounds: int = ROUNDS) -> tuple[int, ...]:
         """
         Order the routed layers, the one that needs full attention most first.
 
         Parameters
         ----------
-        greedy : bool
-            Choose the first half by greedy addition instead, which takes about 3/8 × layers² evaluations more.
+        rounds : int
+            See ``eliminate``.
         """
-        layers = self.routing.layers
-        losses = {}
-        for done, layer in enumerate(layers):
-            self.progress("ranking layers", done, len(layers))
-            losses[layer] = self._ranked_loss([other for other in layers if other != layer])
-        self.progress("ranking layers", len(layers), len(layers))
-        ranking = sorted(layers, key=losses.__getitem__, reverse=True)
-        if not greedy:
-            return tuple(ranking)
-        half = len(layers) // 2
-        total, done = sum(len(layers) - chosen for chosen in range(half)), 0
+        layers, done = self.routing.layers, 0
+        rounds = min(rounds, len(layers))
+        total = sum(len(layers) * (rounds - number) // rounds for number in range(rounds))
 
         def loss(full: list[int]) -> float:
             nonlocal done
-            self.progress("adding layers greedily", done, total)
+            self.progress("ranking layers", done, total)
             done += 1
             return self._ranked_loss(full)
 
-        first = greedy_order(loss, ranking, half)
-        return (*first, *(layer for layer in ranking if layer not in first))
+        ranking = tuple(eliminate(loss, layers, rounds))
+        self.progress("ranking layers", total, total)
+        return ranking
 
     def judge(self, ranking: tuple[int, ...]) -> list[dict[str, Any]]:
         """

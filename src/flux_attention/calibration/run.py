@@ -13,6 +13,7 @@ from torch import nn
 from flux_attention import adapters
 from flux_attention.calibration.calibrator import (
     PLOT_FILE,
+    ROUNDS,
     ROWS_FILE,
     TOLERANCE,
     Calibrator,
@@ -47,7 +48,7 @@ def calibrate(
     samples: int = SAMPLES,
     judged: int = 16,
     tolerance: float = TOLERANCE,
-    greedy: bool = False,
+    rounds: int = ROUNDS,
     chat: bool | None = None,
     batch_size: int = 1,
     restart: bool = False,
@@ -81,8 +82,9 @@ def calibrate(
         Generated questions of each family by which budgets are judged.
     tolerance : float
         Nats a token by which no family's loss may rise at the default budget.
-    greedy : bool
-        See ``Calibrator.rank``.
+    rounds : int
+        Of the ranking: 1 leaves out one layer at a time, all others full; more also see what layers do together, for
+        layers × (rounds + 1) / 2 evaluations.
     chat : bool, optional
         Whether prompts go through the chat template; default: where there is one.
     batch_size : int
@@ -108,7 +110,7 @@ def calibrate(
     config = replace(config or FluxConfig(), ranking=None, budget=None, decide="prefill")
     folder = None if output is None else Path(output)
     check_arguments(config, length, max_positions(model.config), questions, texts, families, folder)
-    check_numbers(samples, judged, batch_size, tolerance)
+    check_numbers(samples, judged, rounds, batch_size, tolerance)
     if questions is not None:
         made = given_samples(tokenizer, questions, config, length, chat)
     elif texts is not None:
@@ -120,7 +122,7 @@ def calibrate(
         check_head(routing)
         calibrator = Calibrator(routing, tokenizer, made, batch_size, folder, restart, progress)
         calibrator.judge_dense()  # first: it may be all that is needed to refuse
-        ranking = calibrator.rank(greedy)
+        ranking = calibrator.rank(rounds)
         rows = calibrator.judge(ranking)
     finally:
         routing.detach()
@@ -167,16 +169,16 @@ def check_arguments(
         )
 
 
-def check_numbers(samples: int, judged: int, batch_size: int, tolerance: float) -> None:
+def check_numbers(samples: int, judged: int, rounds: int, batch_size: int, tolerance: float) -> None:
     """
-    Refuse numbers of samples below one, and a tolerance that is none.
+    Refuse numbers of samples or rounds below one, and a tolerance that is none.
 
     Raises
     ------
     ValueError
         With the name of what is wrong.
     """
-    for name, value in (("samples", samples), ("judged", judged), ("batch_size", batch_size)):
+    for name, value in {"samples": samples, "judged": judged, "rounds": rounds, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
     if not 0 <= tolerance < math.inf:

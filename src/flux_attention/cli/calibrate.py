@@ -106,7 +106,7 @@ def calibrate(
     tolerance: Annotated[float, typer.Option(min=0, help="Nats a token by which no loss may rise.")] = 0.05,
     sink: Annotated[int, typer.Option(min=0, help="First tokens that sparse layers see.")] = 128,
     window: Annotated[int, typer.Option(min=1, help="Last tokens that sparse layers see.")] = 1024,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Refine the first half of the ranking; longer.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the ranking: 1 is quick, more see layers together.")] = 8,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Ask through the chat template; default: if there is one.")
     ] = None,
@@ -157,7 +157,7 @@ def calibrate(
             length=size,
             **{name: count for name, count in counts.items() if count is not None},
             tolerance=tolerance,
-            greedy=greedy,
+            rounds=rounds,
             chat=chat,
             batch_size=batch_size,
             restart=restart,

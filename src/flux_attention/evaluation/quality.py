@@ -39,13 +39,12 @@ from typing import Any
 
 import torch
 
-from flux_attention.calibration.calibrator import greedy_order
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.base import AdapterEvaluation
 from flux_attention.evaluation.material import CALIBRATION_SEED, Material, Records
 from flux_attention.evaluation.measures import answer_measures, token_measures
 from flux_attention.evaluation.methods import DEFAULT_METHODS, METHODS, SIZED, check_lengths
-from flux_attention.evaluation.selection import best_layers, liked_routes, random_routes
+from flux_attention.evaluation.selection import best_layers, greedy_order, liked_routes, random_routes
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import check_head, max_positions

@@ -1,4 +1,4 @@
-"""Chooses full layers and heads for a method: the best of all sets, those that routers like, or any at random."""
+"""Chooses full layers and heads for a method: greedily, of all sets, by what routers like, or at random."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ import torch
 
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.scoring import evaluate
+
+
+def greedy_order(loss: Callable[[list[int]], float], layers: Sequence[int], count: int) -> list[int]:
+    """
+    Order ``count`` layers to run full: from all sparse, the one that lowers the loss most is added, again and again.
+
+    Parameters
+    ----------
+    loss : callable
+        Of a list of full layers; called about ``count`` × layers times.
+    """
+    chosen: list[int] = []
+    while len(chosen) < count:
+        losses = {layer: loss([*chosen, layer]) for layer in layers if layer not in chosen}
+        chosen.append(min(losses, key=losses.__getitem__))
+    return chosen
 
 
 def best_layers(

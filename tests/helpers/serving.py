@@ -1,0 +1,67 @@
+"""Prompts for engines of vLLM's on the shipped model, and the transformers engine to compare with."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_WORKER_MULTIPROCESSING_METHOD="spawn")
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import SamplingParams, TokensPrompt
+
+from flux_attention import attach
+from flux_attention.names import BACKBONE
+from flux_attention.tasks.families import FAMILIES
+from flux_attention.tasks.samples import Haystack, make_sample
+from flux_attention.tasks.text import local_texts
+
+SINK, WINDOW, CHUNK, LAYERS = 64, 704, 256, 10
+NEW = 16
+
+
+def make_prompts(page):
+    """Make prompts of all families, and of lengths around every boundary, as token ids."""
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
+    haystack = Haystack(local_texts(True, max_chars=300_000), tokenizer)
+    found = [
+        list(make_sample(family, haystack, tokenizer, length, 0, held_out=True).prompt_ids)
+        for family, length in zip(FAMILIES, [900, 1100, 1300, 1500, 1700, 2000, 800], strict=True)
+    ]
+    text = found[2]
+    edges = [1, 2, page, page + 1, SINK - 1, SINK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1]
+    edges += [SINK + WINDOW - 1, SINK + WINDOW, SINK + WINDOW + 1, SINK + WINDOW + page, 4 * CHUNK + 1]
+    return [[int(token) for token in prompt] for prompt in [*found, *(text[:length] for length in edges)]]
+
+
+def transformers_engine(decide, device="cpu"):
+    """Give the log-probabilities of a prompt's next tokens, and its Omega, by the transformers engine in float32."""
+    model = AutoModelForCausalLM.from_pretrained(BACKBONE, dtype=torch.float32).to(device)
+    routing = attach(model, "shipped", decide=decide)
+
+    def score(prompt, answer, routes=None):
+        with torch.no_grad(), routing.force(routes):
+            ids = torch.tensor([prompt + answer[:-1]], device=device)
+            logits = model(ids, prompt_lengths=[len(prompt)]).logits[0, len(prompt) - 1 :]
+        return logits.log_softmax(-1)[range(len(answer)), answer].cpu(), routing.routes.msr[0]
+
+    return score
+
+
+def ask(llm, prompts, new=NEW, wishes=None):
+    """Let an engine answer: tokens, their log-probabilities, and Omega, None where the engine does not route."""
+    params = [
+        SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True, extra_args=wish or {})
+        for wish in wishes or [None] * len(prompts)
+    ]
+    found = []
+    for output in llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False):
+        (answer,) = output.outputs
+        told = output.kv_transfer_params or {}
+        losses = [next(iter(token.values())).logprob for token in answer.logprobs]
+        found.append((list(answer.token_ids), losses, told.get("flux_attention", {}).get("omega_msr")))
+    return found
+
+
+def metric(llm, name):
+    """Read one of an engine's metrics."""
+    (found,) = [metric.value for metric in llm.get_metrics() if metric.name == name]
+    return found
