@@ -12,7 +12,7 @@ import torch
 
 from flux_attention.kernels.dispatch import full
 
-#: Blocks whose keys are copied at a time.
+#: Blocks, of all sequences, whose keys are copied at a time.
 BLOCKS = 64
 
 
@@ -48,7 +48,7 @@ def block_streaming(
     start = max(first, edge)
     while start < keys:
         low = start // block * block - window + block
-        count = 1 if start % block else max(1, min(BLOCKS, (keys - start) // block))
+        count = 1 if start % block else max(1, min(BLOCKS // len(query_BHSD), (keys - start) // block))
         stop = min(keys, low + window + (count - 1) * block)
         query_NHSD = query_BHSD[:, :, start - first : stop - first].unflatten(2, (count, -1)).transpose(1, 2)
         key_NKTD, value_NKTD = (_seen(states, sink, low, stop, count, block) for states in (key_BKTD, value_BKTD))
