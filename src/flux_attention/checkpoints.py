@@ -218,10 +218,10 @@ def import_checkpoint(
         model, adapter = Path(scratch) / "model", Path(scratch) / "adapter"
         model.mkdir()
         (model / CONFIG_FILE).write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
-        shapes, base = _describe(model, places)
+        shapes, tied, base = _describe(model, places)
         base = replace(base, name=str(output / "model"))
         routers, names = _routers(base)
-        ignored = _check(places, shapes, {theirs: routers[ours].shape for theirs, ours in names.items()}, stock)
+        ignored = _check(places, shapes, {theirs: routers[ours].shape for theirs, ours in names.items()}, tied)
         loaded = _load_routers(base, {ours: places[theirs].read(theirs).float() for theirs, ours in names.items()})
         _write_weights(folder, model, {name: places[name] for name in shapes if name in places}, places, copy)
         adapters.save(adapter, replace(config, base_model=base), loaded)
@@ -297,8 +297,8 @@ def _read_places(folder: Path) -> dict[str, _Place]:
     return places
 
 
-def _describe(model: Path, places: dict[str, _Place]) -> tuple[dict[str, torch.Size], BaseModel]:
-    """Return the names and shapes of the stock model's weights, and the model as adapters know it."""
+def _describe(model: Path, places: dict[str, _Place]) -> tuple[dict[str, torch.Size], set[str], BaseModel]:
+    """Return the stock model's weights by name and shape, those that need no storing, and the model for adapters."""
     with torch.device("meta"):
         empty: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     shapes = {name: weight.shape for name, weight in empty.state_dict().items()}
@@ -306,8 +306,9 @@ def _describe(model: Path, places: dict[str, _Place]) -> tuple[dict[str, torch.S
     name = next(name for name, module in empty.named_modules() if module is embeddings) + ".weight"
     if name in places and places[name].shape == tuple(embeddings.weight.shape):  # else the check to come says so
         embeddings.weight = nn.Parameter(places[name].read(name), requires_grad=False)
+    tied = {"lm_head.weight"} if empty.config.tie_word_embeddings else set()  # the embeddings, stored once
     decoder = find_decoder(empty)
-    return shapes, base_model(empty, decoder, full_attention_layers(empty, decoder))
+    return shapes, tied, base_model(empty, decoder, full_attention_layers(empty, decoder))
 
 
 def _routers(base: BaseModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -324,12 +325,11 @@ def _check(
     places: dict[str, _Place],
     model: dict[str, torch.Size],
     routers: dict[str, torch.Size],
-    stock: dict[str, Any],
+    tied: set[str],
 ) -> tuple[str, ...]:
     """Refuse weights that are unknown, missing or of another shape; return the names of left-overs."""
     wanted = {**model, **routers}
     left_over = {name for name in set(places) - set(wanted) if LEFT_OVERS & set(name.split("."))}
-    tied = {"lm_head.weight"} if stock.get("tie_word_embeddings") else set()  # the embeddings, stored once
     for what, wrong in (
         ("unknown weights", set(places) - set(wanted) - left_over),
         ("missing weights", set(wanted) - set(places) - tied),
