@@ -59,7 +59,7 @@ def inspect(
         print(json.dumps({"model": model, **report.to_dict(), **routing.routes.to_dict()}))
         return
     out.print(routing.routes)
-    out.print(f"{ids.shape[1]:,} tokens; {report}", highlight=False)
+    out.print(f"{ids.shape[1]:,} tokens; {report}", highlight=False, soft_wrap=True)
 
 
 def generate(
@@ -103,7 +103,7 @@ def generate(
         )
     if not as_json:
         err.print(routing.routes)
-        err.print(str(routing.report()), highlight=False)
+        err.print(str(routing.report()), highlight=False, soft_wrap=True)
         return
     new = tokens[0, ids.shape[1] :]
     facts = {

@@ -179,7 +179,8 @@ def _pairs(routes: Routes, past: Sequence[int]) -> tuple[int, int]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+    power, unit = (30, "GiB") if count >= 2**30 else (20, "MiB") if count >= 2**20 else (10, "KiB")
+    return f"{count / 2**power:.1f} {unit}"
 
 
 def _time(seconds: float) -> str:
