@@ -58,8 +58,8 @@ class Routes:
         """Effective sparsity ratio Ω_ESR of each sequence: the share of causal query-key pairs not computed."""
         saved = []
         for length, ratio in zip(self.lengths, self.msr, strict=True):
-            computed = ratio * self.sparse.pairs(length) + (1 - ratio) * self.full.pairs(length)
-            saved.append(1 - computed / Full().pairs(length))
+            sparse, full = (1 - pattern.pairs(length) / Full().pairs(length) for pattern in (self.sparse, self.full))
+            saved.append(ratio * sparse + (1 - ratio) * full)
         return saved
 
     @property

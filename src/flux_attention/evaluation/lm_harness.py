@@ -325,7 +325,7 @@ class TaskEvaluation(AdapterEvaluation):
         rates = map(fmean, zip(*lm.routed, strict=True))
         facts |= dict(
             sparsity=round(fmean(lm.msr), 4),
-            esr=round(fmean(lm.esr), 4),
+            esr=round(fmean(lm.esr), 8),
             fa_rate={unit_name(unit): round(rate, 4) for unit, rate in zip(lm.routing.units, rates, strict=True)},
             model=self.model_name,
         )

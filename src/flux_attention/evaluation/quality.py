@@ -181,7 +181,7 @@ class Evaluation(AdapterEvaluation):
             "model": self.model_name,
             "n": len(samples),
             "sparsity": round(1 - fmean(map(fmean, full)), 4),
-            "esr": round(mean_esr(routing, full, [len(sample.input_ids) for sample in samples]), 4),
+            "esr": round(mean_esr(routing, full, [len(sample.input_ids) for sample in samples]), 8),
             **measures,
             "fa_rate": {unit_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
             **more,
