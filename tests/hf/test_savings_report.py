@@ -193,3 +193,15 @@ def test_a_report_for_people_notebooks_and_programs():
 
     model.generate(ids(1, 12), routes="sparse", max_new_tokens=1)
     assert "nothing is saved in the prompt" in str(routing.report()) and "KV 100 % of dense" in str(routing.report())
+
+
+def test_dense_bytes_are_those_of_the_stock_models_generation(family):
+    model, prompt = tiny_model(family), ids(2, 30)
+    arguments = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    stock = model.generate(prompt, **arguments).past_key_values
+    held = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in stock.layers)
+    routing = attach(model, CONFIG)
+    for spec in ("full", "sparse"):
+        model.generate(prompt, routes=spec, **arguments)
+        assert routing.report().baseline_kv_bytes == held
+        assert (routing.report().kv_bytes < held) == (spec == "sparse")
