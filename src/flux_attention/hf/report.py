@@ -60,7 +60,7 @@ class Report:
     @property
     def esr(self) -> float:
         """Effective sparsity ratio Ω_ESR of all sequences together: the share of pairs not computed."""
-        return 1 - self.pairs / self.baseline_pairs
+        return 1 - self.pairs / self.baseline_pairs if self.baseline_pairs else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report JSON-ready: ``Routes.to_dict`` with the numbers beside it."""
