@@ -52,6 +52,8 @@ ERRORS = {
     "no such route": (["eval", "shipped", "--force", "99"], 1, "cannot force layers [99]"),
     "no folder to write": (["eval", "shipped", "--output", "{prompt}/o"], 1, "cannot write into"),
     "no folder for speed": (["bench", "memory", "--output", "{prompt}"], 1, "cannot write into"),
+    "no checkpoint": (["import", "./nowhere", "--output", "out"], 1, "no such folder ./nowhere"),
+    "no checkpoint of theirs": (["import", "{model}", "--output", "out"], 1, "stock models need no import"),
     "no recipe": (["train", "nowhere.yaml"], 1, "nowhere.yaml is not a file"),
 }
 

@@ -14,6 +14,7 @@ from flux_attention.cli.calibrate import calibrate
 from flux_attention.cli.console import UserError, err
 from flux_attention.cli.demo import demo
 from flux_attention.cli.evaluate import evaluate
+from flux_attention.cli.importing import import_checkpoint
 from flux_attention.cli.info import info
 from flux_attention.cli.show import generate, inspect
 from flux_attention.cli.train import train
@@ -28,6 +29,7 @@ app = typer.Typer(
 for command in (inspect, generate, info, bench, calibrate, train):
     app.command()(command)
 app.command(name="eval")(evaluate)
+app.command(name="import")(import_checkpoint)
 app.command()(demo)
 
 

@@ -312,7 +312,10 @@ class Routing(ReportMixin, AdapterMixin):
         is_full = spec is not None and bool(parse_routes(spec, len(lengths), self.units).all())
         if is_full or self.sparse.later == self.sparse:
             return None
-        return f"the last rows of {self.sparse.name} see all of it; use a pattern without such rows"
+        return (
+            f"within it {self.sparse} sees other keys than behind it; use streaming without block_size, which counts "
+            "exact tokens"
+        )
 
     # A forward call, from what ``attach`` puts around the decoder's forward.
 

@@ -8,12 +8,14 @@ left-aligned: a shorter sequence has its padding at the end, where causality hid
 from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, on_device, to_device
 from flux_attention.kernels.dispatch import decode, full, packed, streaming
 from flux_attention.kernels.packs import UNBOUNDED, Pack
+from flux_attention.kernels.streaming_blocks import block_streaming
 
 __all__ = [
     "DTYPES",
     "HEAD_DIMS",
     "UNBOUNDED",
     "Pack",
+    "block_streaming",
     "decode",
     "full",
     "has_triton",

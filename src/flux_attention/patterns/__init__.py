@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from flux_attention.config import FluxConfig
@@ -28,7 +28,7 @@ def build(settings: Mapping[str, Any], registry: Mapping[str, type[Pattern]]) ->
     Parameters
     ----------
     settings : mapping
-        ``pattern``, a name in the registry, and the sizes of that pattern.
+        ``pattern``, a name in the registry, and the sizes of that pattern; those that have a default may be left out.
     registry : mapping of str to type
         ``FULL_PATTERNS`` or ``SPARSE_PATTERNS``.
 
@@ -42,7 +42,8 @@ def build(settings: Mapping[str, Any], registry: Mapping[str, type[Pattern]]) ->
     if name not in registry:
         raise FluxConfigError(f"pattern is {name!r}, expected one of {list(registry)}")
     known = {size.name for size in fields(registry[name])}
-    if wrong := known ^ set(sizes):
+    optional = {size.name for size in fields(registry[name]) if size.default is not MISSING}
+    if wrong := (known - optional - set(sizes)) | (set(sizes) - known):
         raise FluxConfigError(
             f"the pattern {name!r} has the sizes {sorted(known)}; unknown or missing: {sorted(wrong)}"
         )
