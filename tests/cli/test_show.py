@@ -33,16 +33,31 @@ def test_inspect(prompt, monkeypatch, fast, itemsize):
         piped = flux("inspect", "shipped", "-", "--device", "cpu", "--json", stdin=file.read())
     assert json.loads(piped.stdout) == facts
     shown = flux(*arguments, "--force", "sparse")
-    assert "░░░░░░░░░░  0/10 layers full" in shown.stdout and "KV cache" in shown.stdout
+    assert "░░░░░░░░░░  0/10 layers full" in shown.stdout and "10 of 10 layers sparse (Ω_MSR 1.00), KV " in shown.stdout
+    share = round(100 * 768 / sequence["tokens"])  # the adapter's sink + window
+    assert f"KV {share} % of dense" in shown.stdout and "docs/glossary.md" in shown.stdout
+    assert "nothing is saved" not in shown.stdout
+
+
+def test_inspect_says_where_nothing_is_saved(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("x = 1\n" * 20)
+    shown = flux("inspect", "shipped", path, "--device", "cpu", "--force", "sparse").stdout
+    assert (
+        "KV 100 % of dense" in shown
+        and "nothing is saved in the prompt: sparse layers see sink + window = 768" in shown
+    )
+    assert "nothing is saved" not in flux("inspect", "shipped", path, "--device", "cpu", "--force", "full").stdout
 
 
 def test_generate_answers_a_question_about_its_prompt(prompt):
     arguments = ["generate", "shipped", prompt, "--max-new-tokens", "7", "--dtype", "float32"]
     result = flux(*arguments)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[0] == "48213"
+    assert result.stdout.split()[0] == "48213" and " a token" in result.stderr and " % of dense" in result.stderr
     facts = json.loads(flux(*arguments, "--json").stdout)
-    assert facts["text"].split()[0] == "48213" and facts["kv_bytes"] > 0
+    assert facts["text"].split()[0] == "48213" and facts["tokens"] == facts["new_tokens"] == 7
+    assert 0 < facts["kv_bytes"] < facts["baseline_kv_bytes"] and facts["prefill_s"] > facts["token_s"] > 0
     assert "48213" not in flux(*arguments, "--force", "sparse").stdout
 
 

@@ -72,6 +72,7 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
     static = rows["plain", "static"]["full_layers"]
     assert len(static) == count and rows["single_needle", "static"]["full_layers"] == static
     assert rows["plain", "static"]["sparsity"] == rows["plain", "random"]["sparsity"] == 1 - count / 10
+    assert rows["plain", "dense"]["esr"] == 0 < rows["plain", "static"]["esr"] < rows["plain", "sparse"]["esr"] < 1
     assert rows["plain", "dense"]["sparsity"] == 0 and rows["plain", "sparse"]["sparsity"] == 1
     model, _, _, adapter = setting
     routing = attach(model, adapter)

@@ -44,6 +44,7 @@ from flux_attention.evaluation.base import AdapterEvaluation
 from flux_attention.evaluation.material import CALIBRATION_SEED, Material, Records
 from flux_attention.evaluation.measures import answer_measures, token_measures
 from flux_attention.evaluation.methods import DEFAULT_METHODS, METHODS, SIZED, check_lengths
+from flux_attention.evaluation.savings import mean_esr
 from flux_attention.evaluation.selection import best_layers, greedy_order, liked_routes, random_routes
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
@@ -180,6 +181,7 @@ class Evaluation(AdapterEvaluation):
             "model": self.model_name,
             "n": len(samples),
             "sparsity": round(1 - fmean(map(fmean, full)), 4),
+            "esr": round(mean_esr(routing, full, [len(sample.input_ids) for sample in samples]), 8),
             **measures,
             "fa_rate": {unit_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
             **more,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -32,12 +33,13 @@ from flux_attention.decision import (
 )
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.layer import RoutedLayer
-from flux_attention.hf.context import NAME, ForwardContext, enclosing
+from flux_attention.hf.context import NAME, ForwardContext, enclosing, generated_prompt
 from flux_attention.hf.ends import EndsReader
 from flux_attention.hf.forward import Finished, ForwardPass
 from flux_attention.hf.generation.step import CapturedSteps, unsupported
 from flux_attention.hf.heads import HeadForwardPass
 from flux_attention.hf.inputs import InputReader, Inputs
+from flux_attention.hf.report import ReportMixin
 from flux_attention.hf.support import QueryShape, tensor_parallel_group
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter, Pooling
@@ -72,7 +74,7 @@ class Settings:
 _settings: ContextVar[tuple[tuple[object, int, dict[str, Any]], ...]] = ContextVar("flux_settings", default=())
 
 
-class Routing(AdapterMixin):
+class Routing(ReportMixin, AdapterMixin):
     """
     Routers attached to a model; made by ``attach``.
 
@@ -205,6 +207,13 @@ class Routing(AdapterMixin):
         finally:  # blocks of generators may end in another order than they began
             _settings.set(tuple(entry for entry in _settings.get() if entry[0] is not block))
 
+    def _check_attached(self, what: str) -> None:
+        if not self.is_attached:
+            raise RuntimeError(
+                f"cannot {what} after detach(): the model is the stock one and has no routes; attach(model, ...) again "
+                "and use the handle that it returns"
+            )
+
     def force(self, routes: RouteSpec | None):
         """
         Force the routes of prefills of this thread within a ``with`` block; the routers are not run.
@@ -219,7 +228,10 @@ class Routing(AdapterMixin):
         ------
         ValueError
             For anything else.
+        RuntimeError
+            After ``detach``.
         """
+        self._check_attached("force routes")
         if routes is not None and not isinstance(routes, torch.Tensor):
             parse_routes(routes, 1, self.units)  # a wrong request fails here, not in the next forward
         return self._set(forced=routes)
@@ -251,7 +263,10 @@ class Routing(AdapterMixin):
             Under tensor parallelism.
         ValueError
             For a fixed set, which has no routers.
+        RuntimeError
+            After ``detach``.
         """
+        self._check_attached("decide softly")
         if self.config.ranking is not None:
             raise ValueError(
                 "this adapter is a fixed set of layers and has no routers to train; a recipe's `start` makes some of it"
@@ -313,6 +328,7 @@ class Routing(AdapterMixin):
         ValueError, UnsupportedModelError, RuntimeError
             For a call that cannot be routed.
         """
+        began = time.perf_counter()
         implementation = self._decoder.config._attn_implementation
         if implementation != NAME:
             raise RuntimeError(
@@ -337,6 +353,8 @@ class Routing(AdapterMixin):
         by_routers = settings.forced is None and self.config.ranking is None
         has_last_rows = settings.forced is None and self.sparse.later != self.sparse
         inputs = self._reader.read(kwargs, keeps_cache, tells_padding=by_routers or has_last_rows)
+        if generated := generated_prompt.get():
+            generated.note(kwargs.get("past_key_values"), began, inputs.past, inputs.contexts)
         decision = self._decision(inputs, settings) if inputs.decides else None
         return self._pass_type(inputs, decision, self.units, self._shapes, self.sparse, self.full)
 

@@ -173,7 +173,8 @@ def test_routes_of_one_call(qwen):
         model.generate(prompt, routes="dense", **greedy)
     pipe = pipeline("text-generation", model=model, tokenizer=word_tokenizer())
     pipe("w5 w9 w20 w31 w7", routes="sparse", max_new_tokens=2, do_sample=False)
-    assert routing.routes.msr == [1.0]
+    assert routing.routes.msr == routing.report().routes.msr == [1.0]
+    assert routing.report().routes.lengths == routing.routes.lengths and routing.report().new_tokens == 2
 
 
 @pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERNS)
