@@ -87,7 +87,7 @@ $(SERVING)/.ready: pyproject.toml constraints.txt tests/serving/vllm_cpu.py
 	@$(SERVING_PIP) --editable . $$(grep -E '^(pytest|pytest-timeout|hypothesis|accelerate)==' constraints.txt)
 	@touch $@
 
-# The site's tools alone, in seconds: they read the sources and import none of them.
+# The site's tools alone, in seconds: they read the sources and import none of them. They want Python 3.11 or newer.
 $(DOCS)/.ready: constraints.txt
 	@$(PYTHON) -m venv $(DOCS)
 	@$(DOCS)/bin/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off -q \
