@@ -1,5 +1,8 @@
 """Block-sparse prefill against loops over tiles, blocks and tokens."""
 
+from importlib import import_module
+from unittest import mock
+
 import pytest
 import torch
 from helpers.blocks import BLOCK, expected_output, naive_mass, naive_maximum, naive_scores
@@ -10,6 +13,9 @@ from hypothesis import strategies as st
 from flux_attention import kernels
 from flux_attention.errors import FluxConfigError, UnsupportedModelError
 from flux_attention.patterns import FULL_PATTERNS, SPARSE_PATTERNS, BlockSparse, Full, SparseBlocks, Streaming, build
+
+#: The module, which the package has a function of the same name in place of.
+block_sparse = import_module("flux_attention.kernels.block_sparse")
 
 
 def states(length, keys, heads=4, kv_heads=2, dim=16, seed=0, batch=1):
@@ -96,6 +102,25 @@ def test_prompts_of_unlike_lengths_and_what_follows_them(pattern):
         torch.testing.assert_close(output[row : row + 1, :, :length], alone)
         later = oracle(*one, pattern.later.mask(520), 0.25)
         assert error(output[row : row + 1, :, length:], later[:, :, length:]) < 2e-6 if length < 520 else True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("select", ["mass", "maximum"])
+def test_gpus_compute_the_same(select):
+    query, key, value = states(900, 1100, batch=2)
+    pattern = BlockSparse(threshold=0.5, select=select, correct=True)
+    expected = pattern.prefill(query, key, value, 0.25)
+    output = pattern.prefill(query.cuda(), key.cuda(), value.cuda(), 0.25)
+    torch.testing.assert_close(output.cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(1, 600))
+def test_long_prompts_are_computed_in_smaller_parts(keys):
+    query, key, value = states(keys, keys)
+    expected = BlockSparse(0.5, correct=True).prefill(query, key, value, 0.25)
+    with mock.patch.object(block_sparse, "MASK_SIZE", 1):
+        torch.testing.assert_close(BlockSparse(0.5, correct=True).prefill(query, key, value, 0.25), expected)
 
 
 def test_what_it_keeps_and_says():

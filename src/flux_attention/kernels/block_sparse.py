@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 #: Tokens of a block.
 BLOCK = 128
-#: Query blocks that are computed at a time.
-ROWS = 8
+#: Query blocks that are computed at a time, at most, and elements of their mask.
+ROWS, MASK_SIZE = 8, 2**28
 #: By the maximum, what is kept always: the first key blocks, the last ones, and all of the last query blocks.
 FIRST, LAST, LAST_ROWS = 2, 4, 1
 
@@ -106,8 +106,10 @@ def by_mass(scores_BHMN: torch.Tensor, first: int, total: int, share: torch.Tens
     found, order = torch.sort(others, dim=-1, descending=True, stable=True)
     found = found.clamp(min=0)
     before = scores_BHMN.where(forced, 0).sum(-1, keepdim=True) + found.cumsum(-1) - found
-    enough = share.to(scores_BHMN).reshape(-1, 1, 1) * scores_BHMN.sum(-1, keepdim=True)
-    chosen = torch.zeros_like(forced.expand_as(scores_BHMN)).scatter(-1, order, before < enough)
+    share = share.to(scores_BHMN).reshape(-1, 1, 1)
+    # A share of one is all, whatever the sums' rounding makes of the last ones.
+    wanted = (before < share * scores_BHMN.sum(-1, keepdim=True)) | (share >= 1)
+    chosen = torch.zeros_like(forced.expand_as(scores_BHMN)).scatter(-1, order, wanted)
     return (chosen | forced) & (columns <= rows)
 
 
@@ -151,19 +153,18 @@ def block_sparse(
     length, keys = query_BHSD.shape[2], key_BKTD.shape[2]
     offset, total = keys - length, -(-keys // BLOCK)
     first_block = offset // BLOCK
-    groups = query_BHSD.shape[1] // key_BKTD.shape[1]
-    key, value = (states.repeat_interleave(groups, 1) for states in (key_BKTD, value_BKTD))
+    most = max(1, min(ROWS, MASK_SIZE // (query_BHSD.shape[:2].numel() * BLOCK * keys)))
     outputs = []
-    for row in range(0, total - first_block, ROWS):
-        count = min(ROWS, total - first_block - row)
+    for row in range(0, total - first_block, most):
+        count = min(most, total - first_block - row)
         first = first_block + row
         scores = block_scores(query_BHSD, key_BKTD, stride, scale, row, count)
-        blocks = select(scores, first, total)
+        blocks = select(scores, first, total)  # (B, H, M, N)
         start, stop = max(first * BLOCK, offset), min((first + count) * BLOCK, keys)
         i = torch.arange(start, stop, device=query_BHSD.device)
         j = torch.arange(stop, device=query_BHSD.device)
         seen = blocks[:, :, i // BLOCK - first][..., j // BLOCK] & (j <= i[:, None])
-        states = key[:, :, :stop], value[:, :, :stop]
+        states = key_BKTD[:, :, :stop], value_BKTD[:, :, :stop]
         bias = torch.zeros_like(seen, dtype=query_BHSD.dtype).masked_fill(~seen, float("-inf"))
         if correct and first + count > 1:
             whole = stop // BLOCK * BLOCK
@@ -174,5 +175,5 @@ def block_sparse(
             more = torch.full_like(dropped, math.log(BLOCK), dtype=bias.dtype).masked_fill(~dropped, float("-inf"))
             bias = torch.cat([bias, more], dim=-1)
         part = query_BHSD[:, :, start - offset : stop - offset]
-        outputs.append(F.scaled_dot_product_attention(part, *states, attn_mask=bias, scale=scale))
+        outputs.append(F.scaled_dot_product_attention(part, *states, attn_mask=bias, scale=scale, enable_gqa=True))
     return torch.cat(outputs, dim=2)
