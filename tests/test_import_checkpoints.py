@@ -107,11 +107,16 @@ def test_the_adapter_says_what_the_checkpoint_says(tmp_path):
     assert str(tmp_path / "out/model") in (tmp_path / "out/adapter/README.md").read_text()
 
 
-def test_approximate_full_layers_are_imported_as_exact_ones_on_request_only(tmp_path):
+def test_what_is_block_sparse_stays_so(tmp_path):
     write_checkpoint(tmp_path / "released", settings={"retrieval_mode": "xattn"})
-    with pytest.raises(CheckpointError, match=r"retrieval_mode is 'xattn'.*does not have; full='full' \(--full full\)"):
-        import_checkpoint(tmp_path / "released", tmp_path / "out")
-    assert import_checkpoint(tmp_path / "released", tmp_path / "out", full="full").config.full == {"pattern": "full"}
+    blocks = {"pattern": "block_sparse", "threshold": 0.8}
+    found = import_checkpoint(tmp_path / "released", tmp_path / "out").config
+    assert found.full == blocks and found.sparse["block_size"] == 128
+    assert import_checkpoint(tmp_path / "released", tmp_path / "exact", full="full").config.full == {"pattern": "full"}
+    write_checkpoint(tmp_path / "sparse", settings={"toggle_type": "xattn"})
+    found = import_checkpoint(tmp_path / "sparse", tmp_path / "other")
+    assert found.config.sparse == {**blocks, "sink": 100, "window": 200} and found.config.full == {"pattern": "full"}
+    attach(AutoModelForCausalLM.from_pretrained(found.model), found.adapter)
 
 
 def _drop(name):
@@ -125,7 +130,6 @@ def _set(name, value):
 ROUTER = "model.layers.1.self_attn.mask_allocator"
 #: name: settings, what is done to the weights, what is said
 DAMAGE = {
-    "sparse xattn": ({"toggle_type": "xattn"}, None, "toggle_type is 'xattn'.*nothing that it has comes near"),
     "toggle type": ({"toggle_type": "ring"}, None, r"toggle_type is 'ring', expected one of \['streaming'"),
     "retrieval mode": ({"retrieval_mode": None}, None, "retrieval_mode is None, expected one of"),
     "pooling mode": ({"pooling_mode": "mean"}, None, "pooling_mode is 'mean', expected 'ctx_q'"),
@@ -233,7 +237,7 @@ def test_arguments_that_cannot_be(tmp_path):
 
 
 def test_a_hub_repository_is_refused_before_its_weights_are_fetched(tmp_path):
-    write_checkpoint(tmp_path / "hub", settings={"toggle_type": "xattn"})
+    write_checkpoint(tmp_path / "hub", settings={"toggle_type": "ring"})
     asked = []
 
     def download(name, revision, allow_patterns):
@@ -244,7 +248,7 @@ def test_a_hub_repository_is_refused_before_its_weights_are_fetched(tmp_path):
         mock.patch.object(checkpoints, "snapshot_download", download),
         mock.patch.object(checkpoints, "unreachable", return_value=None),
     ):
-        with pytest.raises(CheckpointError, match="toggle_type is 'xattn'"):
+        with pytest.raises(CheckpointError, match="toggle_type is 'ring'"):
             import_checkpoint("owner/name", tmp_path / "out", revision="v1")
         assert asked == [("owner/name", "v1", ["config.json"])]
         path = tmp_path / "hub/config.json"

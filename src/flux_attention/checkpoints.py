@@ -41,6 +41,8 @@ ARCHITECTURES = {
 }
 #: Tokens to which the kernel that they were trained with rounds sink and window.
 BLOCK_SIZE = 128
+#: Block-sparse prefill as the authors call it.
+BLOCK_SPARSE = {"pattern": "block_sparse", "threshold": 0.8}
 #: What else than configuration and weights a model folder has: tokenizer, chat template, generation settings.
 OTHER_FILES = (".json", ".jinja", ".txt", ".model")
 #: Where a layer's router lies, and what its parts are called there.
@@ -103,24 +105,19 @@ class Settings:
         CheckpointError
             For attention that this version does not have.
         """
-        if self.toggle_type == "xattn":
-            raise CheckpointError(
-                "toggle_type is 'xattn': its sparse layers prefill by block-sparse attention, which this version does "
-                "not have, and nothing that it has comes near; expected a checkpoint with streaming or triangle"
-            )
-        if self.retrieval_mode == "xattn" and full is None:
-            raise CheckpointError(
-                "retrieval_mode is 'xattn': its full layers prefill by block-sparse attention, which this version does "
-                "not have; full='full' (--full full) imports it with exact full attention in them instead"
-            )
         sparse = {"pattern": self.toggle_type, "sink": self.sink_size, "window": self.local_window_size}
-        if self.toggle_type == "triangle":
+        if self.toggle_type == "xattn":
+            sparse |= BLOCK_SPARSE
+        elif self.toggle_type == "triangle":
             if self.triangle_n_last is None:
                 raise CheckpointError(f"{CONFIG_FILE} is incomplete: missing keys ['triangle_n_last'] of a triangle")
             sparse["last_n"] = self.triangle_n_last
-        if not exact:
+        if not exact and self.toggle_type != "xattn":
             sparse["block_size"] = BLOCK_SIZE
-        config = FluxConfig(sparse=sparse, full={"pattern": full or "full"}, pool_size=self.pool_size)
+        retrieval = BLOCK_SPARSE if self.retrieval_mode == "xattn" else {"pattern": "full"}
+        config = FluxConfig(
+            sparse=sparse, full=retrieval if full is None else {"pattern": full}, pool_size=self.pool_size
+        )
         sparse_pattern(config), full_pattern(config)  # a wrong size fails here
         return config
 

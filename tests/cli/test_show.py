@@ -1,10 +1,12 @@
 """Prompts inspected and continued."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from helpers.command import flux, write_prompt
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flux_attention import FluxConfig, attach
 from flux_attention.hf import precision
@@ -48,6 +50,26 @@ def test_inspect_says_where_nothing_is_saved(tmp_path):
         and "nothing is saved in the prompt: sparse layers see sink + window = 768" in shown
     )
     assert "nothing is saved" not in flux("inspect", "shipped", path, "--device", "cpu", "--force", "full").stdout
+
+
+def test_prompts_go_through_the_chat_template_where_there_is_one(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end> {% endfor %}>"
+    )
+    folder, text, file = tmp_path / "model", "def area(width, height):", tmp_path / "prompt.txt"
+    shutil.copytree(base, folder)
+    tokenizer.save_pretrained(folder)
+    file.write_text(text)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=True)["input_ids"]
+    for options, expected in (((), chat), (("--no-chat",), tokenizer(text)["input_ids"])):
+        arguments = [folder, file, "--device", "cpu", "--dtype", "float32", "--json", *options]
+        facts = json.loads(flux("inspect", *arguments).stdout)
+        assert facts["sequences"][0]["tokens"] == len(expected)
+        answer = json.loads(flux("generate", *arguments, "--max-new-tokens", "3").stdout)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        new = model.generate(torch.tensor([expected]), do_sample=False, max_new_tokens=3)[0, len(expected) :]
+        assert answer["text"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_generate_answers_a_question_about_its_prompt(prompt):

@@ -86,6 +86,17 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
         routing.detach()
 
 
+def test_dense_is_exact_whatever_full_layers_compute(setting):
+    model, tokenizer, haystack, _ = setting
+    blocks = FluxConfig(full={"pattern": "block_sparse", "threshold": 0.05}, **SPARSE)
+    rows = {}
+    for name, config in (("exact", FluxConfig(**SPARSE)), ("blocks", blocks)):
+        made = dict(families=["plain"], lengths=[2048], samples=2, methods=["dense", "forced"], force=["full"])
+        rows[name] = list(Evaluation(model, tokenizer, [], haystack, config=config, **made).rows())
+    dense, forced = ([row["perplexity"] for row in rows[name]] for name in ("exact", "blocks"))
+    assert forced[0] == dense[0] == dense[1] != forced[1]
+
+
 def test_the_best_static_layers_are_found_once_and_used_for_all(setting, monkeypatch):
     """The search's own choice, by hand: accuracy of the questions first, then the loss of all families."""
     evaluation = make(setting, methods=["best-static"], calibration=2)

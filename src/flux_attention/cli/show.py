@@ -7,6 +7,7 @@ import typer
 
 from flux_attention.cli.arguments import (
     Budget,
+    Chat,
     Decide,
     Device,
     Dtype,
@@ -38,6 +39,7 @@ def inspect(
     force: Force = None,
     budget: Budget = None,
     decide: Decide = None,
+    chat: Chat = None,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -45,7 +47,7 @@ def inspect(
     """Show how a prompt is routed, and what that saves: layers, bytes of the KV cache, query-key pairs."""
     prompt = read_text(text)
     subject, routes = _subject(model, routers, force, budget, decide, device, dtype)
-    ids = subject.encode(prompt)
+    ids = subject.encode(prompt, chat=chat)
 
     import torch
 
@@ -69,15 +71,16 @@ def generate(
     force: Force = None,
     budget: Budget = None,
     decide: Decide = None,
+    chat: Chat = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ):
-    """Continue a prompt (greedily), printing text as it comes."""
+    """Answer or continue a prompt (greedily), printing text as it comes."""
     prompt = read_text(text)
     subject, routes = _subject(model, routers, force, budget, decide, device, dtype)
-    ids = subject.encode(prompt, max_new_tokens)
+    ids = subject.encode(prompt, max_new_tokens, chat)
 
     import torch
     from transformers import TextStreamer

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flux_attention import __version__
 from flux_attention.config import FluxConfig
-from flux_attention.evaluation.base import AdapterEvaluation
+from flux_attention.evaluation.base import AdapterEvaluation, exact_dense
 from flux_attention.evaluation.methods import DEFAULT_METHODS
 from flux_attention.hf.attach import attach
 from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
@@ -319,9 +319,10 @@ class TaskEvaluation(AdapterEvaluation):
         lm.routed.clear()
         lm.esr.clear()
         lm.forced, lm.drawn = (None, routes) if method == "random" else (routes, None)
-        found = lm_eval.simple_evaluate(
-            model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
-        )
+        with exact_dense(lm.routing, method):
+            found = lm_eval.simple_evaluate(
+                model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
+            )
         rates = map(fmean, zip(*lm.routed, strict=True))
         facts |= dict(
             sparsity=round(fmean(lm.msr), 4),

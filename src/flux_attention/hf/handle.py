@@ -310,12 +310,10 @@ class Routing(ReportMixin, AdapterMixin):
             )
         spec = self.config.full_layers if forced is None and not by_routers else forced
         is_full = spec is not None and bool(parse_routes(spec, len(lengths), self.units).all())
-        if is_full or self.sparse.later == self.sparse:
-            return None
-        return (
-            f"within it {self.sparse} sees other keys than behind it; use streaming without block_size, which counts "
-            "exact tokens"
-        )
+        for pattern, advice in ((self.full, "full"), (self.sparse, "streaming without block_size")):
+            if pattern.later != pattern and not (is_full and pattern is self.sparse):
+                return f"within it {pattern} sees other keys than behind it; use {advice}, which counts exact tokens"
+        return None
 
     # A forward call, from what ``attach`` puts around the decoder's forward.
 
@@ -351,7 +349,7 @@ class Routing(ReportMixin, AdapterMixin):
             raise UnsupportedModelError("compiled layers give no hidden states: attach without compile=True")
         # Routers wait for the device anyway, as telling padding does.
         by_routers = settings.forced is None and self.config.ranking is None
-        has_last_rows = settings.forced is None and self.sparse.later != self.sparse
+        has_last_rows = settings.forced is None and any(one.later != one for one in (self.sparse, self.full))
         inputs = self._reader.read(kwargs, keeps_cache, tells_padding=by_routers or has_last_rows)
         if generated := generated_prompt.get():
             generated.note(kwargs.get("past_key_values"), began, inputs.past, inputs.contexts)

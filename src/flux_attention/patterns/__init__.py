@@ -9,16 +9,28 @@ from typing import Any
 from flux_attention.config import FluxConfig
 from flux_attention.errors import FluxConfigError
 from flux_attention.patterns.base import Pattern
+from flux_attention.patterns.block_sparse import BlockSparse, SparseBlocks
 from flux_attention.patterns.full import Full
 from flux_attention.patterns.streaming import Streaming
 from flux_attention.patterns.triangle import Triangle
 
-__all__ = ["FULL_PATTERNS", "SPARSE_PATTERNS", "Full", "Pattern", "Streaming", "Triangle", "build", "full_pattern",
-           "sparse_pattern"]  # fmt: skip
+__all__ = [
+    "FULL_PATTERNS",
+    "SPARSE_PATTERNS",
+    "BlockSparse",
+    "Full",
+    "Pattern",
+    "SparseBlocks",
+    "Streaming",
+    "Triangle",
+    "build",
+    "full_pattern",
+    "sparse_pattern",
+]
 
 #: What full layers may compute, and what sparse layers may, by name.
-FULL_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Full,)}
-SPARSE_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Streaming, Triangle)}
+FULL_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Full, BlockSparse)}
+SPARSE_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Streaming, Triangle, SparseBlocks)}
 
 
 def build(settings: Mapping[str, Any], registry: Mapping[str, type[Pattern]]) -> Pattern:

@@ -23,6 +23,8 @@ class Pattern(ABC):
 
     #: Its name in configurations.
     name: ClassVar[str]
+    #: Whether gradients flow through ``prefill``.
+    trains: ClassVar[bool] = True
 
     def __post_init__(self):
         for size in fields(self):

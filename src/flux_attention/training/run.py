@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 from flux_attention import names
 from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, check_base_model, load_config
 from flux_attention.config import FluxConfig
-from flux_attention.errors import AdapterError, RecipeError
+from flux_attention.errors import AdapterError, FluxConfigError, RecipeError
 from flux_attention.files import check_writable
 from flux_attention.hf import loading
 from flux_attention.hf.attach import attach
@@ -31,7 +31,7 @@ from flux_attention.training.data import check_sources, load_data
 from flux_attention.training.interrupt import Interrupted, SaveOnInterrupt
 from flux_attention.training.module import CHUNK
 from flux_attention.training.packing import PackedExamples
-from flux_attention.training.recipe import MEAN_BUDGET, Recipe
+from flux_attention.training.recipe import MEAN_BUDGET, Recipe, check_trains
 from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.
@@ -98,6 +98,10 @@ def check_start(start: FluxConfig, recipe: Recipe) -> None:
     RecipeError
         With what the adapter is.
     """
+    try:
+        check_trains(start)
+    except FluxConfigError as error:
+        raise RecipeError(f"{recipe.start}: {error}") from None
     if (block := start.sparse.get("block_size", 1)) != 1:
         raise RecipeError(
             f"{recipe.start} rounds to blocks of {block} tokens (block_size), which training does not compute; leave "
