@@ -4,6 +4,7 @@ Run: ``python benchmarks/show_pages.py``. Writes a page beside each result file,
 ``<!-- … -->`` marks in README and docs/, and docs/images/. Nothing is measured.
 """
 
+import show_how
 import show_idea
 import show_quality
 import show_real
@@ -91,7 +92,7 @@ def main():
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(STYLE)
-    for show in (show_idea, show_quality, show_real, show_shipped, show_speed):
+    for show in (show_how, show_idea, show_quality, show_real, show_shipped, show_speed):
         show.images()
     for name, text in pages().items():
         (ROOT / name).write_text(text, encoding="utf-8")

@@ -15,8 +15,8 @@ from flux_attention.names import BACKBONE
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page
-    for folder in ("", "docs", "docs/notes", "recipes", "benchmarks", "examples")
-    for page in (ROOT / folder).glob("*.md" if folder in ("", "docs", "docs/notes") else "**/*.md")
+    for folder in ("", "docs", "recipes", "benchmarks", "examples")
+    for page in (ROOT / folder).glob("**/*.md" if folder else "*.md")
 )
 
 
