@@ -62,7 +62,8 @@ def patterns(ink):
         for key in range(TOKENS):
             yield cell(left + key * CELL, y, kept(pattern, key), ink, height=16)
         count = sum(kept(pattern, key) is not None for key in range(TOKENS))
-        yield text(left, y + 34, f"{pairs(pattern)} of {pairs('full')} pairs computed; {count} tokens kept", ink["ink"])
+        # Short: fonts that a reader lacks are replaced by wider ones.
+        yield text(left, y + 34, f"{pairs(pattern)} of {pairs('full')} pairs, {count} tokens kept", ink["ink"])
     middle = 88 + TOKENS * CELL / 2
     turned = f' transform="rotate(-90 32 {middle:g})"'
     yield text(32, middle, "prompt, top to bottom", ink["faint"], 12, "middle", turned)
