@@ -38,6 +38,8 @@ ENGINES, MEASURES = ("stock", "routed", "full", "fixed"), ("decode", "prefill", 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
+#: Arguments that say nothing of what was measured.
+NO_FACTS = ("child", "until", "pipe", "results", "logs")
 #: Seconds that an engine may take beyond the limit to stop, and be silent before it is given up.
 GRACE, SILENCE = 20, 300
 
@@ -237,7 +239,7 @@ class Run:
         rows = joined(self.stock + self.rows)[len(self.stock) :]
         self.args.results.mkdir(parents=True, exist_ok=True)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
-        settings = {key: value for key, value in settings.items() if key not in ("child", "until", "pipe")}
+        settings = {key: value for key, value in settings.items() if key not in NO_FACTS}
         write_results(
             self.path, merged(self.before, rows), vllm=version("vllm"), settings=settings, engines=self.facts,
             seconds=self.seconds, left_out=self.left, failed=self.failed,
