@@ -41,6 +41,12 @@ ROWS_FILE, PLOT_FILE = "calibration.json", "calibration.svg"
 Progress = Callable[[str, int, int], None]
 
 
+def _left(layers: int, rounds: int) -> list[int]:
+    """Count the layers that are left before each round, and after the last one."""
+    rounds = min(rounds, layers)
+    return [layers * (rounds - number) // rounds for number in range(rounds + 1)]
+
+
 def eliminate(loss: Callable[[list[int]], float], layers: Sequence[int], rounds: int) -> list[int]:
     """
     Order layers, the one that needs full attention most first, by backward elimination.
@@ -55,10 +61,9 @@ def eliminate(loss: Callable[[list[int]], float], layers: Sequence[int], rounds:
     rounds : int
         At least one; more than there are layers are as many as there are.
     """
-    left, found, rounds = list(layers), [], min(rounds, len(layers))
-    for number in range(rounds):
+    left, found = list(layers), []
+    for keep in _left(len(layers), rounds)[1:]:
         losses = {layer: loss([other for other in left if other != layer]) for layer in left}
-        keep = len(layers) * (rounds - number - 1) // rounds
         ranked = sorted(left, key=losses.__getitem__, reverse=True)
         found = ranked[keep:] + found
         left = [layer for layer in left if layer in ranked[:keep]]
@@ -177,8 +182,7 @@ class Calibrator:
             See ``eliminate``.
         """
         layers, done = self.routing.layers, 0
-        rounds = min(rounds, len(layers))
-        total = sum(len(layers) * (rounds - number) // rounds for number in range(rounds))
+        total = sum(_left(len(layers), rounds))
 
         def loss(full: list[int]) -> float:
             nonlocal done

@@ -96,8 +96,7 @@ def _families(model: str, asked: str | None, text: Path | None, subject: Subject
     from flux_attention.tasks.families import EVERY_FAMILY, FAMILIES
     from flux_attention.tasks.questions import NATURAL
 
-    if chat and not has_chat(subject.tokenizer):
-        raise UserError(f"--chat was given, but the tokenizer of {model} has no chat template; leave it out")
+    subject.check_chat(chat)
     if asked:
         named = asked.split(",")
     elif has_chat(subject.tokenizer, chat) and text is None:

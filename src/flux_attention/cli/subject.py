@@ -94,6 +94,13 @@ class Subject:
 
         return max_positions(self.config)
 
+    def check_chat(self, chat: bool | None) -> None:
+        """Refuse ``--chat`` where the tokenizer has no template."""
+        from flux_attention.tasks.encoding import has_chat
+
+        if chat and not has_chat(self.tokenizer):
+            raise UserError(f"--chat was given, but the tokenizer of {self.model} has no chat template; leave it out")
+
     def encode(self, text: str, new_tokens: int = 0, chat: bool | None = None):
         """
         Return the token ids (1, S) of a prompt, after which ``new_tokens`` fit into the model.
@@ -104,8 +111,7 @@ class Subject:
 
         from flux_attention.tasks.encoding import encode_prompt, has_chat
 
-        if chat and not has_chat(self.tokenizer):
-            raise UserError(f"the tokenizer of {self.model} has no chat template; leave --chat out")
+        self.check_chat(chat)
         ids = torch.tensor([encode_prompt(text, self.tokenizer, has_chat(self.tokenizer, chat))], device=self.device)
         most = self.positions
         if most and ids.shape[1] + new_tokens > most:

@@ -416,6 +416,7 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
         raise ValueError(f"{results} has no quality rows")
     facts = {key: value for key, value in data["meta"].items() if key != "settings"}
     facts |= data["meta"].get("settings", {})
+    note = nothing_saved(rows)
     shown = {
         "title": "Quality of routed attention",
         "intro": " ".join(
@@ -425,7 +426,7 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
                 (IN_WORDS, any("task_class" in row for row in rows)),
                 (OF_ALL, True),
                 (MARKED, has_marked(rows)),
-                (nothing_saved(rows), nothing_saved(rows) is not None),
+                (note, note is not None),
             )
             if is_there
         ),

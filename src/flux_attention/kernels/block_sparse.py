@@ -163,7 +163,8 @@ def block_sparse(
         start, stop = max(first * BLOCK, offset), min((first + count) * BLOCK, keys)
         i = torch.arange(start, stop, device=query_BHSD.device)
         j = torch.arange(stop, device=query_BHSD.device)
-        seen = blocks[:, :, i // BLOCK - first][..., j // BLOCK] & (j <= i[:, None])
+        blocks = blocks[:, :, i // BLOCK - first]  # a row for each query
+        seen = blocks[..., j // BLOCK] & (j <= i[:, None])
         states = key_BKTD[:, :, :stop], value_BKTD[:, :, :stop]
         bias = torch.zeros_like(seen, dtype=query_BHSD.dtype).masked_fill(~seen, float("-inf"))
         if correct and first + count > 1:
@@ -171,7 +172,7 @@ def block_sparse(
             means = [part[:, :, :whole].unflatten(2, (-1, BLOCK)).float().mean(3).to(part.dtype) for part in states]
             states = tuple(torch.cat(both, dim=2) for both in zip(states, means, strict=True))
             n = torch.arange(whole // BLOCK, device=query_BHSD.device)
-            dropped = ~blocks[:, :, i // BLOCK - first][..., n] & (n < (i // BLOCK)[:, None])
+            dropped = ~blocks[..., n] & (n < (i // BLOCK)[:, None])
             more = torch.full_like(dropped, math.log(BLOCK), dtype=bias.dtype).masked_fill(~dropped, float("-inf"))
             bias = torch.cat([bias, more], dim=-1)
         part = query_BHSD[:, :, start - offset : stop - offset]
