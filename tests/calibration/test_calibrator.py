@@ -1,5 +1,6 @@
 """Ranking layers and judging budgets: against the stock model under masks, interrupted runs, and rows made by hand."""
 
+import json
 from statistics import fmean
 
 import numpy as np
@@ -234,3 +235,13 @@ def rows_of(table):
 def test_the_largest_budget_that_loses_nothing_is_chosen(table, budget):
     rows = rows_of(table)
     assert choose_budget(rows, answered(rows), tolerance=0.05, max_lost=0.02) == budget
+
+
+def test_losses_of_reference_answers_are_not_mixed_with_those_of_own_ones(tmp_path):
+    calibrator_of(model(), folder=tmp_path).rank(1)
+    path = tmp_path / "calibration.json"
+    written = json.loads(path.read_text())
+    del written["meta"]["settings"]["answers"]  # as earlier versions wrote it
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"holds results of other settings \(answers\)"):
+        calibrator_of(model(), folder=tmp_path)

@@ -119,6 +119,7 @@ class Calibrator:
             "sparse": config.sparse,
             "full": config.full,
             "tokens": self.samples.digest(),
+            "answers": "own",  # earlier versions ranked by reference answers: their losses are not mixed with these
             "weights": weights_digest(model),
             **self.samples.settings,
         }
