@@ -219,6 +219,7 @@ def _decode(
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
     AHEAD: tl.constexpr = 8,
 ):  # fmt: skip
+    # long: one launch does it all, as a step is bound by launches and reads
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     full = tl.load(routes_ptr + tl.load(table_ptr + row * stride_tb).to(tl.int64)) != 0
@@ -273,15 +274,12 @@ def _decode(
                 for start in range(0, splits, AHEAD):
                     for other in tl.static_range(AHEAD):
                         theirs = (place * SPLITS + start + other) * GROUP + group
-                        more = (start + other < splits) & real
-                        weight = tl.exp2(
-                            tl.load(top_ptr + theirs, mask=(start + other < splits) & (group < G), other=float("-inf"),
-                                    cache_modifier=".cg") - best
-                        )  # fmt: skip
-                        acc += weight[:, None] * tl.load(
-                            state_ptr + theirs.to(tl.int64)[:, None] * D + dims[None, :], mask=more, other=0.0,
-                            cache_modifier=".cg",
-                        )  # fmt: skip
+                        more = (start + other + tl.zeros([GROUP], tl.int32) < splits) & (group < G)
+                        state = theirs.to(tl.int64)[:, None] * D + dims[None, :]
+                        top = tl.load(top_ptr + theirs, mask=more, other=float("-inf"), cache_modifier=".cg")
+                        acc += tl.exp2(top - best)[:, None] * tl.load(
+                            state_ptr + state, mask=more[:, None], other=0.0, cache_modifier=".cg"
+                        )
                 tl.store(output, (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=real)
                 tl.store(count_ptr + place, 0)
 
