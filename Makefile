@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SERVING := .venv-serving
+DOCS := .venv-docs
 # A pipe fails where any part of it fails.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-real test-serving lint format gpu-test clean
+.PHONY: demo test test-real test-serving docs docs-serve docs-links lint format gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
@@ -23,6 +24,20 @@ test-real: $(READY)
 # The vLLM plugin, in an environment of its own with vLLM's build for CPUs.
 test-serving: $(SERVING)/.ready
 	TRITON_INTERPRET=1 VLLM_CPU_KVCACHE_SPACE=1 $(SERVING)/bin/python -m pytest -q -p no:cacheprovider tests/serving
+
+# The site, in build/site; warnings are errors (with --quiet they would not be).
+docs: $(DOCS)/.ready docs-links
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "build/site/index.html"
+
+docs-serve: $(DOCS)/.ready docs-links
+	$(DOCS)/bin/mkdocs serve --watch docs --watch src
+
+# What the site shows, in the repository's own folders, so that links between pages hold in both.
+docs-links:
+	@rm -rf build/docs && mkdir -p build/docs
+	@ln -s $(addprefix $(CURDIR)/,$(SITE)) build/docs
+SITE := README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff docs recipes examples benchmarks src
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -72,5 +87,12 @@ $(SERVING)/.ready: pyproject.toml constraints.txt tests/serving/vllm_cpu.py
 	@$(SERVING_PIP) --editable . $$(grep -E '^(pytest|pytest-timeout|hypothesis|accelerate)==' constraints.txt)
 	@touch $@
 
+# The site's tools alone, in seconds: they read the sources and import none of them. They want Python 3.11 or newer.
+$(DOCS)/.ready: constraints.txt
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off -q \
+		$$(grep '^mkdocs' constraints.txt) --constraint constraints.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(SERVING) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) $(DOCS) build dist .pytest_cache .ruff_cache .hypothesis

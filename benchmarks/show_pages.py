@@ -4,9 +4,11 @@ Run: ``python benchmarks/show_pages.py``. Writes a page beside each result file,
 ``<!-- … -->`` marks in README and docs/, and docs/images/. Nothing is measured.
 """
 
+import show_how
 import show_idea
 import show_quality
 import show_real
+import show_serving
 import show_shipped
 import show_speed
 from show_tables import RESULTS, ROOT, STYLE, filled, load, prose, table
@@ -19,6 +21,7 @@ FILES = {
     "vllm_dense": ("the same prompts and steps in vLLM's dense engine", "python benchmarks/vllm_dense.py"),
     "attention_prefill": ("one layer's prefill, by engine", "flux-attention bench attention"),
     "attention_decode": ("one layer's decode step, by engine", "flux-attention bench attention"),
+    "serving": ("vLLM with routes beside stock vLLM", "python benchmarks/serving.py"),
     "profile": ("where the time of a prompt and a step goes", "python benchmarks/profile_speed.py --compile"),
     "memory": ("bytes of KV caches, by arithmetic", "flux-attention bench memory"),
     "training": ("speed and memory of router training", "flux-attention bench training"),
@@ -72,6 +75,7 @@ def pages():
             "layers": show_real.route_table(),
             "lengths": show_real.length_tables(),
         },
+        "docs/serving.md": {"speed": show_serving.speed_table()},
         "docs/training.md": {
             "quick start": show_shipped.quickstart_table(),
             "speed": show_speed.training_table(),
@@ -88,7 +92,7 @@ def main():
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(STYLE)
-    for show in (show_idea, show_quality, show_real, show_shipped, show_speed):
+    for show in (show_how, show_idea, show_quality, show_real, show_shipped, show_speed):
         show.images()
     for name, text in pages().items():
         (ROOT / name).write_text(text, encoding="utf-8")

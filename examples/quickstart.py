@@ -7,7 +7,6 @@ Run: ``python examples/quickstart.py``. Uses the model that comes with the packa
 import inspect
 import json
 
-from flux_attention import kv_bytes
 from flux_attention.shipped import load_shipped
 
 model, tokenizer, routing = load_shipped()
@@ -23,13 +22,12 @@ prompts = {
 }
 for name, prompt in prompts.items():
     inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(
+    tokens = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=7,
         do_sample=False,
-        return_dict_in_generate=True,
     )
-    answer = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :])
+    answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
     print(f"{name}: {answer!r}")
-    print(f"  {routing.routes}  KV cache {kv_bytes(output.past_key_values) / 2**20:.1f} MiB")
+    print(routing.routes, routing.report(), sep="\n")

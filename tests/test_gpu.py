@@ -24,7 +24,7 @@ def test_kernels_against_float64(dtype, tolerance, heads, kv_heads, dim, keys, l
     query = torch.randn(2, heads, length, dim, generator=generator, device="cuda").to(dtype)
     key, value = (torch.randn(2, kv_heads, keys, dim, generator=generator, device="cuda").to(dtype) for _ in range(2))
     scale = dim**-0.5
-    for pattern in (Full(), Streaming(16, 100)):
+    for pattern in (Full(), Streaming(16, 100), Streaming(100, 200, block_size=128)):
         mask = pattern.mask(keys)[keys - length :].cuda()
         assert error(pattern.prefill(query, key, value, scale), oracle(query, key, value, mask, scale)) < tolerance
     lengths = [max(1, keys - 3), keys]

@@ -17,7 +17,7 @@ LEVELS = [
     "patterns",
     "decision routes adapters names sizes results",
     "hf | serving",
-    "tasks calibration",
+    "tasks calibration checkpoints",
     "training | evaluation",
     "shipped playground",
     "cli",

@@ -164,7 +164,9 @@ class Client:
         url, headers = f"{self.url}/v1/completions", {"Content-Type": "application/json"}
         async with self.session.post(url, data=data, headers=headers) as response:
             if response.status != 200:
-                refused = ask.code is None and 400 <= response.status < 500
+                # vLLM 0.25.1 says that it failed where JSON is no object: before anything of ours, and nothing is lost.
+                worst = 501 if isinstance(ask.body, bytes) else 500
+                refused = ask.code is None and 400 <= response.status < worst
                 ask.fate, ask.reason = REFUSED if refused else FAILED, f"HTTP {response.status}"
                 ask.reason += f": {(await response.text())[:300]}"
             elif ask.code is None:

@@ -9,6 +9,10 @@ class AdapterError(ValueError):
     """Refuses an adapter that is missing, damaged, or made for another model."""
 
 
+class CheckpointError(ValueError):
+    """Refuses a released checkpoint that is damaged, or that this version cannot import."""
+
+
 class UnsupportedModelError(ValueError):
     """Refuses a model or a call that routing cannot serve."""
 

@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 
 from flux_attention.patterns import Full, Pattern
+from flux_attention.patterns.base import MAX_TOKENS
 
 #: What ``Routing.force`` takes.
 RouteSpec = str | float | Sequence[int] | torch.Tensor
@@ -57,9 +58,23 @@ class Routes:
         """Effective sparsity ratio Ω_ESR of each sequence: the share of causal query-key pairs not computed."""
         saved = []
         for length, ratio in zip(self.lengths, self.msr, strict=True):
-            computed = ratio * self.sparse.pairs(length) + (1 - ratio) * self.full.pairs(length)
-            saved.append(1 - computed / Full().pairs(length))
+            sparse, full = (1 - pattern.pairs(length) / Full().pairs(length) for pattern in (self.sparse, self.full))
+            saved.append(ratio * sparse + (1 - ratio) * full)
         return saved
+
+    @property
+    def note(self) -> str | None:
+        """What the ratio Ω_MSR hides: in which prompts sparse layers saw everything; None where they did in none."""
+        limit = self.sparse.kept(MAX_TOKENS)
+        sparse = [length for length, full in zip(self.lengths, self.routes_BL.all(1).tolist(), strict=True) if not full]
+        short = [length for length in sparse if length <= limit]
+        if not short:
+            return None
+        which = "the prompt" if len(self.lengths) == 1 else f"{len(short)} of {len(self.lengths)} prompts"
+        return (
+            f"nothing is saved in {which}: sparse layers see sink + window = {limit:,} tokens, and a prompt of "
+            f"{max(short):,} is not longer, so that every layer computes and keeps all of it"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready entries, one a sequence, with the routes as a string of F and S in layer order."""
@@ -84,8 +99,11 @@ class Routes:
         rows = ", ".join(f"{_strip(row)} Ω={msr:.2f}" for row, msr in zip(self.routes_BL, self.msr, strict=True))
         return f"Routes({rows})"
 
+    def __str__(self) -> str:
+        return self.__rich__().plain
+
     def __rich__(self) -> Text:
-        """Draw a strip of layers for each sequence: █ full attention, ░ sparse."""
+        """Draw a strip of layers for each sequence: █ full attention, ░ sparse; ``print`` draws it too, uncoloured."""
         text = Text()
         for index, (row, msr, esr) in enumerate(zip(self.routes_BL, self.msr, self.esr, strict=True)):
             if index:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from helpers.models import ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from flux_attention import AdapterError, CalibrationError, FluxConfig, attach, calibrate
-from flux_attention.calibration import run
+from flux_attention.calibration import calibrator, run
+from flux_attention.calibration.calibrator import Calibrator
 from flux_attention.calibration.samples import generated_samples, given_samples, text_samples
 from flux_attention.tasks.questions import Question
 
@@ -158,6 +160,33 @@ def test_the_model_is_left_as_it_was_when_calibration_fails(base, tokenizer):
 
 def question(index, family="mine", context="some words " * 20):
     return Question(context + str(index), "What number?", str(index), (str(index),), family, "match", family)
+
+
+def test_layers_are_ranked_by_what_the_model_itself_answers(base, tokenizer, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = FluxConfig(sink=2, window=8)
+    made = given_samples(tokenizer, [question(index) for index in range(4)], config, 256)
+    prose = text_samples(tokenizer, ["some words " * 200], 64, 1, 1)
+    made = replace(made, ranked=[*prose.ranked, *made.ranked])
+    ranked = Calibrator(attach(model, config), tokenizer, made, batch_size=2, folder=tmp_path).ranked
+    assert ranked[0] is prose.ranked[0]  # of text there is nothing but itself
+    stock = AutoModelForCausalLM.from_pretrained(base)
+    for sample, asked in zip(ranked[1:], made.ranked[1:], strict=True):
+        assert sample.prompt_ids.tolist() == asked.prompt_ids.tolist()
+        (start, end), tokens = sample.answers[0], torch.from_numpy(sample.input_ids.astype(np.int64))[None]
+        assert end == len(sample.input_ids) > start
+        with torch.no_grad():
+            logits = stock(tokens).logits[0, start - 1 : end - 1]
+        chosen = logits.gather(1, tokens[0, start:end, None])[:, 0]
+        torch.testing.assert_close(chosen, logits.max(1).values, atol=1e-4, rtol=0)  # greedily, but for ties
+
+    def never(*arguments, **options):
+        raise AssertionError("answers are kept with the other figures")
+
+    monkeypatch.setattr(calibrator, "generate_answers", never)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    again = Calibrator(attach(model, config), tokenizer, made, batch_size=1, folder=tmp_path).ranked
+    assert [sample.input_ids.tolist() for sample in again] == [sample.input_ids.tolist() for sample in ranked]
 
 
 def test_records_are_halved_between_ranking_and_judging(tokenizer):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.command import COMMAND, ENVIRONMENT, flux, flux_process, write_prompt
 
+import flux_attention
+
 #: name: arguments, exit code, what is said
 ERRORS = {
     "no such model": (["inspect", "no/such-model", "{prompt}"], 1, "cannot load 'no/such-model' as a causal LM"),
@@ -49,9 +51,12 @@ ERRORS = {
     "two sources": (["eval", "shipped", "--records", "x", "--families", "copy"], 1, "take a run each"),
     "no records": (["eval", "shipped", "--records", "/nowhere.jsonl"], 1, "cannot read /nowhere.jsonl"),
     "no template": (["eval", "shipped", "--chat"], 1, "has no chat template"),
+    "no template to generate": (["generate", "shipped", "{prompt}", "--chat"], 1, "has no chat template"),
     "no such route": (["eval", "shipped", "--force", "99"], 1, "cannot force layers [99]"),
     "no folder to write": (["eval", "shipped", "--output", "{prompt}/o"], 1, "cannot write into"),
     "no folder for speed": (["bench", "memory", "--output", "{prompt}"], 1, "cannot write into"),
+    "no checkpoint": (["import", "./nowhere", "--output", "out"], 1, "no such folder ./nowhere"),
+    "no checkpoint of theirs": (["import", "{model}", "--output", "out"], 1, "stock models need no import"),
     "no recipe": (["train", "nowhere.yaml"], 1, "nowhere.yaml is not a file"),
 }
 
@@ -153,3 +158,7 @@ def test_info():
     assert facts["torch"] and facts["transformers"] and facts["device"]
     shown = flux("info")
     assert shown.returncode == 0 and facts["torch"] in shown.stdout
+
+
+def test_the_version():
+    assert flux("--version").stdout == f"flux-attention {flux_attention.__version__}\n"

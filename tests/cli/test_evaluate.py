@@ -70,6 +70,16 @@ def test_without_adapters_dense_sparse_and_forced_sets_are_judged(base, tmp_path
     assert rows[-2]["scores"] == scores and sum(scores) > 0
 
 
+def test_lengths_at_which_nothing_is_saved_are_named(base, tmp_path):
+    options = ["--families", "prose", "--methods", "dense,sparse", *SIZES]
+    for window, note in (("500", True), ("24", False)):
+        said, rows = judged(base, tmp_path / window, *options, "--sink", "8", "--window", window)
+        pages = [(tmp_path / window / f"report.{kind}").read_text() for kind in ("md", "html")]
+        assert all(("Nothing is saved at 400 tokens" in " ".join(text.split())) == note for text in (said, *pages))
+        assert (rows[1]["scores"] == rows[0]["scores"]) == note and rows[1]["sparsity"] == 1
+        assert (rows[1]["esr"] == 0) == note
+
+
 def test_a_ranking_is_judged_at_budgets_and_a_run_goes_on_with_more(base, adapters, tmp_path, monkeypatch):
     options = ["--routers", adapters / "ranking", "--families", "place,prose", *SIZES]
     said, rows = judged(base, tmp_path, *options)

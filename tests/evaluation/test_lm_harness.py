@@ -272,6 +272,7 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch, own_tasks_only, short_ada
         assert row["accuracy"] == pytest.approx(found["results"]["flux_choice"]["acc,none"], abs=1e-4)
         assert sum(row["scores"]) == pytest.approx(3 * row["accuracy"], abs=1e-3) and row["metric"] == "acc"
         assert row["sparsity"] == pytest.approx(fmean(lm.msr), abs=1e-4)
+        assert row["esr"] == pytest.approx(fmean(lm.esr)) and len(lm.esr) == len(lm.msr)
         assert list(row["fa_rate"]) == [str(layer) for layer in lm.routing.layers]
         assert fmean(row["fa_rate"].values()) == pytest.approx(1 - row["sparsity"], abs=2e-4)
         assert row["low"] <= row["accuracy"] <= row["high"]

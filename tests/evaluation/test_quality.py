@@ -72,6 +72,7 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
     static = rows["plain", "static"]["full_layers"]
     assert len(static) == count and rows["single_needle", "static"]["full_layers"] == static
     assert rows["plain", "static"]["sparsity"] == rows["plain", "random"]["sparsity"] == 1 - count / 10
+    assert rows["plain", "dense"]["esr"] == 0 < rows["plain", "static"]["esr"] < rows["plain", "sparse"]["esr"] < 1
     assert rows["plain", "dense"]["sparsity"] == 0 and rows["plain", "sparse"]["sparsity"] == 1
     model, _, _, adapter = setting
     routing = attach(model, adapter)
@@ -83,6 +84,17 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
             assert rows["plain", method]["low"] < scores.perplexity < rows["plain", method]["high"]
     finally:
         routing.detach()
+
+
+def test_dense_is_exact_whatever_full_layers_compute(setting):
+    model, tokenizer, haystack, _ = setting
+    blocks = FluxConfig(full={"pattern": "block_sparse", "threshold": 0.05}, **SPARSE)
+    rows = {}
+    for name, config in (("exact", FluxConfig(**SPARSE)), ("blocks", blocks)):
+        made = dict(families=["plain"], lengths=[2048], samples=2, methods=["dense", "forced"], force=["full"])
+        rows[name] = list(Evaluation(model, tokenizer, [], haystack, config=config, **made).rows())
+    dense, forced = ([row["perplexity"] for row in rows[name]] for name in ("exact", "blocks"))
+    assert forced[0] == dense[0] == dense[1] != forced[1]
 
 
 def test_the_best_static_layers_are_found_once_and_used_for_all(setting, monkeypatch):

@@ -1,5 +1,7 @@
 """Tiny random models of every supported family, in float32, with inputs, configurations and routers for them."""
 
+from dataclasses import replace
+
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,6 +71,10 @@ CONFIG = FluxConfig(sink=4, window=9, pool_size=6)
 TRIANGLE = FluxConfig(pattern="triangle", sink=4, window=9, last_n=5, pool_size=6)
 #: One configuration of each sparse pattern, for the sizes of these models.
 PATTERNS = {config.sparse["pattern"]: config for config in (CONFIG, TRIANGLE)}
+#: Sizes rounded to blocks, 4 and 12 tokens.
+PATTERNS |= {
+    f"{name}, blocks": replace(config, sparse=config.sparse | {"block_size": 4}) for name, config in PATTERNS.items()
+}
 
 
 def ids(batch, length, seed=0):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import CONFIG, FAMILIES, PATTERNS, VOCAB, ids, packed, randomize, tiny_model
+from helpers.models import CONFIG, FAMILIES, PATTERNS, TRIANGLE, VOCAB, ids, packed, randomize, tiny_model
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -102,7 +102,14 @@ def test_packed_sequences_are_as_if_alone(family):
     assert 0 < routes.routes_BL.float().mean() < 1
 
 
-@pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERNS)
+def test_packed_sequences_have_no_blocks():
+    model = tiny_model("qwen3")
+    attach(model, PATTERNS["streaming, blocks"])
+    with pytest.raises(UnsupportedModelError, match="block_size 4: leave block_size out"):
+        model(**packed([ids(1, 30)[0], ids(1, 12)[0]]))
+
+
+@pytest.mark.parametrize("config", [CONFIG, TRIANGLE], ids=["streaming", "triangle"])
 def test_gradients_of_packed_sequences_are_those_of_each_alone(config):
     model = tiny_model("qwen3")
     routing = randomize(attach(model, config))

@@ -231,3 +231,13 @@ def test_soft_decisions_of_forced_routes_are_refused():
     assert routing.gates.requires_grad
     routing.detach()
     assert routing.routes is not None and routing.gates is None
+
+
+def test_a_handle_forces_nothing_once_it_is_detached():
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+    with routing.force("sparse"):  # a block that is open meanwhile ends in peace
+        routing.detach()
+    for what, call in (("force routes", lambda: routing.force("full")), ("decide softly", lambda: routing.soft(1.0))):
+        with pytest.raises(RuntimeError, match=rf"cannot {what} after detach\(\).*attach\(model, \.\.\.\) again"):
+            call()

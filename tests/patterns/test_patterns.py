@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_attention import kernels
-from flux_attention.patterns import Full, Streaming, Triangle
+from flux_attention.errors import FluxConfigError, UnsupportedModelError
+from flux_attention.patterns import SPARSE_PATTERNS, Full, Streaming, Triangle, build
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-12}
 
@@ -35,7 +36,7 @@ def problems(draw):
 def test_prefill_against_float64(problem):
     query, key, value, sink, window = problem
     length, keys, scale = query.shape[2], key.shape[2], query.shape[-1] ** -0.5
-    for pattern in (Full(), Streaming(sink, window)):
+    for pattern in (Full(), Streaming(sink, window), Streaming(sink, window, block_size=16)):
         mask = pattern.mask(keys)[keys - length :]
         assert (
             error(pattern.prefill(query, key, value, scale), oracle(query, key, value, mask, scale))
@@ -45,19 +46,18 @@ def test_prefill_against_float64(problem):
 
 @settings(max_examples=30, deadline=None)
 @given(problems(), st.integers(1, 200), st.data())
-def test_triangle_prefill_of_ragged_prompts(problem, last_n, data):
+def test_prefill_of_ragged_prompts(problem, last_n, data):
     query, key, value, sink, window = problem
     keys, scale = key.shape[2], query.shape[-1] ** -0.5
     query = query[:, :, :1].repeat(1, 1, keys, 1) + query.new_tensor(range(keys))[:, None] / keys
-    pattern = Triangle(sink, window, last_n)
     lengths = [data.draw(st.integers(1, keys)) for _ in range(len(query))]
-    output = pattern.prefill(query, key, value, scale, lengths)
-    for row, length in enumerate(lengths):
-        real = [t[row : row + 1, :, :length] for t in (query, key, value)]
-        assert (
-            error(output[row : row + 1, :, :length], oracle(*real, pattern.mask(length), scale))
-            < TOLERANCE[query.dtype]
-        )
+    block_size = data.draw(st.sampled_from([1, 5, 128]), "block_size")
+    for pattern in (Triangle(sink, window, last_n, block_size=block_size), Streaming(sink, window, block_size=8)):
+        output = pattern.prefill(query, key, value, scale, lengths)
+        for row, length in enumerate(lengths):  # the prompt, and what follows it in the same call
+            real = [t[row : row + 1] for t in (query, key, value)]
+            expected = oracle(*real, pattern.mask(keys, length), scale)
+            assert error(output[row : row + 1], expected) < TOLERANCE[query.dtype]
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,9 +80,16 @@ def test_decode_of_ragged_rows(problem, data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 300), st.integers(0, 40), st.integers(1, 60), st.integers(1, 50))
-def test_pairs_count_the_mask(length, sink, window, last_n):
-    for pattern in (Full(), Streaming(sink, window), Triangle(sink, window, last_n)):
+@given(st.integers(1, 300), st.integers(0, 40), st.integers(1, 60), st.integers(1, 50), st.integers(1, 40))
+def test_pairs_count_the_mask(length, sink, window, last_n, block):
+    patterns = (
+        Full(),
+        Streaming(sink, window),
+        Triangle(sink, window, last_n),
+        Streaming(sink, window, block_size=block),
+        Triangle(sink, window, last_n, block_size=block),
+    )
+    for pattern in patterns:
         mask = pattern.mask(length)
         assert pattern.pairs(length) == int(mask.sum())
         assert not mask.triu(1).any() and mask.diagonal().all()
@@ -103,7 +110,53 @@ def test_mask_is_the_definition():
     assert Triangle(1, 1, 2).mask(6, prompt_length=4)[5].tolist() == [True, False, False, False, False, True]
 
 
-@pytest.mark.parametrize("pattern", [Full(), Streaming(4, 9), Triangle(4, 9, 5)], ids=lambda p: type(p).__name__)
+def test_blocks_of_the_prompt_see_whole_blocks():
+    """Sink 5 is two blocks of 4, window 6 two: drawn by blocks, by hand, then cut at each query."""
+    by_block = torch.tensor(
+        [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0],
+            [1, 1, 0, 1, 1],
+        ]
+    )
+    expected = torch.kron(by_block, torch.ones(4, 4, dtype=torch.long)).bool()[:19, :19].tril()
+    pattern = Streaming(5, 6, block_size=4)
+    assert torch.equal(pattern.mask(19), expected)
+    assert pattern.later == Streaming(8, 8) and pattern.kept(19) == 16
+    assert torch.equal(pattern.mask(19, prompt_length=17)[:17], expected[:17])
+    assert torch.equal(pattern.mask(19, prompt_length=17)[17:], Streaming(8, 8).mask(19)[17:])
+    triangle = Triangle(5, 6, 2, block_size=4).mask(19)
+    assert torch.equal(triangle[:17], expected[:17]) and triangle[17:].sum() == 18 + 19
+
+
+def test_sizes_of_whole_blocks_are_the_published_ones():
+    """128 and 1,024 tokens are 1 and 8 blocks of 128: the first query of a block sees 897 keys of its window."""
+    mask = Streaming(128, 1024, block_size=128).mask(2100)
+    for i, low in ((1151, 0), (1152, 256), (1279, 256), (1280, 384), (2099, 1152)):
+        assert mask[i].nonzero()[:, 0].tolist() == [*range(128), *range(max(128, low), i + 1)]
+
+
+def test_a_configuration_may_leave_the_block_size_out():
+    sizes = {"pattern": "streaming", "sink": 5, "window": 6}
+    assert build(sizes, SPARSE_PATTERNS) == Streaming(5, 6)
+    assert Streaming(5, 6).to_dict() == sizes
+    blocks = build(sizes | {"block_size": 4}, SPARSE_PATTERNS)
+    assert blocks == Streaming(5, 6, block_size=4) and blocks.to_dict() == sizes | {"block_size": 4}
+    with pytest.raises(FluxConfigError, match="block_size is 0, expected a whole number, at least 1"):
+        build(sizes | {"block_size": 0}, SPARSE_PATTERNS)
+    with pytest.raises(FluxConfigError, match=r"unknown or missing: \['window'\]"):
+        build({"pattern": "streaming", "sink": 5}, SPARSE_PATTERNS)
+    with pytest.raises(UnsupportedModelError, match="packed"):
+        blocks.spans(10, 10)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Full(), Streaming(4, 9), Triangle(4, 9, 5), Streaming(4, 9, block_size=8), Triangle(4, 9, 5, block_size=8)],
+    ids=str,
+)
 def test_gradients_equal_those_of_the_masked_formula(pattern):
     generator = torch.Generator().manual_seed(0)
     leaves = [

@@ -56,6 +56,7 @@ def test_what_is_served_reads_the_ends_and_has_patterns_that_there_are_kernels_f
     assert Settings("here", 0.25).served(RANKED).full_layers == (0, 2, 5)
     for config, message in (
         (FluxConfig(pattern="triangle"), "compute triangle"),
+        (FluxConfig(sparse=FluxConfig().sparse | {"block_size": 128}), "round to blocks of 128 tokens"),
         (FluxConfig(granularity="head"), "decide by head"),
     ):
         with pytest.raises(ServingError, match=message):

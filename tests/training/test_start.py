@@ -56,6 +56,13 @@ def test_a_run_from_a_ranking_trains_routers_that_read_the_ends(base, records_fi
     assert "alone" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_start_with_blocks_is_refused(base, records_file, ranked, tmp_path):
+    config = FluxConfig.from_json(ranked / "flux_config.json")
+    replace(config, sparse=config.sparse | {"block_size": 4}).to_json(tmp_path / "flux_config.json")
+    with pytest.raises(RecipeError, match="rounds to blocks of 4 tokens"):
+        dry_run(recipe_of(base, records_file, tmp_path / "out", start=str(tmp_path)))
+
+
 def test_a_run_with_budgets_makes_an_adapter_that_takes_one(base, records_file, tmp_path):
     recipe = recipe_of(base, records_file, tmp_path / "out", budget=True)
     trainer = train(recipe, say=print)

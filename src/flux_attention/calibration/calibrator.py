@@ -20,7 +20,8 @@ from flux_attention.calibration.samples import CalibrationSet
 from flux_attention.errors import CalibrationError
 from flux_attention.hf.handle import Routing
 from flux_attention.results import begun_rows, write_results
-from flux_attention.tasks.generation import score_answers
+from flux_attention.tasks.generation import generate_answers, score_answers, with_answers
+from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.scoring import evaluate
 
 #: Shares of sparse layers that are judged.
@@ -126,17 +127,43 @@ class Calibrator:
             write_results(self.folder / ROWS_FILE, self.rows, settings=self.settings)
         return row
 
+    @cached_property
+    def ranked(self) -> list[Sample]:
+        """
+        The samples that rank, with what the model itself answers, all layers full, in place of reference answers.
+
+        Those are worded as the model would not, and sets of layers that word things more like them have a lower loss,
+        though they lose what was asked for.
+        """
+        asked, done = list(filter(_asks, self.samples.ranked)), 0
+        if not asked:
+            return self.samples.ranked
+
+        def told(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress("answering what ranks", done, len(asked))
+
+        row = self._find(phase="answers") or self._add(
+            phase="answers",
+            tokens=generate_answers(
+                self.routing.model, self.tokenizer, asked, self.batch_size, None, "full", self.routing, told
+            ).tokens,
+        )
+        own = iter(with_answers(asked, row["tokens"]))
+        return [next(own) if _asks(sample) else sample for sample in self.samples.ranked]
+
     def _ranked_loss(self, full: list[int]) -> float:
         """Return the mean over the families that count of the ranked samples' loss with these layers full."""
         facts = dict(phase="rank", full_layers=sorted(full))
         row = self._find(**facts)
         if row is None:
             nats: dict[str, list[float]] = {}
-            scores = evaluate(self.routing.model, self.samples.ranked, self.routing, self.batch_size, full)
-            for sample, loss in zip(self.samples.ranked, scores.nats, strict=True):
+            scores = evaluate(self.routing.model, self.ranked, self.routing, self.batch_size, full)
+            for sample, loss in zip(self.ranked, scores.nats, strict=True):
                 nats.setdefault(sample.family, []).append(loss)
             families = {family: _finite(round(fmean(losses), 6), family) for family, losses in nats.items()}
-            row = self._add(**facts, nats=fmean(families.values()), families=families, n=len(self.samples.ranked))
+            row = self._add(**facts, nats=fmean(families.values()), families=families, n=len(self.ranked))
         counted = [nats for family, nats in row["families"].items() if family in self.counted]
         return fmean(counted) if counted else row["nats"]
 
@@ -227,6 +254,10 @@ class Calibrator:
             )
         self.counted = {*answered(rows), *(row["task"] for row in rows if row["accuracy"] is None)}
         return rows
+
+
+def _asks(sample: Sample) -> bool:
+    return sample.question is not None and not sample.question.is_prose
 
 
 def _finite(nats: float, family: str) -> float:

@@ -9,17 +9,18 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from flux_attention import __version__
 from flux_attention.cli.bench import bench
 from flux_attention.cli.calibrate import calibrate
 from flux_attention.cli.console import UserError, err
 from flux_attention.cli.demo import demo
 from flux_attention.cli.evaluate import evaluate
+from flux_attention.cli.importing import import_checkpoint
 from flux_attention.cli.info import info
 from flux_attention.cli.show import generate, inspect
 from flux_attention.cli.train import train
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -28,6 +29,7 @@ app = typer.Typer(
 for command in (inspect, generate, info, bench, calibrate, train):
     app.command()(command)
 app.command(name="eval")(evaluate)
+app.command(name="import")(import_checkpoint)
 app.command()(demo)
 
 
@@ -38,10 +40,20 @@ class Settings:
     debug: bool = False
 
 
+def tell_version(asked: bool) -> None:
+    """Print this library's version, if asked, and end."""
+    if asked:
+        print(f"flux-attention {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=tell_version, help="Show the version and exit.")
+    ] = False,
 ):
     context.ensure_object(Settings).debug = debug
 

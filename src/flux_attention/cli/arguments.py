@@ -12,6 +12,10 @@ Model = Annotated[
     str, typer.Argument(help="Directory, Hub id or GGUF file of a causal LM; 'shipped' for the one that comes along.")
 ]
 Text = Annotated[str | None, typer.Argument(help="File with the prompt, or - for standard input.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Put the prompt through the chat template; default: if there is one."),
+]
 Routers = Annotated[str | None, typer.Option(help="Directory or Hub id of a router adapter.")]
 Force = Annotated[
     str | None,

@@ -16,6 +16,7 @@ from flux_attention.files import check_writable
 
 def _print(rows: list[dict], page: Path) -> None:
     from flux_attention.evaluation import report
+    from flux_attention.evaluation.savings import nothing_saved
 
     if report.task_classes(rows):
         for length in dict.fromkeys(row["seq_len"] for row in rows):
@@ -40,6 +41,8 @@ def _print(rows: list[dict], page: Path) -> None:
             name = report.label(each, report.short_names(rows))
             table.add_row(escape(name), report.tokens(each["seq_len"]), *cells)
         out.print(table)
+    if note := nothing_saved(rows):
+        out.print(note, highlight=False)
     out.print(f"the report is {page}", highlight=False, soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ import typer
 
 from flux_attention.cli.arguments import (
     Budget,
+    Chat,
     Decide,
     Device,
     Dtype,
@@ -20,10 +21,6 @@ from flux_attention.cli.arguments import (
 )
 from flux_attention.cli.console import err, out
 from flux_attention.cli.subject import Subject, check_precision
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"
 
 
 def _subject(
@@ -42,28 +39,29 @@ def inspect(
     force: Force = None,
     budget: Budget = None,
     decide: Decide = None,
+    chat: Chat = None,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ):
-    """Show how a prompt is routed: full and sparse layers, sparsity ratios, bytes of the KV cache."""
+    """Show how a prompt is routed, and what that saves: layers, bytes of the KV cache, query-key pairs."""
     prompt = read_text(text)
     subject, routes = _subject(model, routers, force, budget, decide, device, dtype)
-    ids = subject.encode(prompt)
+    ids = subject.encode(prompt, chat=chat)
 
     import torch
 
-    from flux_attention.hf.cache.size import dense_kv_bytes, kv_bytes
+    from flux_attention.hf.report import make_report
 
     loaded, routing = subject.attach()
     with torch.no_grad(), err.status(f"prefilling {ids.shape[1]} tokens"), routing.force(routes):
         cache = loaded.get_decoder()(ids, use_cache=True).past_key_values
-    held, dense = kv_bytes(cache), dense_kv_bytes(cache)
-    if as_json:
-        print(json.dumps({"model": model, **routing.routes.to_dict(), "kv_bytes": held, "baseline_kv_bytes": dense}))
+    report = make_report(routing, cache, [0], routing.routes.lengths)
+    if as_json:  # with the routers' logits, which a report has not
+        print(json.dumps({"model": model, **report.to_dict(), **routing.routes.to_dict()}))
         return
     out.print(routing.routes)
-    out.print(f"{ids.shape[1]} tokens; KV cache {_mib(held)}, dense {_mib(dense)}", highlight=False)
+    out.print(f"{ids.shape[1]:,} tokens; {report}", highlight=False, soft_wrap=True)
 
 
 def generate(
@@ -73,20 +71,19 @@ def generate(
     force: Force = None,
     budget: Budget = None,
     decide: Decide = None,
+    chat: Chat = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ):
-    """Continue a prompt (greedily), printing text as it comes."""
+    """Answer or continue a prompt (greedily), printing text as it comes."""
     prompt = read_text(text)
     subject, routes = _subject(model, routers, force, budget, decide, device, dtype)
-    ids = subject.encode(prompt, max_new_tokens)
+    ids = subject.encode(prompt, max_new_tokens, chat)
 
     import torch
     from transformers import TextStreamer
-
-    from flux_attention import kv_bytes
 
     loaded, routing = subject.attach()
     status = err.status(f"prefilling {ids.shape[1]} tokens")
@@ -100,23 +97,23 @@ def generate(
 
     streamer = None if as_json else Streamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with status, torch.no_grad(), routing.force(routes):
-        result = loaded.generate(
+        tokens = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=streamer,
-            return_dict_in_generate=True,
         )
     if not as_json:
         err.print(routing.routes)
+        err.print(str(routing.report()), highlight=False, soft_wrap=True)
         return
-    new = result.sequences[0, ids.shape[1] :]
+    new = tokens[0, ids.shape[1] :]
     facts = {
         "model": model,
         "text": subject.tokenizer.decode(new, skip_special_tokens=True),
         "tokens": len(new),
+        **routing.report().to_dict(),
         **routing.routes.to_dict(),
-        "kv_bytes": kv_bytes(result.past_key_values),
     }
     print(json.dumps(facts))

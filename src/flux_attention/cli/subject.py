@@ -94,9 +94,19 @@ class Subject:
 
         return max_positions(self.config)
 
-    def encode(self, text: str, new_tokens: int = 0):
-        """Return the token ids (1, S) of a prompt, after which ``new_tokens`` fit into the model."""
-        ids = self.tokenizer(text, return_tensors="pt")["input_ids"].to(self.device)
+    def encode(self, text: str, new_tokens: int = 0, chat: bool | None = None):
+        """
+        Return the token ids (1, S) of a prompt, after which ``new_tokens`` fit into the model.
+
+        It goes through the chat template if ``chat`` says so; default: where there is one.
+        """
+        import torch
+
+        from flux_attention.tasks.encoding import encode_prompt, has_chat
+
+        if chat and not has_chat(self.tokenizer):
+            raise UserError(f"the tokenizer of {self.model} has no chat template; leave --chat out")
+        ids = torch.tensor([encode_prompt(text, self.tokenizer, has_chat(self.tokenizer, chat))], device=self.device)
         most = self.positions
         if most and ids.shape[1] + new_tokens > most:
             wanted = f" and {new_tokens} are to be generated" if new_tokens else ""

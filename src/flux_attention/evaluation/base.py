@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.methods import check_adapters
 from flux_attention.hf.handle import Routing
+from flux_attention.patterns import Full
 from flux_attention.routes import RouteSpec, parse_routes, read_spec
 
 
@@ -36,8 +38,8 @@ class AdapterEvaluation:
     model, tokenizer
         The base model, without routers attached.
     adapters : sequence of str
-        Adapters for it: directories or Hub ids. The first one's pattern is that of ``dense``, ``sparse`` and
-        ``forced``.
+        Adapters for it: directories or Hub ids. The first one's patterns are those of ``sparse`` and
+        ``forced``; ``dense`` is exact full attention.
     methods : sequence of str
         Of ``METHODS``; those that nothing here can give are passed over.
     samples, batch_size : int
@@ -131,6 +133,18 @@ class AdapterEvaluation:
                 facts = {"budget": budget, "full_layers": layers}
                 found.append(Choice("static-nll", layers or "sparse", facts))
         return [choice for choice in found if choice.method in self.methods]
+
+
+@contextmanager
+def exact_dense(routing: Routing, method: str) -> Iterator[None]:
+    """Let full layers compute exact attention where the method is dense, whatever the adapter has them compute."""
+    pattern = routing.full
+    if method == "dense":
+        routing.full = Full()
+    try:
+        yield
+    finally:
+        routing.full = pattern
 
 
 def routed_method(config: FluxConfig) -> str | None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flux_attention import __version__
 from flux_attention.config import FluxConfig
-from flux_attention.evaluation.base import AdapterEvaluation
+from flux_attention.evaluation.base import AdapterEvaluation, exact_dense
 from flux_attention.evaluation.methods import DEFAULT_METHODS
 from flux_attention.hf.attach import attach
 from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
@@ -109,6 +109,7 @@ class FluxLM(HFLM):
             parse_routes(routes, 1, self.routing.layers)  # a wrong request fails here, not after the first batch
         self.forced = routes
         self.routed: list[list[bool]] = []
+        self.esr: list[float] = []  # Ω_ESR of each sequence that the model ran, in order
         self.drawn: int | None = None
         self._split: tuple[int, int] | None = None
 
@@ -182,15 +183,19 @@ class FluxLM(HFLM):
             logits = self.model(
                 inps, use_cache=False, prompt_lengths=[read] * len(inps), logits_to_keep=inps.shape[1] - first
             ).logits
-        self.routed += self.routing.routes.routes_BL.tolist()
+        self._note_routes()
         return logits
 
     def _model_generate(self, context, *args, **kwargs) -> torch.Tensor:
         real = kwargs.get("attention_mask", torch.ones_like(context)).bool()
         with self._forcing([row[mask].tolist() for row, mask in zip(context, real, strict=True)]):
             output = super()._model_generate(context, *args, **kwargs)
-        self.routed += self.routing.routes.routes_BL.tolist()
+        self._note_routes()
         return output
+
+    def _note_routes(self) -> None:
+        self.routed += self.routing.routes.routes_BL.tolist()
+        self.esr += self.routing.routes.esr
 
     def _forcing(self, contexts: Sequence[list[int]]):
         """Return a context manager that forces the routes of these contexts; what is in force stays if none are."""
@@ -312,13 +317,16 @@ class TaskEvaluation(AdapterEvaluation):
             return known
         tell(f"{task}: {method}")
         lm.routed.clear()
+        lm.esr.clear()
         lm.forced, lm.drawn = (None, routes) if method == "random" else (routes, None)
-        found = lm_eval.simple_evaluate(
-            model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
-        )
+        with exact_dense(lm.routing, method):
+            found = lm_eval.simple_evaluate(
+                model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
+            )
         rates = map(fmean, zip(*lm.routed, strict=True))
         facts |= dict(
             sparsity=round(fmean(lm.msr), 4),
+            esr=round(fmean(lm.esr), 8),
             fa_rate={unit_name(unit): round(rate, 4) for unit, rate in zip(lm.routing.units, rates, strict=True)},
             model=self.model_name,
         )

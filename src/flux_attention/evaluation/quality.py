@@ -40,10 +40,11 @@ from typing import Any
 import torch
 
 from flux_attention.config import FluxConfig
-from flux_attention.evaluation.base import AdapterEvaluation
+from flux_attention.evaluation.base import AdapterEvaluation, exact_dense
 from flux_attention.evaluation.material import CALIBRATION_SEED, Material, Records
 from flux_attention.evaluation.measures import answer_measures, token_measures
 from flux_attention.evaluation.methods import DEFAULT_METHODS, METHODS, SIZED, check_lengths
+from flux_attention.evaluation.savings import mean_esr
 from flux_attention.evaluation.selection import best_layers, greedy_order, liked_routes, random_routes
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
@@ -173,13 +174,16 @@ class Evaluation(AdapterEvaluation):
             return have[key]
         tell(f"{length} tokens, {family}: {method}")
         samples = self.make(family, length, self.samples)
-        measures, full = self._scores(samples, routing, routes(samples) if callable(routes) else routes)
+        with exact_dense(routing, method):
+            measures, full = self._scores(samples, routing, routes(samples) if callable(routes) else routes)
+            esr = mean_esr(routing, full, [len(sample.input_ids) for sample in samples])
         rates = torch.tensor(full, dtype=torch.float32).mean(0).tolist()
         return {
             **facts,
             "model": self.model_name,
             "n": len(samples),
             "sparsity": round(1 - fmean(map(fmean, full)), 4),
+            "esr": round(esr, 8),
             **measures,
             "fa_rate": {unit_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
             **more,

@@ -11,6 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from flux_attention.evaluation.savings import nothing_saved
+
 #: A colour that the page replaces by the text's own, light or dark.
 INK = "#010203"
 COLOURS = {"dense": "#009e73", "sparse": "#888888", "routed": "#d55e00", "static": "#0072b2", "random": "#cc79a7"}
@@ -423,6 +425,7 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
                 (IN_WORDS, any("task_class" in row for row in rows)),
                 (OF_ALL, True),
                 (MARKED, has_marked(rows)),
+                (nothing_saved(rows), nothing_saved(rows) is not None),
             )
             if is_there
         ),

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from flux_attention.config import FluxConfig
+from flux_attention.hf.generation.progress import Progress
 from flux_attention.patterns import Pattern
 
 #: The name under which attention and mask functions are registered with transformers.
@@ -63,12 +64,17 @@ class AttachedModel(Protocol):
     own_hooks: set
     is_attached: bool
     is_tensor_parallel: bool
+    routes: Any
+    full: Pattern
 
     def force(self, routes: Any) -> AbstractContextManager:
         """Force the routes of prefills within a ``with`` block."""
 
     def needs_whole_prompt(self, lengths: list[int], again: bool = False) -> str | None:
         """Say why prompts of these lengths have to come in one call, and what to do; None if they need not."""
+
+    def publish_report(self, report: Any) -> None:
+        """Make the report of a generation that has ended this thread's, and the latest."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,21 @@ class GeneratedPrompt:
         int64 (B, S), of the prompt, or of its new tokens only; of fewer columns where it was given as embeddings.
     attention_mask : torch.Tensor or None
         (B, S), 1 = real token.
+    progress : Progress
+        How far the generation is.
     """
 
     cache: Any
     columns: int
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
+    progress: Progress
+
+    def note(self, cache: Any, began: float, past: list[int], lengths: list[int]) -> None:
+        """Note a forward call, if it is this generation's and not that of another prompt; see ``Progress.call``."""
+        if cache is self.cache:
+            is_prompt = cache is not None and cache.get_seq_length() < self.columns
+            self.progress.call(began, is_prompt, past, lengths)
 
 
 #: The context of the forward call that this thread is in.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -32,12 +33,13 @@ from flux_attention.decision import (
 )
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.cache.layer import RoutedLayer
-from flux_attention.hf.context import NAME, ForwardContext, enclosing
+from flux_attention.hf.context import NAME, ForwardContext, enclosing, generated_prompt
 from flux_attention.hf.ends import EndsReader
 from flux_attention.hf.forward import Finished, ForwardPass
 from flux_attention.hf.generation.step import CapturedSteps, unsupported
 from flux_attention.hf.heads import HeadForwardPass
 from flux_attention.hf.inputs import InputReader, Inputs
+from flux_attention.hf.report import ReportMixin
 from flux_attention.hf.support import QueryShape, tensor_parallel_group
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter, Pooling
@@ -72,7 +74,7 @@ class Settings:
 _settings: ContextVar[tuple[tuple[object, int, dict[str, Any]], ...]] = ContextVar("flux_settings", default=())
 
 
-class Routing(AdapterMixin):
+class Routing(ReportMixin, AdapterMixin):
     """
     Routers attached to a model; made by ``attach``.
 
@@ -205,6 +207,13 @@ class Routing(AdapterMixin):
         finally:  # blocks of generators may end in another order than they began
             _settings.set(tuple(entry for entry in _settings.get() if entry[0] is not block))
 
+    def _check_attached(self, what: str) -> None:
+        if not self.is_attached:
+            raise RuntimeError(
+                f"cannot {what} after detach(): the model is the stock one and has no routes; attach(model, ...) again "
+                "and use the handle that it returns"
+            )
+
     def force(self, routes: RouteSpec | None):
         """
         Force the routes of prefills of this thread within a ``with`` block; the routers are not run.
@@ -219,7 +228,10 @@ class Routing(AdapterMixin):
         ------
         ValueError
             For anything else.
+        RuntimeError
+            After ``detach``.
         """
+        self._check_attached("force routes")
         if routes is not None and not isinstance(routes, torch.Tensor):
             parse_routes(routes, 1, self.units)  # a wrong request fails here, not in the next forward
         return self._set(forced=routes)
@@ -251,7 +263,10 @@ class Routing(AdapterMixin):
             Under tensor parallelism.
         ValueError
             For a fixed set, which has no routers.
+        RuntimeError
+            After ``detach``.
         """
+        self._check_attached("decide softly")
         if self.config.ranking is not None:
             raise ValueError(
                 "this adapter is a fixed set of layers and has no routers to train; a recipe's `start` makes some of it"
@@ -295,9 +310,10 @@ class Routing(AdapterMixin):
             )
         spec = self.config.full_layers if forced is None and not by_routers else forced
         is_full = spec is not None and bool(parse_routes(spec, len(lengths), self.units).all())
-        if is_full or self.sparse.later == self.sparse:
-            return None
-        return f"the last rows of {self.sparse.name} see all of it; use a pattern without such rows"
+        for pattern, advice in ((self.full, "full"), (self.sparse, "streaming without block_size")):
+            if pattern.later != pattern and not (is_full and pattern is self.sparse):
+                return f"within it {pattern} sees other keys than behind it; use {advice}, which counts exact tokens"
+        return None
 
     # A forward call, from what ``attach`` puts around the decoder's forward.
 
@@ -310,6 +326,7 @@ class Routing(AdapterMixin):
         ValueError, UnsupportedModelError, RuntimeError
             For a call that cannot be routed.
         """
+        began = time.perf_counter()
         implementation = self._decoder.config._attn_implementation
         if implementation != NAME:
             raise RuntimeError(
@@ -332,8 +349,10 @@ class Routing(AdapterMixin):
             raise UnsupportedModelError("compiled layers give no hidden states: attach without compile=True")
         # Routers wait for the device anyway, as telling padding does.
         by_routers = settings.forced is None and self.config.ranking is None
-        has_last_rows = settings.forced is None and self.sparse.later != self.sparse
+        has_last_rows = settings.forced is None and any(one.later != one for one in (self.sparse, self.full))
         inputs = self._reader.read(kwargs, keeps_cache, tells_padding=by_routers or has_last_rows)
+        if generated := generated_prompt.get():
+            generated.note(kwargs.get("past_key_values"), began, inputs.past, inputs.contexts)
         decision = self._decision(inputs, settings) if inputs.decides else None
         return self._pass_type(inputs, decision, self.units, self._shapes, self.sparse, self.full)
 

@@ -5,15 +5,22 @@ All functions take query states after rotary embedding and grouped KV heads (GQA
 left-aligned: a shorter sequence has its padding at the end, where causality hides it from every real query.
 """
 
+from flux_attention.kernels.block_sparse import block_scores, block_sparse, by_mass, by_maximum
 from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, on_device, to_device
 from flux_attention.kernels.dispatch import decode, full, packed, streaming
 from flux_attention.kernels.packs import UNBOUNDED, Pack
+from flux_attention.kernels.streaming_blocks import block_streaming
 
 __all__ = [
     "DTYPES",
     "HEAD_DIMS",
     "UNBOUNDED",
     "Pack",
+    "block_scores",
+    "block_sparse",
+    "block_streaming",
+    "by_mass",
+    "by_maximum",
     "decode",
     "full",
     "has_triton",

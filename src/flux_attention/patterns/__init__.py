@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from flux_attention.config import FluxConfig
 from flux_attention.errors import FluxConfigError
 from flux_attention.patterns.base import Pattern
+from flux_attention.patterns.block_sparse import BlockSparse, SparseBlocks
 from flux_attention.patterns.full import Full
 from flux_attention.patterns.streaming import Streaming
 from flux_attention.patterns.triangle import Triangle
 
-__all__ = ["FULL_PATTERNS", "SPARSE_PATTERNS", "Full", "Pattern", "Streaming", "Triangle", "build", "full_pattern",
-           "sparse_pattern"]  # fmt: skip
+__all__ = [
+    "FULL_PATTERNS",
+    "SPARSE_PATTERNS",
+    "BlockSparse",
+    "Full",
+    "Pattern",
+    "SparseBlocks",
+    "Streaming",
+    "Triangle",
+    "build",
+    "full_pattern",
+    "sparse_pattern",
+]
 
 #: What full layers may compute, and what sparse layers may, by name.
-FULL_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Full,)}
-SPARSE_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Streaming, Triangle)}
+FULL_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Full, BlockSparse)}
+SPARSE_PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Streaming, Triangle, SparseBlocks)}
 
 
 def build(settings: Mapping[str, Any], registry: Mapping[str, type[Pattern]]) -> Pattern:
@@ -28,7 +40,7 @@ def build(settings: Mapping[str, Any], registry: Mapping[str, type[Pattern]]) ->
     Parameters
     ----------
     settings : mapping
-        ``pattern``, a name in the registry, and the sizes of that pattern.
+        ``pattern``, a name in the registry, and the sizes of that pattern; those that have a default may be left out.
     registry : mapping of str to type
         ``FULL_PATTERNS`` or ``SPARSE_PATTERNS``.
 
@@ -42,7 +54,8 @@ def build(settings: Mapping[str, Any], registry: Mapping[str, type[Pattern]]) ->
     if name not in registry:
         raise FluxConfigError(f"pattern is {name!r}, expected one of {list(registry)}")
     known = {size.name for size in fields(registry[name])}
-    if wrong := known ^ set(sizes):
+    optional = {size.name for size in fields(registry[name]) if size.default is not MISSING}
+    if wrong := (known - optional - set(sizes)) | (set(sizes) - known):
         raise FluxConfigError(
             f"the pattern {name!r} has the sizes {sorted(known)}; unknown or missing: {sorted(wrong)}"
         )

@@ -23,6 +23,8 @@ class Pattern(ABC):
 
     #: Its name in configurations.
     name: ClassVar[str]
+    #: Whether gradients flow through ``prefill``.
+    trains: ClassVar[bool] = True
 
     def __post_init__(self):
         for size in fields(self):
@@ -33,8 +35,11 @@ class Pattern(ABC):
                 raise FluxConfigError(f"{size.name} is {value}, expected at most {MAX_TOKENS} tokens")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the pattern's name and sizes, as a configuration holds them."""
-        return {"pattern": self.name, **{size.name: getattr(self, size.name) for size in fields(self)}}
+        """Return the pattern's name and sizes, as a configuration holds them; sizes at their default are left out."""
+        sizes = {size.name: getattr(self, size.name) for size in fields(self)}
+        return {"pattern": self.name} | {
+            size.name: sizes[size.name] for size in fields(self) if sizes[size.name] != size.default
+        }
 
     @abstractmethod
     def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
@@ -78,6 +83,11 @@ class Pattern(ABC):
         -------
         list of (int, int, int, int)
             First position, end, and the sink and the window that these queries see; in order, some may be empty.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the pattern has no such spans.
         """
 
     @property

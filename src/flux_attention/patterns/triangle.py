@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from flux_attention import kernels
-from flux_attention.patterns.streaming import Streaming
+from flux_attention.patterns.streaming import Streaming, rows_by_length, writable
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,16 @@ class Triangle(Streaming):
     def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
         """See ``Pattern.mask``."""
         prompt_length = length if prompt_length is None else prompt_length
-        mask = super().mask(length)
+        mask = super().mask(length, prompt_length)
         rows = slice(max(0, prompt_length - self.last_n), prompt_length)
         mask[rows] = torch.ones(length, length, dtype=torch.bool).tril()[rows]
         return mask
 
     def prefill(self, query_BHSD, key_BKTD, value_BKTD, scale, prompt_lengths=None) -> torch.Tensor:
         """See ``Pattern.prefill``; of a whole prompt (S = T)."""
-        output = super().prefill(query_BHSD, key_BKTD, value_BKTD, scale)
+        output = writable(super().prefill(query_BHSD, key_BKTD, value_BKTD, scale, prompt_lengths))
         lengths = prompt_lengths or [query_BHSD.shape[2]] * len(query_BHSD)
-        output = output.clone() if output.requires_grad else output  # which its backward pass would miss
-        for length in sorted(set(lengths)):
-            rows = [row for row, other in enumerate(lengths) if other == length]
-            rows = slice(None) if len(rows) == len(lengths) else kernels.index_on(output.device, rows)
+        for length, rows in rows_by_length(output, lengths):
             last = slice(max(0, length - self.last_n), length)
             output[rows, :, last] = kernels.full(
                 query_BHSD[rows, :, last], key_BKTD[rows, :, :length], value_BKTD[rows, :, :length], scale
@@ -48,14 +45,15 @@ class Triangle(Streaming):
     def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
         """See ``Pattern.spans``."""
         last = max(0, prompt_length - self.last_n)
+        ((_, _, sink, window),) = super().spans(length, prompt_length)
         return [
-            (0, last, self.sink, self.window),
+            (0, last, sink, window),
             (last, prompt_length, 0, kernels.UNBOUNDED),
-            (prompt_length, length, self.sink, self.window),
+            (prompt_length, length, sink, window),
         ]
 
     def pairs(self, length: int) -> int:
         """See ``Pattern.pairs``."""
-        # The last rows see i + 1 keys instead of sink + window.
-        extra = [i + 1 - self.sink - self.window for i in range(max(0, length - self.last_n), length)]
-        return super().pairs(length) + sum(e for e in extra if e > 0)
+        # The last rows see i + 1 keys.
+        extra = (i + 1 - self._seen(i) for i in range(max(0, length - self.last_n), length))
+        return super().pairs(length) + sum(extra)

@@ -91,4 +91,9 @@ class Settings:
                     f"the {what} layers of {self.routers} compute {settings['pattern']}, which vLLM has no kernel for "
                     f"here; expected {known}"
                 )
+        if (block := config.sparse.get("block_size", 1)) != 1:
+            raise ServingError(
+                f"the sparse layers of {self.routers} round to blocks of {block} tokens, which vLLM has no kernel for "
+                "here; leave block_size out of its flux_config.json for exact tokens (`flux-attention import --exact`)"
+            )
         return with_options(config, self.budget, self.decide if config.ranking is None else None)

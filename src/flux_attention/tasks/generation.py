@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from flux_attention.routes import RouteSpec
@@ -32,10 +33,13 @@ class Answers:
         The answers, without special tokens.
     full : list of list of bool
         Routes, True = full attention; empty for a model without routers.
+    tokens : list of list of int
+        The answers as they were generated, with the token that ends a turn where there was room for it.
     """
 
     texts: list[str]
     full: list[list[bool]]
+    tokens: list[list[int]]
 
 
 def room_for(samples: Sequence[Sample]) -> int:
@@ -80,7 +84,7 @@ def generate_answers(
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     order = sorted(range(len(samples)), key=lambda index: -len(samples[index].prompt_ids))
-    texts, full = [""] * len(samples), [[]] * len(samples) if routing is not None else []
+    texts, tokens, full = [""] * len(samples), [[]] * len(samples), [[]] * len(samples) if routing is not None else []
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     for first in range(0, len(samples), batch_size):
         chosen = order[first : first + batch_size]
@@ -102,10 +106,12 @@ def generate_answers(
         answers = tokenizer.batch_decode(new, skip_special_tokens=True)
         for row, index in enumerate(chosen):
             texts[index] = answers[row]
+            ended = next((place for place, token in enumerate(new[row]) if token in ends), len(new[row]))
+            tokens[index] = new[row][: ended + 1]
             if routing is not None:
                 full[index] = routing.routes.routes_BL[row].tolist()
         progress(len(batch))
-    return Answers(texts, full)
+    return Answers(texts, full, tokens)
 
 
 def score_answers(
@@ -124,3 +130,13 @@ def score_answers(
     answers = generate_answers(model, tokenizer, samples, batch_size, routes=routes, routing=routing)
     pairs = zip(samples, answers.texts, strict=True)
     return [score_answer(sample.question, text) for sample, text in pairs], answers.full
+
+
+def with_answers(samples: Sequence[Sample], tokens: Sequence[Sequence[int]]) -> list[Sample]:
+    """Put other answers in place of the samples' last ones."""
+    found = []
+    for sample, answer in zip(samples, tokens, strict=True):
+        prompt = sample.prompt_ids
+        ids = np.concatenate([prompt, np.asarray(answer, np.int32)])
+        found.append(replace(sample, input_ids=ids, answers=[*sample.answers[:-1], (len(prompt), len(ids))]))
+    return found

@@ -129,6 +129,23 @@ class Objective:
                 raise RecipeError(f"objective.{name} must be above 0")
 
 
+def check_trains(config: FluxConfig) -> None:
+    """
+    Refuse patterns that gradients do not flow through.
+
+    Raises
+    ------
+    FluxConfigError
+        With what to use instead.
+    """
+    for pattern in (sparse_pattern(config), full_pattern(config)):
+        if not pattern.trains:
+            raise FluxConfigError(
+                f"gradients do not flow through {pattern.name}, which selects: train with the patterns full and "
+                f"streaming, and set {pattern.name} in the adapter's flux_config.json afterwards"
+            )
+
+
 @checked(RecipeError)
 @dataclass(config=NO_OTHER_KEYS)
 class Recipe:
@@ -226,7 +243,7 @@ class Recipe:
             self.flux_config = FluxConfig(
                 **self.routers, decide=self.decide or "prefill", budget=MEAN_BUDGET if self.budget else None
             )
-            sparse_pattern(self.flux_config), full_pattern(self.flux_config)
+            check_trains(self.flux_config)
         except FluxConfigError as error:
             raise RecipeError(f"routers: {error}") from None
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 from flux_attention import names
 from flux_attention.adapters import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, check_base_model, load_config
 from flux_attention.config import FluxConfig
-from flux_attention.errors import AdapterError, RecipeError
+from flux_attention.errors import AdapterError, FluxConfigError, RecipeError
 from flux_attention.files import check_writable
 from flux_attention.hf import loading
 from flux_attention.hf.attach import attach
@@ -31,7 +31,7 @@ from flux_attention.training.data import check_sources, load_data
 from flux_attention.training.interrupt import Interrupted, SaveOnInterrupt
 from flux_attention.training.module import CHUNK
 from flux_attention.training.packing import PackedExamples
-from flux_attention.training.recipe import MEAN_BUDGET, Recipe
+from flux_attention.training.recipe import MEAN_BUDGET, Recipe, check_trains
 from flux_attention.training.trainer import RouterTrainer, training_arguments
 
 #: What a run leaves in its folder besides what it goes on from.
@@ -76,7 +76,7 @@ def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
     if recipe.start is None:
         return attach(model, recipe.flux_config)
     folder, start = load_config(names.adapter_path(recipe.start))
-    check_budget(start, recipe)
+    check_start(start, recipe)
     if start.ranking is None:
         return attach(model, folder, decide=recipe.decide)
     routing = attach(model, from_ranking(start, recipe))
@@ -89,15 +89,24 @@ def load_model(recipe: Recipe, device: str | torch.device = "cpu") -> Routing:
     return routing
 
 
-def check_budget(start: FluxConfig, recipe: Recipe) -> None:
+def check_start(start: FluxConfig, recipe: Recipe) -> None:
     """
-    Refuse to train routers with budgets that were trained without, and the reverse.
+    Refuse to train routers with budgets that were trained without, and the reverse, and patterns that packs lack.
 
     Raises
     ------
     RecipeError
         With what the adapter is.
     """
+    try:
+        check_trains(start)
+    except FluxConfigError as error:
+        raise RecipeError(f"{recipe.start}: {error}") from None
+    if (block := start.sparse.get("block_size", 1)) != 1:
+        raise RecipeError(
+            f"{recipe.start} rounds to blocks of {block} tokens (block_size), which training does not compute; leave "
+            "block_size out of its flux_config.json for exact tokens (flux-attention import --exact)"
+        )
     if start.ranking is None and (start.budget is not None) != recipe.budget:
         kind = "without budgets" if start.budget is None else "with budgets"
         raise RecipeError(
@@ -292,7 +301,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     sizes, made_for = recipe.flux_config, None
     if recipe.start is not None:
         start = load_config(names.adapter_path(recipe.start))[1]
-        check_budget(start, recipe)
+        check_start(start, recipe)
         sizes, made_for = replace(start, base_model=None), start.base_model
         if start.ranking is not None:
             sizes = from_ranking(start, recipe)

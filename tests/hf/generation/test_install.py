@@ -141,9 +141,10 @@ def test_prompts_that_routers_read_do_not_come_in_chunks(qwen):
     assert model.generate(prompt, **chunked).shape == (1, 68) and routing.routes.msr == [0.0]
 
 
-def test_triangles_last_rows_do_not_come_in_chunks():
+@pytest.mark.parametrize("config", [TRIANGLE, PATTERNS["streaming, blocks"]], ids=["triangle", "blocks"])
+def test_prompts_that_see_otherwise_than_what_follows_do_not_come_in_chunks(config):
     model = tiny_model("qwen3")
-    routing = attach(model, TRIANGLE)
+    routing = attach(model, config)
     chunked = dict(max_new_tokens=4, do_sample=False, prefill_chunk_size=16)
     for spec in ("sparse", 0.5):
         with routing.force(spec), pytest.raises(UnsupportedModelError, match="prefill_chunk_size is 16"):
@@ -172,7 +173,8 @@ def test_routes_of_one_call(qwen):
         model.generate(prompt, routes="dense", **greedy)
     pipe = pipeline("text-generation", model=model, tokenizer=word_tokenizer())
     pipe("w5 w9 w20 w31 w7", routes="sparse", max_new_tokens=2, do_sample=False)
-    assert routing.routes.msr == [1.0]
+    assert routing.routes.msr == routing.report().routes.msr == [1.0]
+    assert routing.report().routes.lengths == routing.routes.lengths and routing.report().new_tokens == 2
 
 
 @pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERNS)

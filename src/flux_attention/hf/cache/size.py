@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from flux_attention.hf.cache.layer import RoutedLayer
 
 
-def kv_bytes(cache: Cache) -> int:
+def kv_bytes(cache: Cache | Any) -> int:
     """
     Count the bytes of keys and values that a cache keeps, routed layers or stock ones.
 
     Parameters
     ----------
-    cache : transformers.Cache
-        As returned in ``past_key_values``.
+    cache : transformers.Cache or transformers.utils.ModelOutput
+        Or what has one as its ``past_key_values``: what a model returns, and ``generate`` with
+        ``return_dict_in_generate=True``.
+
+    Raises
+    ------
+    TypeError
+        For anything else, such as the tokens that ``generate`` returns otherwise.
     """
+    if not isinstance(cache, Cache):
+        given, cache = cache, getattr(cache, "past_key_values", None)
+        if not isinstance(cache, Cache):
+            raise TypeError(
+                f"a {type(given).__name__} holds no KV cache; pass the cache, or what generate(..., "
+                "return_dict_in_generate=True) returns; routing.report() says what the last generation held"
+            )
     return sum(layer.nbytes if isinstance(layer, RoutedLayer) else _stock_bytes(layer) for layer in cache.layers)
 
 

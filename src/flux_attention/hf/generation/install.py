@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from flux_attention.errors import UnsupportedModelError
 from flux_attention.hf.context import AttachedModel, GeneratedPrompt, generated_prompt
 from flux_attention.hf.generation import loop
+from flux_attention.hf.generation.progress import Progress
+from flux_attention.hf.report import make_report
 
 #: The methods that ``generate`` decodes with, which first of all compute the prompt.
 DECODING_METHODS = ("_sample", "_beam_search", "_assisted_decoding")
@@ -83,14 +86,23 @@ def _decoding_method(stock: Callable, routing: AttachedModel, is_ours: Callable)
             return stock(self, input_ids, *args, **kwargs)
         columns = _prompt_columns(input_ids, **kwargs)
         _check_chunks(routing, input_ids, columns, **kwargs)
-        prompt = GeneratedPrompt(kwargs.get("past_key_values"), columns, input_ids, kwargs.get("attention_mask"))
+        cache, progress = kwargs.get("past_key_values"), Progress()
+        prompt = GeneratedPrompt(cache, columns, input_ids, kwargs.get("attention_mask"), progress)
         token = generated_prompt.set(prompt)
         try:
             if has_loop:
-                return loop.sample(routing, functools.partial(stock, self), input_ids, *args, **kwargs)
-            return stock(self, input_ids, *args, **kwargs)
+                result = loop.sample(routing, functools.partial(stock, self), input_ids, *args, **kwargs)
+            else:
+                result = stock(self, input_ids, *args, **kwargs)
         finally:
             generated_prompt.reset(token)
+        ended = time.perf_counter()
+        if progress.began is not None:
+            sequences = result if isinstance(result, torch.Tensor) else result.sequences
+            new_tokens = sequences.shape[1] - input_ids.shape[1]
+            times = progress.times(ended, new_tokens)
+            routing.publish_report(make_report(routing, cache, progress.past, progress.lengths, new_tokens, *times))
+        return result
 
     return decode
 

@@ -17,7 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from flux_attention import kernels
-from flux_attention.hf.context import AttachedModel
+from flux_attention.hf.context import AttachedModel, generated_prompt
 from flux_attention.hf.generation.step import unsupported
 
 logger = logging.get_logger(__name__)
@@ -128,6 +128,7 @@ def _choose(scores_BV: torch.Tensor, samples: bool) -> torch.Tensor:
 
 def _loop(step, stock, input_ids, logits_processor, stopping_criteria, generation_config, streamer):
     start = _first_token(stock, input_ids, generation_config)
+    generated_prompt.get().progress.finish_prompt()
     cache, scores, raw_logits = start.past_key_values, start.scores, start.logits
     layers = [cache.layers[layer] for layer in step.routing.layers]
     length, limit = start.sequences.shape[1], stopping_criteria.max_length

@@ -1,0 +1,28 @@
+"""Makes the table of docs/serving.md, from serving.json."""
+
+from show_tables import load, table
+
+#: What a row of the table shows: the phase, its unit, and what its numbers are divided by for it.
+PHASES = {"prefill": ("s", 1000), "decode": ("ms", 1)}
+
+
+def _cell(row, scale):
+    if row is None:
+        return "–"
+    found = f"{row['ms'] / scale:.3g}"
+    return f"{found} (× {row['speedup']:.2f})" if "speedup" in row else found
+
+
+def speed_table():
+    """Return single prompts and their decode steps, with routes and without, beside stock vLLM."""
+    rows = [row for row in load("serving")["rows"] if row["phase"] in PHASES]
+    lines = []
+    for phase, (unit, scale) in PHASES.items():
+        for length in sorted({row["seq_len"] for row in rows if row["phase"] == phase}):
+            found = {
+                (row["engine"], row["method"]): row for row in rows if (row["phase"], row["seq_len"]) == (phase, length)
+            }
+            engines = [("vllm", "dense"), ("flux-vllm", "routed-ends"), ("flux-vllm", "dense")]
+            name = {"prefill": "prompt", "decode": "decode step behind"}[phase]
+            lines.append([f"{name} {length:,}, {unit}", *(_cell(found.get(engine), scale) for engine in engines)])
+    return table(["tokens", "stock vLLM", "routed, Ω_MSR 0.75", "all layers forced full"], lines)

@@ -1,0 +1,150 @@
+"""Block-sparse prefill computes the blocks of keys that a cheap estimate finds worth it, anew for each prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from flux_attention import kernels
+from flux_attention.errors import FluxConfigError, UnsupportedModelError
+from flux_attention.patterns.base import Pattern
+from flux_attention.patterns.full import Full
+from flux_attention.patterns.streaming import Streaming, rows_by_length
+
+#: How blocks are selected, and what does it.
+SELECT = {"mass": kernels.by_mass, "maximum": kernels.by_maximum}
+
+
+@dataclass(frozen=True)
+class BlockSparse(Pattern):
+    """
+    Lets each block of a prompt's queries see the blocks of keys that are selected for it; later tokens see all.
+
+    Attributes
+    ----------
+    threshold : float or tuple of float
+        A share of the row's scores ("mass"), or of its highest one ("maximum"), above 0 and at most 1; one for all
+        heads, or one each.
+    select : {"mass", "maximum"}
+        See ``kernels.by_mass`` and ``kernels.by_maximum``.
+    stride : int
+        Of the scores, a divisor of 128: their cost is 1 / (2 · stride) of exact attention's.
+    correct : bool
+        Whether blocks that are not selected count by their means.
+    """
+
+    name: ClassVar[str] = "block_sparse"
+    trains: ClassVar[bool] = False
+
+    threshold: float | tuple[float, ...] = 0.9
+    select: str = "mass"
+    stride: int = 16
+    correct: bool = False
+
+    def __post_init__(self):
+        given = self.threshold if isinstance(self.threshold, list | tuple) else [self.threshold]
+        for value in given:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise FluxConfigError(f"threshold is {value!r}, expected a number above 0, at most 1")
+        if isinstance(self.threshold, list):
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+        if not given:
+            raise FluxConfigError("threshold is empty, expected one number, or one for each head")
+        if self.select not in SELECT:
+            raise FluxConfigError(f"select is {self.select!r}, expected one of {list(SELECT)}")
+        if not isinstance(self.stride, int) or isinstance(self.stride, bool) or self.stride not in (4, 8, 16, 32, 64):
+            raise FluxConfigError(f"stride is {self.stride!r}, expected 4, 8, 16, 32 or 64")
+        if not isinstance(self.correct, bool):
+            raise FluxConfigError(f"correct is {self.correct!r}, expected true or false")
+
+    def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
+        """
+        See ``Pattern.mask``; there is none.
+
+        Raises
+        ------
+        UnsupportedModelError
+            What is seen depends on queries and keys.
+        """
+        raise UnsupportedModelError(f"what {self.name} sees depends on queries and keys: it has no mask")
+
+    def prefill(self, query_BHSD, key_BKTD, value_BKTD, scale, prompt_lengths=None) -> torch.Tensor:
+        """
+        See ``Pattern.prefill``.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Where gradients are needed; for as many thresholds as the layer has no heads.
+        """
+        states = query_BHSD, key_BKTD, value_BKTD
+        if torch.is_grad_enabled() and any(part.requires_grad for part in states):
+            raise UnsupportedModelError(
+                f"gradients do not flow through {self.name}, which selects: train with the patterns full and streaming"
+            )
+        heads = query_BHSD.shape[1]
+        threshold = torch.tensor(self.threshold, dtype=torch.float32)
+        if threshold.numel() not in (1, heads):
+            raise UnsupportedModelError(
+                f"there are {threshold.numel()} thresholds, expected 1 or {heads}, one each head"
+            )
+        select = partial(SELECT[self.select], share=kernels.to_device(threshold, query_BHSD.device))
+        width, keys = query_BHSD.shape[2], key_BKTD.shape[2]
+        # Only whole prompts may be of unlike lengths, or followed by other tokens.
+        lengths = prompt_lengths if prompt_lengths and width == keys else [width] * len(query_BHSD)
+        output = torch.empty_like(query_BHSD)
+        for length, rows in rows_by_length(output, [min(length, width) for length in lengths]):
+            query, key, value = (part[rows] for part in states)
+            seen = keys - width + length
+            output[rows, :, :length] = kernels.block_sparse(
+                query[:, :, :length], key[:, :, :seen], value[:, :, :seen], scale, select, self.stride, self.correct
+            )
+            if length < width:
+                output[rows, :, length:] = self.later.prefill(query[:, :, length:], key, value, scale)
+        return output
+
+    def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
+        """See ``Pattern.spans``: there are none."""
+        raise UnsupportedModelError(
+            f"sequences packed into one row cannot run {self.name}, which selects for each: use a batch"
+        )
+
+    @property
+    def later(self) -> Pattern:
+        """Full attention."""
+        return Full()
+
+    def kept(self, length: int) -> int:
+        """See ``Pattern.kept``: as later tokens need."""
+        return self.later.kept(length)
+
+    def pairs(self, length: int) -> int:
+        """See ``Pattern.pairs``; as many as there are: how many are selected depends on the prompt."""
+        return length * (length + 1) // 2
+
+
+@dataclass(frozen=True)
+class SparseBlocks(BlockSparse):
+    """
+    Lets each block of a prompt's queries see selected blocks, as ``BlockSparse``; later tokens see sink + window.
+
+    Attributes
+    ----------
+    sink, window : int
+        Tokens; the window includes the query's own.
+    """
+
+    sink: int = field(default=128, kw_only=True)
+    window: int = field(default=1024, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        Streaming(self.sink, self.window)  # wrong sizes fail here
+
+    @property
+    def later(self) -> Pattern:
+        """Sink + window."""
+        return Streaming(self.sink, self.window)
