@@ -9,8 +9,6 @@ heads, K KV heads, D head dim.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -51,38 +49,6 @@ def _attend(
     return new_top, total, acc
 
 
-@triton.jit
-def _attend_to_page(
-    q, top, total, acc, key_ptr, value_ptr, table_ptr, tile, position, end, sink, window, head,
-    stride_kn, stride_kp, stride_kk, stride_kd, stride_vn, stride_vp, stride_vk, stride_vd,
-    scale_log2, SINK: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Add the keys of a tile, which lies in one page: of the sink, or of the window behind it."""
-    page = tl.load(table_ptr + tile * N // P).to(tl.int64)
-    rows, dims = tl.arange(0, N), tl.arange(0, D)
-    key_ptr += page * stride_kn + (tile * N % P) * stride_kp + head * stride_kk
-    value_ptr += page * stride_vn + (tile * N % P) * stride_vp + head * stride_vk
-    keys, values = rows[None, :] * stride_kp + dims[:, None] * stride_kd, rows[:, None] * stride_vp + dims * stride_vd
-    if MASKED:
-        j = tile * N + rows
-        there = (j < end) & ((j < sink) if SINK else (j >= sink))
-        key = tl.load(key_ptr + keys, mask=there[None, :], other=0.0)
-        value = tl.load(value_ptr + values, mask=there[:, None], other=0.0)
-        away = position[:, None] - j[None, :]
-        seen = there[None, :] & (away >= 0)
-        if not SINK:
-            seen &= away < window
-        scores = tl.where(seen, tl.dot(q, key) * scale_log2, float("-inf"))
-    else:
-        key, value = tl.load(key_ptr + keys), tl.load(value_ptr + values)
-        scores = tl.dot(q, key) * scale_log2
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-    shrink = tl.exp2(top - safe)
-    weights = tl.exp2(scores - safe[:, None])
-    return new_top, total * shrink + tl.sum(weights, 1), tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _sparse_prefill(
     query_ptr, key_ptr, value_ptr, output_ptr, table_ptr, starts_ptr, lengths_ptr, routes_ptr, rows,
@@ -91,7 +57,6 @@ def _sparse_prefill(
     sink, window, scale_log2,
     G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    # long: what a block of queries sees is in four ranges of tiles, of which two need masks
     block, head = tl.program_id(0), tl.program_id(1)
     # The row of this block: row r has the blocks from starts[r] // M + r on.
     low, high = 0, rows
@@ -107,12 +72,11 @@ def _sparse_prefill(
     first = (block - (start // M + row)) * M
     if first < queries:
         length = tl.load(lengths_ptr + row)
-        table_ptr += row * stride_tb
-        if tl.load(routes_ptr + tl.load(table_ptr).to(tl.int64)) == 0:
-            before = length - queries + first  # the first query's position
+        if tl.load(routes_ptr + tl.load(table_ptr + row * stride_tb).to(tl.int64)) == 0:
+            before = length - queries
             slot = first + tl.arange(0, M)
             real = slot < queries
-            position = before + tl.arange(0, M)
+            position = before + slot
             dims = tl.arange(0, D)
             q = tl.load(
                 query_ptr + (start + slot).to(tl.int64)[:, None] * stride_qt + head * stride_qh + dims[None, :],
@@ -121,40 +85,45 @@ def _sparse_prefill(
             top = tl.full([M], float("-inf"), tl.float32)
             total = tl.zeros([M], tl.float32)
             acc = tl.zeros([M, D], tl.float32)
-            end = tl.minimum(before + M, length)
-            for tile in tl.range(0, tl.cdiv(tl.minimum(sink, end), N)):
-                top, total, acc = _attend_to_page(
-                    q, top, total, acc, key_ptr, value_ptr, table_ptr, tile, position, end, sink, window, head // G,
+            end = tl.minimum(before + first + M, length)
+            for tile in range(0, tl.minimum(sink, end), N):
+                j = tile + tl.arange(0, N)
+                there = j < tl.minimum(sink, end)
+                page, place = _pages(table_ptr, row, stride_tb, j, there, P)
+                seen = there[None, :] & (j[None, :] <= position[:, None])
+                top, total, acc = _attend(
+                    q, top, total, acc, key_ptr, value_ptr, page, place, head // G, seen, there,
                     stride_kn, stride_kp, stride_kk, stride_kd, stride_vn, stride_vp, stride_vk, stride_vd,
-                    scale_log2, True, True, D, P, N,
+                    scale_log2, D,
                 )  # fmt: skip
-            oldest, last = tl.maximum(sink, before - window + 1) // N, tl.cdiv(end, N)
-            # Between these all queries see all keys: those of the latest one's window, up to the earliest one's own.
-            inner = tl.cdiv(tl.maximum(sink, before + M - window), N)
-            inner = tl.minimum(tl.maximum(inner, oldest), last)
-            outer = tl.minimum(tl.maximum((before + 1) // N, inner), last)
-            for tile in tl.range(oldest, inner):
-                top, total, acc = _attend_to_page(
-                    q, top, total, acc, key_ptr, value_ptr, table_ptr, tile, position, end, sink, window, head // G,
+            oldest = tl.maximum(sink, before + first - window + 1)
+            for tile in range(oldest, end, N):
+                j = tile + tl.arange(0, N)
+                there = j < end
+                page, place = _pages(table_ptr, row, stride_tb, j, there, P)
+                away = position[:, None] - j[None, :]
+                seen = there[None, :] & (away >= 0) & (away < window)
+                top, total, acc = _attend(
+                    q, top, total, acc, key_ptr, value_ptr, page, place, head // G, seen, there,
                     stride_kn, stride_kp, stride_kk, stride_kd, stride_vn, stride_vp, stride_vk, stride_vd,
-                    scale_log2, False, True, D, P, N,
-                )  # fmt: skip
-            for tile in tl.range(inner, outer):
-                top, total, acc = _attend_to_page(
-                    q, top, total, acc, key_ptr, value_ptr, table_ptr, tile, position, end, sink, window, head // G,
-                    stride_kn, stride_kp, stride_kk, stride_kd, stride_vn, stride_vp, stride_vk, stride_vd,
-                    scale_log2, False, False, D, P, N,
-                )  # fmt: skip
-            for tile in tl.range(outer, last):
-                top, total, acc = _attend_to_page(
-                    q, top, total, acc, key_ptr, value_ptr, table_ptr, tile, position, end, sink, window, head // G,
-                    stride_kn, stride_kp, stride_kk, stride_kd, stride_vn, stride_vp, stride_vk, stride_vd,
-                    scale_log2, False, True, D, P, N,
+                    scale_log2, D,
                 )  # fmt: skip
             tl.store(
                 output_ptr + (start + slot).to(tl.int64)[:, None] * stride_ot + head * stride_oh + dims[None, :],
                 (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=real[:, None],
             )  # fmt: skip
+
+
+def prefill_tile(dim: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of ``sparse_prefill``'s blocks for heads of this dimension, and how they are compiled."""
+    return dict(M=128 if dim <= 128 else 64, N=64 if dim <= 128 else 32), dict(
+        num_warps=8 if dim >= 128 else 4, num_stages=2
+    )
+
+
+def decode_tile(dim: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of ``decode``'s blocks for heads of this dimension, and how they are compiled."""
+    return dict(N=64 if dim <= 128 else 32), dict(num_warps=4, num_stages=3)
 
 
 def sparse_prefill(
@@ -195,17 +164,14 @@ def sparse_prefill(
     """
     tokens, heads, dim = query_THD.shape
     rows = len(lengths_B)
-    page = key_NPKD.shape[1]
-    # A tile of keys lies in one page: where is one number, and the keys lie in rows that can be copied ahead.
-    tile = dict(M=128 if dim <= 128 else 64, N=math.gcd(page, 64 if dim <= 128 else 32))
+    sizes, options = prefill_tile(dim)
     with on_device(query_THD):
-        _sparse_prefill[(tokens // tile["M"] + rows, heads)](
+        _sparse_prefill[(tokens // sizes["M"] + rows, heads)](
             query_THD, key_NPKD, value_NPKD, output_THD, table_BM, starts, lengths_B, routes_N, rows,
             *query_THD.stride()[:2], *output_THD.stride()[:2], table_BM.stride(0),
             *key_NPKD.stride(), *value_NPKD.stride(),
             sink, window, scale * LOG2E.value,
-            G=heads // key_NPKD.shape[2], D=dim, P=page, **tile,
-            num_warps=8 if dim >= 128 else 4, num_stages=3 if dim <= 128 else 2,
+            G=heads // key_NPKD.shape[2], D=dim, P=key_NPKD.shape[1], **sizes, **options,
         )  # fmt: skip
 
 
@@ -273,13 +239,13 @@ def _decode(
                 # Some at a time, so that the next ones are on their way while the first are added.
                 for start in range(0, splits, AHEAD):
                     for other in tl.static_range(AHEAD):
-                        theirs = (place * SPLITS + start + other) * GROUP + group
+                        at = (place * SPLITS + start + other) * GROUP + group
                         more = (start + other + tl.zeros([GROUP], tl.int32) < splits) & (group < G)
-                        state = theirs.to(tl.int64)[:, None] * D + dims[None, :]
-                        top = tl.load(top_ptr + theirs, mask=more, other=float("-inf"), cache_modifier=".cg")
-                        acc += tl.exp2(top - best)[:, None] * tl.load(
-                            state_ptr + state, mask=more[:, None], other=0.0, cache_modifier=".cg"
-                        )
+                        weight = tl.load(top_ptr + at, mask=more, other=float("-inf"), cache_modifier=".cg")
+                        acc += tl.exp2(weight - best)[:, None] * tl.load(
+                            state_ptr + at.to(tl.int64)[:, None] * D + dims[None, :],
+                            mask=more[:, None], other=0.0, cache_modifier=".cg",
+                        )  # fmt: skip
                 tl.store(output, (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=real)
                 tl.store(count_ptr + place, 0)
 
@@ -337,6 +303,7 @@ def decode(
     rows, heads, dim = query_BHD.shape
     kv_heads = key_NPKD.shape[2]
     splits = workspace.splits(rows, kv_heads)
+    sizes, options = decode_tile(dim)
     with on_device(query_BHD):
         _decode[(kv_heads, rows, splits)](
             query_BHD, key_NPKD, value_NPKD, output_BHD, table_BM, lengths_B, routes_N,
@@ -345,5 +312,5 @@ def decode(
             *key_NPKD.stride(), *value_NPKD.stride(),
             sink, window, scale * LOG2E.value,
             G=heads // kv_heads, GROUP=workspace.group, D=dim, P=key_NPKD.shape[1],
-            N=64 if dim <= 128 else 32, SPLITS=splits, num_warps=4, num_stages=3,
+            SPLITS=splits, **sizes, **options,
         )  # fmt: skip
