@@ -1,7 +1,7 @@
 """Scores blocks of keys for each block of queries, and selects some, by Triton kernels for NVIDIA GPUs.
 
-``block_sparse`` defines what is computed. The scores are a matrix product, of tiles of ``stride`` tokens laid one behind
-another; each program keeps one number of a tile of queries and a block of keys: the log-sum-exp of the tiles in it. A
+``block_sparse`` defines what is computed. The scores are a matrix product, of tiles of ``stride`` tokens, one behind
+the other; each program keeps one number of a tile of queries and a block of keys: the log-sum-exp of the tiles in it. A
 second kernel makes shares of these and selects: by the maximum at once, by mass by bisection instead of a sort. It
 leaves lists of blocks, on the device, so that nothing waits.
 
@@ -67,7 +67,7 @@ def _select(
     lse_ptr, share_ptr, list_ptr, count_ptr, chosen_ptr, score_ptr, offset, T, first, blocks, total, share_h,
     H: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, MASS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    """List the blocks of keys that a block of queries of a head sees besides its own, in order."""
+    """List the blocks of keys that a block of queries of a head sees, in order: its own is the last."""
     row, place = first + tl.program_id(0), tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     n = tl.arange(0, NP)
     seen = n <= row
@@ -101,10 +101,9 @@ def _select(
     chosen &= seen
     if chosen_ptr is not None:
         tl.store(chosen_ptr + place * blocks + n, chosen.to(tl.uint8), mask=n < blocks)
-    listed = chosen & (n != row)
-    where = tl.cumsum(listed.to(tl.int32), 0) - 1
-    tl.store(list_ptr + place * blocks + where, n, mask=listed)
-    tl.store(count_ptr + place, tl.sum(listed.to(tl.int32), 0))
+    where = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(list_ptr + place * blocks + where, n, mask=chosen)
+    tl.store(count_ptr + place, tl.sum(chosen.to(tl.int32), 0))
 
 
 FIRST_BLOCKS, LAST_BLOCKS, ALL_ROWS = tl.constexpr(FIRST), tl.constexpr(LAST), tl.constexpr(LAST_ROWS)
@@ -151,7 +150,7 @@ def select_blocks(
     Returns
     -------
     lists : torch.Tensor
-        int32 (B, H, M, N): the numbers of the blocks that are selected, without the queries' own, in order.
+        int32 (B, H, M, N): the numbers of the blocks that are selected, in order; the queries' own is the last.
     counts : torch.Tensor
         int32 (B, H, M), how many they are; what stands behind them is not defined.
     chosen, score : torch.Tensor or None

@@ -1,7 +1,7 @@
 """Computes attention to selected blocks of keys by a Triton kernel, for NVIDIA GPUs.
 
-A program computes a block of queries of one head: its own block of keys, then those of its list. Queries are taken some
-blocks at a time, so that what is kept of scores and lists is small beside keys and values.
+A program computes a block of queries of one head: the blocks of keys of its list, of which its own is the last.
+Queries are taken some blocks at a time, so that what is kept of scores and lists is small beside keys and values.
 
 Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, D head dim, M query blocks, N key
 blocks.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from flux_attention.kernels.block_sparse import BLOCK
-from flux_attention.kernels.device import capability, on_device
+from flux_attention.kernels.device import capability, on_device, shared_memory
 from flux_attention.kernels.triton_attention import LOG2E, _load, _rows
 from flux_attention.kernels.triton_block_scores import select_blocks
 from flux_attention.kernels.triton_prefill import _blocks_of, _like, _rows_contiguous
@@ -27,16 +27,16 @@ SCRATCH = 2**28
 
 @triton.jit
 def _step(
-    query, top, total, acc, key_ptr, value_ptr, begin, limit, i_M, bias_N, batch, kv_head, key_t, value_t, scale_log2,
-    MASKED: tl.constexpr, TMA: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    query, top, total, acc, key_ptr, value_ptr, begin, limit, masked, i_M, bias_N, batch, kv_head, key_t, value_t,
+    scale_log2, TMA: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Add keys from ``begin`` on to the attention state; with a mask those at ``limit`` and behind it are not there."""
+    """Add keys from ``begin`` on to the attention state; those at ``limit`` and behind it are not there."""
     if TMA:
         key = key_ptr.load([batch.to(tl.int32), kv_head.to(tl.int32), begin, 0]).reshape([N, D])
     else:
         key = _load(key_ptr, begin, key_t, limit, N, D)
     score = tl.dot(query, key.T) * scale_log2
-    if MASKED:
+    if masked:
         j_N = begin + tl.arange(0, N)
         score = tl.where((j_N[None, :] <= i_M[:, None]) & (j_N < limit)[None, :], score, float("-inf"))
     if bias_N is not None:
@@ -73,18 +73,13 @@ def _attend(
     acc = tl.zeros([M, D], tl.float32)
     top = tl.full([M], -1e30, tl.float32)  # finite, so that a row without a visible key leaves no NaN
     total = tl.zeros([M], tl.float32)
-    for part in tl.static_range(M // N):
-        top, total, acc = _step(
-            query, top, total, acc, key_ptr, value_ptr, row * M + part * N, T, i_M, None, batch, kv_head, key_t,
-            value_t, scale_log2, True, TMA, N, D,
-        )  # fmt: skip
     place = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + block
     list_ptr += place * blocks
-    for n in tl.range(0, tl.load(count_ptr + place) * (M // N)):
-        begin = tl.load(list_ptr + n // (M // N)) * M + n % (M // N) * N
+    for step in tl.range(0, tl.load(count_ptr + place) * (M // N)):
+        begin = tl.load(list_ptr + step // (M // N)) * M + step % (M // N) * N
         top, total, acc = _step(
-            query, top, total, acc, key_ptr, value_ptr, begin, T, i_M, None, batch, kv_head, key_t, value_t,
-            scale_log2, False, TMA, N, D,
+            query, top, total, acc, key_ptr, value_ptr, begin, T, begin >= row * M, i_M, None, batch, kv_head, key_t,
+            value_t, scale_log2, TMA, N, D,
         )  # fmt: skip
     if chosen_ptr is not None:
         mean_key_ptr += batch * mean_b + kv_head * mean_h
@@ -94,8 +89,8 @@ def _attend(
             dropped = tl.load(chosen_ptr + place * blocks + n, mask=n < row, other=1) == 0
             bias = tl.where(dropped, LOG2_M, float("-inf"))
             top, total, acc = _step(
-                query, top, total, acc, mean_key_ptr, mean_value_ptr, begin, row, i_M, bias, batch, kv_head, mean_n,
-                mean_n, scale_log2, False, False, N, D,
+                query, top, total, acc, mean_key_ptr, mean_value_ptr, begin, row, False, i_M, bias, batch, kv_head,
+                mean_n, mean_n, scale_log2, False, N, D,
             )  # fmt: skip
     output = (acc / total[:, None]).to(output_ptr.dtype.element_ty)
     tl.store(_rows(output_ptr, batch, heads, i_M - offset, output_b, output_h, output_s, D), output, mask=real)
@@ -105,12 +100,13 @@ def _attend(
 LOG2_M = tl.constexpr(math.log2(BLOCK))
 
 
-def attend_tile(dim: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Choose the attention kernel's keys of a step, and how it is compiled."""
+def attend_tile(dim: int, capability: tuple[int, int], shared: int) -> dict[str, int]:
+    """Choose the attention kernel's keys of a step, and how it is compiled; ``shared`` as in ``forward_tile``."""
+    tile = dict(N=64, num_warps=8, num_stages=2, TMA=(9, 0) <= capability < (12, 0))
     if dim > 128:
-        return dict(N=32, num_warps=8, num_stages=2, TMA=capability >= (9, 0))
-    tile = dict(N=64, num_warps=8, num_stages=2, TMA=False)
-    return tile | dict(TMA=True, maxnreg=128) if (9, 0) <= capability < (12, 0) else tile
+        return tile | dict(N=32 if shared >= 140_000 else 16)
+    # Few enough registers for two thread blocks on an SM, of which one computes while the other takes its softmax.
+    return tile | dict(maxnreg=128) if tile["TMA"] else tile
 
 
 def _means(states_BKTD: torch.Tensor) -> torch.Tensor:
@@ -138,7 +134,7 @@ def block_sparse(
     batch, heads, length, dim = query.shape
     keys = key.shape[2]
     first, total = (keys - length) // BLOCK, triton.cdiv(keys, BLOCK)
-    output, tile = _like(query), attend_tile(dim, capability(query.device))
+    output, tile = _like(query), attend_tile(dim, capability(query.device), shared_memory(query.device))
     at_once = max(1, SCRATCH // (batch * heads * (BLOCK // stride) * total * 4))
     described = [_blocks_of(states, tile["N"]) for states in (key, value)] if tile["TMA"] else (key, value)
     means = (_means(key), _means(value)) if correct else (None, None)
