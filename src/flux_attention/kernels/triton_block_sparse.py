@@ -109,6 +109,12 @@ def attend_tile(dim: int, capability: tuple[int, int], shared: int) -> dict[str,
     return tile | dict(maxnreg=128) if tile["TMA"] else tile
 
 
+def rows_at_once(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, stride: int) -> int:
+    """Count the blocks of queries whose scores may be held at a time."""
+    blocks = triton.cdiv(key_BKTD.shape[2], BLOCK)
+    return max(1, SCRATCH // (query_BHSD.shape[:2].numel() * (BLOCK // stride) * blocks * 4))
+
+
 def _means(states_BKTD: torch.Tensor) -> torch.Tensor:
     whole = states_BKTD.shape[2] // BLOCK * BLOCK
     means = states_BKTD[:, :, :whole].unflatten(2, (-1, BLOCK)).mean(3, dtype=torch.float32)
@@ -135,7 +141,7 @@ def block_sparse(
     keys = key.shape[2]
     first, total = (keys - length) // BLOCK, triton.cdiv(keys, BLOCK)
     output, tile = _like(query), attend_tile(dim, capability(query.device), shared_memory(query.device))
-    at_once = max(1, SCRATCH // (batch * heads * (BLOCK // stride) * total * 4))
+    at_once = rows_at_once(query, key, stride)
     described = [_blocks_of(states, tile["N"]) for states in (key, value)] if tile["TMA"] else (key, value)
     means = (_means(key), _means(value)) if correct else (None, None)
     mean_strides = means[0].stride()[:3] if correct else (0, 0, 0)
