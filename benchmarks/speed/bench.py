@@ -9,7 +9,7 @@ from typing import Any
 
 from flux_attention.results import earlier_rows, merged, write_results
 from flux_attention.sizes import SHAPES
-from speed import attention, model, timing
+from speed import attention, blocks, model, timing
 
 
 def bench(
@@ -17,6 +17,7 @@ def bench(
     shapes: Sequence[str],
     lengths: Sequence[int],
     sparsities: Sequence[float],
+    densities: Sequence[float],
     batches: Sequence[int],
     compile: bool,
     repeats: int,
@@ -29,10 +30,10 @@ def bench(
 
     Parameters
     ----------
-    what : {"attention", "prefill", "decode", "ends", "training", "packs", "memory"}
+    what : {"attention", "prefill", "decode", "ends", "training", "packs", "blocks", "memory"}
     shapes : sequence of str
         Of ``SHAPES``.
-    lengths, sparsities, batches, compile, repeats, gpu_bytes
+    lengths, sparsities, densities, batches, compile, repeats, gpu_bytes
         See the functions that measure.
     output : Path, optional
         Folder for a result file, written after every row; rows of earlier calls stay there.
@@ -64,6 +65,12 @@ def bench(
         "ends": {"ends": lambda shape: model.ends(shape, lengths, sparsities[-1], compile, repeats)},
         "training": {"training": training},
         "packs": {"packs": training},
+        "blocks": {
+            "blocks": lambda shape: blocks.blocks(shape, lengths, densities),
+            "e2e_blocks": lambda shape: blocks.block_prefill(
+                shape, lengths, sparsities[-1], densities[0], compile, repeats
+            ),
+        },
         "memory": {"memory": lambda shape: model.memory(shape, lengths, sparsities, gpu_bytes)},
     }
     if what not in measures:

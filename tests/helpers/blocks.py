@@ -69,3 +69,13 @@ def expected_output(query, key, value, scale, blocks, correct):
                         values = torch.cat([values, v[n * BLOCK : (n + 1) * BLOCK].mean(0)[None]])
             output[head, row] = scores.softmax(0) @ values
     return output
+
+
+def structured(length, keys, heads=4, kv_heads=2, dim=16, seed=0, batch=1):
+    """Queries and keys with structure, so that few blocks hold most of the attention."""
+    generator = torch.Generator().manual_seed(seed)
+    topics = torch.randn(6, dim, generator=generator)
+    what = torch.randint(6, (-(-keys // 64),), generator=generator).repeat_interleave(64)[:keys]
+    query = torch.randn(batch, heads, length, dim, generator=generator) + 2 * topics[what[keys - length :]]
+    key = torch.randn(batch, kv_heads, keys, dim, generator=generator) + 2 * topics[what]
+    return query, key, torch.randn(batch, kv_heads, keys, dim, generator=generator)

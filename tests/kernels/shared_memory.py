@@ -10,17 +10,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flux_attention.kernels import triton_attention, triton_decode, triton_prefill
+from flux_attention.kernels import (
+    triton_attention,
+    triton_block_scores,
+    triton_block_sparse,
+    triton_decode,
+    triton_paged,
+    triton_prefill,
+)
 
 TYPES = {
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "table_ptr": "*i64", "lengths_ptr": "*i32", "state_ptr": "*fp32",
     "top_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32",
-    "tiles_ptr": "*i32", "blocks_ptr": "*i32", "spans_ptr": "*i32", "sizes_ptr": "*i32",
+    "tiles_ptr": "*i32", "blocks_ptr": "*i32", "spans_ptr": "*i32", "sizes_ptr": "*i32", "starts_ptr": "*i32",
+    "routes_ptr": "*u8", "list_ptr": "*i32",
+    "share_ptr": "*fp32", "score_ptr": "*fp32",
     "scale": "fp32", "scale_log2": "fp32",
 }  # fmt: skip
+#: Strides of pages: of a page, a token and a head.
+PAGED = "kn", "kp", "kk", "vn", "vp", "vk"
 
 
-def shared(kernel, capability, constants, **options):
+def shared(kernel, capability, constants, types=TYPES, loop=True, **options):
     names = kernel.arg_names  # addresses and strides are multiples of 16
     signature, attributes = {}, {}
     for place, name in enumerate(names):
@@ -30,19 +41,21 @@ def shared(kernel, capability, constants, **options):
         if constants.get("TMA") and name in ("key_ptr", "value_ptr"):
             signature[name] = f"tensordesc<bf16[1, 1, {constants['N']}, {constants['D']}]>"
             continue
-        signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        signature[name] = types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         if name.endswith("_ptr") or name.rsplit("_", 1)[-1] in (
             "b",
             "h",
             "s",
             "t",
+            "n",
+            *PAGED,
         ):
             attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert "cp.async" in compiled.asm["ptx"], f"{kernel} waits for what it loads"
+    assert not loop or "cp.async" in compiled.asm["ptx"], f"{kernel} waits for what it loads"
     return compiled.metadata.shared
 
 
@@ -55,7 +68,37 @@ def main(capability, limit):
         tile = triton_decode.decode_tile(dim, limit)
         constants = dict(G=4, D=dim, GROUP=16, SPLITS=64, N=tile.pop("N"))
         used[f"decode {dim}"] = shared(triton_decode._decode, capability, constants, **tile)
+        used |= paged(dim, capability) | blocks(dim, capability, limit)
     print(json.dumps(used))
+
+
+def blocks(dim, capability, limit):
+    """What the kernels of block-sparse prefill take."""
+    sizes, options = triton_block_scores.score_tile(dim)
+    shape = dict(H=8, G=4, D=dim, STRIDE=16, PER=8)
+    used = {f"block scores {dim}": shared(triton_block_scores._tile_scores, capability, shape | sizes, **options)}
+    tile = triton_block_sparse.attend_tile(dim, divmod(capability, 10), limit)
+    shape = dict(G=4, D=dim, M=128, N=tile.pop("N"), TMA=tile.pop("TMA"))
+    types = TYPES | {"count_ptr": "*i32", "chosen_ptr": "*u8"}
+    constants = dict(H=8, STRIDE=16, PER=8, MASS=True, NP=2048, score_ptr=None)
+    used[f"selection {dim}"] = shared(triton_block_scores._select, capability, constants, types, loop=False)
+    for name in ("", ", corrected"):
+        missing = {} if name else dict.fromkeys(("chosen_ptr", "mean_key_ptr", "mean_value_ptr"))
+        used[f"selected blocks {dim}{name}"] = shared(
+            triton_block_sparse._attend, capability, shape | missing, types, **tile
+        )
+    return used
+
+
+def paged(dim, capability):
+    """What the kernels over pages take."""
+    types = TYPES | {"table_ptr": "*i32"}
+    shape = dict(G=4, D=dim, P=16, stride_kd=1, stride_vd=1)
+    sizes, options = triton_paged.prefill_tile(dim)
+    used = {f"paged prefill {dim}": shared(triton_paged._sparse_prefill, capability, shape | sizes, types, **options)}
+    sizes, options = triton_paged.decode_tile(dim)
+    constants = dict(shape, GROUP=16, SPLITS=64, AHEAD=8, **sizes)
+    return used | {f"paged decode {dim}": shared(triton_paged._decode, capability, constants, types, **options)}
 
 
 def prefill(kind, missing, dim, capability, limit):

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.blocks import BLOCK, expected_output, naive_mass, naive_maximum, naive_scores
+from helpers.blocks import structured as states
 from helpers.oracles import error, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,16 +17,6 @@ from flux_attention.patterns import FULL_PATTERNS, SPARSE_PATTERNS, BlockSparse,
 
 #: The module, which the package has a function of the same name in place of.
 block_sparse = import_module("flux_attention.kernels.block_sparse")
-
-
-def states(length, keys, heads=4, kv_heads=2, dim=16, seed=0, batch=1):
-    """Queries and keys with structure, so that few blocks hold most of the attention."""
-    generator = torch.Generator().manual_seed(seed)
-    topics = torch.randn(6, dim, generator=generator)
-    what = torch.randint(6, (-(-keys // 64),), generator=generator).repeat_interleave(64)[:keys]
-    query = torch.randn(batch, heads, length, dim, generator=generator) + 2 * topics[what[keys - length :]]
-    key = torch.randn(batch, kv_heads, keys, dim, generator=generator) + 2 * topics[what]
-    return query, key, torch.randn(batch, kv_heads, keys, dim, generator=generator)
 
 
 @settings(max_examples=8, deadline=None)

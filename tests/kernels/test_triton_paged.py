@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from flux_attention.kernels.triton_paged import PagedWorkspace, decode, sparse_prefill
 from flux_attention.patterns import Full, Streaming
 
-PAGE = 16
 #: KV heads, query heads of each, head dim: small ones for the interpreter, and those of models.
 SHAPES = {"cpu": [(1, 1, 16), (2, 3, 32), (1, 7, 64)], "cuda": [(2, 7, 64), (8, 4, 128), (2, 2, 256), (1, 1, 16)]}
 
@@ -22,11 +21,11 @@ def in_layout_of(version, key_NPKD, value_NPKD):
     return both.transpose(1, 2).split(key_NPKD.shape[-1], dim=-1)
 
 
-def rows_in_pages(lengths, kv_heads, dim, sink, window, routes, generator, device, dtype):
+def rows_in_pages(lengths, kv_heads, dim, sink, window, routes, generator, device, dtype, page=16):
     """Keys and values of rows of these lengths, in pages that lie anywhere; NaN wherever no kernel may look."""
-    pages = [-(-length // PAGE) for length in lengths]
+    pages = [-(-length // page) for length in lengths]
     order = torch.randperm(sum(pages) + 3, generator=generator)[: sum(pages)] + 1
-    key, value = torch.full((2, sum(pages) + 4, PAGE, kv_heads, dim), float("nan"))
+    key, value = torch.full((2, sum(pages) + 4, page, kv_heads, dim), float("nan"))
     table = torch.zeros(len(lengths), max(pages) + 1, dtype=torch.int32)
     states, taken = [], 0
     for row, (length, count) in enumerate(zip(lengths, pages, strict=True)):
@@ -36,10 +35,10 @@ def rows_in_pages(lengths, kv_heads, dim, sink, window, routes, generator, devic
         k, v = torch.randn(2, length, kv_heads, dim, generator=generator).to(dtype).float()
         states.append((k, v))
         for buffer, new in ((key, k), (value, v)):
-            flat = torch.full((count * PAGE, kv_heads, dim), float("nan"))
+            flat = torch.full((count * page, kv_heads, dim), float("nan"))
             flat[:length] = new
-            buffer[mine] = flat.view(count, PAGE, kv_heads, dim)
-        first, last = -(-sink // PAGE), (length - window) // PAGE
+            buffer[mine] = flat.view(count, page, kv_heads, dim)
+        first, last = -(-sink // page), (length - window) // page
         if not routes[row] and last > first:  # pages between sink and window went back, whoever has them now
             key[mine[first:last]] = value[mine[first:last]] = float("nan")
     routes_N = torch.zeros(len(key), dtype=torch.uint8)
@@ -62,8 +61,8 @@ def expected(query_SHD, key_TKD, value_TKD, pattern):
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_sparse_rows_see_sink_and_window_and_full_rows_are_left_alone(device, data):
-    sink, window = data.draw(st.sampled_from([0, 5, 32])), data.draw(st.sampled_from([1, 7, 40]))
-    lengths = data.draw(st.lists(st.integers(1, 190), min_size=1, max_size=3))
+    sink, window = data.draw(st.sampled_from([0, 5, 32])), data.draw(st.sampled_from([1, 40, 200]))
+    lengths = data.draw(st.lists(st.integers(1, 450), min_size=1, max_size=3))
     queries = [data.draw(st.integers(1, length)) for length in lengths]
     routes = [data.draw(st.booleans()) for _ in lengths]
     kv_heads, group, dim = data.draw(st.sampled_from(SHAPES[device]))
@@ -71,8 +70,9 @@ def test_sparse_rows_see_sink_and_window_and_full_rows_are_left_alone(device, da
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     # The chunk's first query needs the window before it.
     states, key, value, table, routes_N = rows_in_pages(
-        lengths, kv_heads, dim, sink, window + max(queries), routes, generator, device, dtype
-    )
+        lengths, kv_heads, dim, sink, window + max(queries), routes, generator, device, dtype,
+        page=data.draw(st.sampled_from([16, 32, 64, 128])),
+    )  # fmt: skip
     query = torch.randn(sum(queries), kv_heads * group, dim, generator=generator).to(device, dtype)
     output = torch.full_like(query, float("nan"))
     starts = torch.tensor([0, *queries], device=device).cumsum(0).int()
@@ -100,8 +100,9 @@ def test_a_step_of_rows_of_all_routes_and_lengths(device, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     states, key, value, table, routes_N = rows_in_pages(
-        lengths, kv_heads, dim, sink, window, routes, generator, device, dtype
-    )
+        lengths, kv_heads, dim, sink, window, routes, generator, device, dtype,
+        page=data.draw(st.sampled_from([16, 64])),
+    )  # fmt: skip
     padding = data.draw(st.integers(0, 2))  # rows that a CUDA graph has beyond the batch
     table = torch.cat([table, table.new_zeros(padding, table.shape[1])])
     rows = len(lengths) + padding

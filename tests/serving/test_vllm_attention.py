@@ -1,6 +1,8 @@
 """A step of rows of all kinds through the attention of either platform; that of GPUs by Triton's interpreter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_attention.patterns import Full, Streaming
-from flux_attention.serving.backend import OnCpu, OnGpu, RoutedLayer
+from flux_attention.serving.backend import DecodeGraphs, OnCpu, OnGpu, RoutedLayer
 from flux_attention.serving.routes import Unrotation
 
 PAGE, DIM, HEADS, KV_HEADS, SINK, WINDOW = 16, 16, 4, 2, 20, 24
@@ -111,3 +113,41 @@ def test_full_rows_are_vllms_and_sparse_ones_ours(platform, data):
             assert not hasattr(impl, "rows")
         else:
             assert impl.rows == [length * full for length, full in zip(lengths, routes, strict=True)]
+
+
+@dataclass
+class Built:
+    """Metadata, and the builder that made it."""
+
+    by: int
+    starts: torch.Tensor
+    max_seq_len: int
+    block_table: object = None
+
+
+def test_builders_of_a_step_share_what_they_build():
+    class Own:
+        def __init__(self, number):
+            self.number = number
+
+        def build(self, common_prefix_len, common, fast_build):
+            return Built(self.number, common.query_start_loc, common.max_seq_len, common.block_table_tensor)
+
+        def update_block_table(self, metadata, table, slots):
+            return replace(metadata, block_table=table)
+
+    class Builder(DecodeGraphs, Own):
+        latest: ClassVar = [(), None]
+
+    def common(table, **other):
+        return SimpleNamespace(**{**step, **other}, block_table_tensor=table, slot_mapping=None)
+
+    first, second = Builder(0), Builder(1)
+    starts = torch.tensor([0, 1])
+    step = dict(num_reqs=1, num_actual_tokens=1, max_query_len=1, max_seq_len=9, causal=True)
+    step |= dict(query_start_loc=starts, seq_lens=torch.tensor([9]))
+    assert first.build(0, common("a")) == Built(0, starts, 9, "a")
+    assert second.build(0, common("b")) == Built(0, starts, 9, "b")
+    assert second.build(0, common("b", max_seq_len=10)) == Built(1, starts, 10, "b")
+    later = torch.tensor([0, 1])  # the same numbers elsewhere: what is there may change
+    assert first.build(0, common("a", max_seq_len=10, query_start_loc=later)).by == 0

@@ -13,7 +13,6 @@ blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +23,6 @@ BLOCK = 128
 ROWS, MASK_SIZE = 8, 2**28
 #: By the maximum, what is kept always: the first key blocks, the last ones, and all of the last query blocks.
 FIRST, LAST, LAST_ROWS = 2, 4, 1
-
-#: Takes float32 scores (B, H, M, N), the number of the first query block, and how many the prompt has; returns bool
-#: (B, H, M, N).
-Select = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 def _tiles(states: torch.Tensor, stride: int, before: int, behind: int, reverse: bool) -> torch.Tensor:
@@ -126,12 +121,17 @@ def by_maximum(scores_BHMN: torch.Tensor, first: int, total: int, share: torch.T
     return (chosen | always) & (columns <= rows)
 
 
+#: How blocks are selected: float32 scores (B, H, M, N) become bool (B, H, M, N).
+SELECT = {"mass": by_mass, "maximum": by_maximum}
+
+
 def block_sparse(
     query_BHSD: torch.Tensor,
     key_BKTD: torch.Tensor,
     value_BKTD: torch.Tensor,
     scale: float,
-    select: Select,
+    select: str,
+    share: torch.Tensor,
     stride: int = 16,
     correct: bool = False,
 ) -> torch.Tensor:
@@ -142,8 +142,10 @@ def block_sparse(
     ----------
     query_BHSD, key_BKTD, value_BKTD, scale
         As in ``kernels.full``.
-    select : callable
-        ``by_mass`` or ``by_maximum``, with its share.
+    select : {"mass", "maximum"}
+        See ``by_mass`` and ``by_maximum``.
+    share : torch.Tensor
+        float32 (1) or (H).
     stride : int
         See ``block_scores``.
     correct : bool
@@ -159,7 +161,7 @@ def block_sparse(
         count = min(most, total - first_block - row)
         first = first_block + row
         scores = block_scores(query_BHSD, key_BKTD, stride, scale, row, count)
-        blocks = select(scores, first, total)  # (B, H, M, N)
+        blocks = SELECT[select](scores, first, total, share)  # (B, H, M, N)
         start, stop = max(first * BLOCK, offset), min((first + count) * BLOCK, keys)
         i = torch.arange(start, stop, device=query_BHSD.device)
         j = torch.arange(stop, device=query_BHSD.device)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from flux_attention.kernels import block_sparse as blocks
 from flux_attention.kernels import dense, reference
-from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on
+from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, to_device
 from flux_attention.kernels.packs import Pack
 
 
@@ -72,6 +73,35 @@ def streaming(
     if triton := _triton_prefill(query_BHSD):
         return triton.attention(query_BHSD, key_BKTD, value_BKTD, sink, window, scale)
     return reference.streaming(query_BHSD, key_BKTD, value_BKTD, sink, window, scale)
+
+
+def block_sparse(
+    query_BHSD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    scale: float,
+    select: str,
+    share: torch.Tensor,
+    stride: int = 16,
+    correct: bool = False,
+) -> torch.Tensor:
+    """
+    Compute attention of the last S of T positions to the blocks of keys that are selected; exact inside them.
+
+    Parameters
+    ----------
+    query_BHSD, key_BKTD, value_BKTD, scale
+        As in ``full``.
+    select, share, stride, correct
+        See ``kernels.block_sparse.block_sparse``; ``share`` on any device.
+    """
+    share = to_device(share, query_BHSD.device)
+    if _triton_prefill(query_BHSD):
+        from flux_attention.kernels import triton_block_sparse  # only where Triton is installed
+
+        run = triton_block_sparse.block_sparse
+        return run(query_BHSD, key_BKTD, value_BKTD, scale, select == "mass", share, stride, correct)
+    return blocks.block_sparse(query_BHSD, key_BKTD, value_BKTD, scale, select, share, stride, correct)
 
 
 def packed(

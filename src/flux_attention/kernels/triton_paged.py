@@ -114,6 +114,18 @@ def _sparse_prefill(
             )  # fmt: skip
 
 
+def prefill_tile(dim: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of ``sparse_prefill``'s blocks for heads of this dimension, and how they are compiled."""
+    return dict(M=128 if dim <= 128 else 64, N=64 if dim <= 128 else 32), dict(
+        num_warps=8 if dim >= 128 else 4, num_stages=2
+    )
+
+
+def decode_tile(dim: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of ``decode``'s blocks for heads of this dimension, and how they are compiled."""
+    return dict(N=64 if dim <= 128 else 32), dict(num_warps=4, num_stages=3)
+
+
 def sparse_prefill(
     query_THD: torch.Tensor,
     key_NPKD: torch.Tensor,
@@ -152,15 +164,14 @@ def sparse_prefill(
     """
     tokens, heads, dim = query_THD.shape
     rows = len(lengths_B)
-    tile = dict(M=128 if dim <= 128 else 64, N=64 if dim <= 128 else 32)
+    sizes, options = prefill_tile(dim)
     with on_device(query_THD):
-        _sparse_prefill[(tokens // tile["M"] + rows, heads)](
+        _sparse_prefill[(tokens // sizes["M"] + rows, heads)](
             query_THD, key_NPKD, value_NPKD, output_THD, table_BM, starts, lengths_B, routes_N, rows,
             *query_THD.stride()[:2], *output_THD.stride()[:2], table_BM.stride(0),
             *key_NPKD.stride(), *value_NPKD.stride(),
             sink, window, scale * LOG2E.value,
-            G=heads // key_NPKD.shape[2], D=dim, P=key_NPKD.shape[1], **tile,
-            num_warps=8 if dim >= 128 else 4, num_stages=2,
+            G=heads // key_NPKD.shape[2], D=dim, P=key_NPKD.shape[1], **sizes, **options,
         )  # fmt: skip
 
 
@@ -172,7 +183,9 @@ def _decode(
     stride_kn, stride_kp, stride_kk, stride_kd, stride_vn, stride_vp, stride_vk, stride_vd,
     sink, window, scale_log2,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr = 8,
 ):  # fmt: skip
+    # long: one launch does it all, as a step is bound by launches and reads
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     full = tl.load(routes_ptr + tl.load(table_ptr + row * stride_tb).to(tl.int64)) != 0
@@ -208,25 +221,31 @@ def _decode(
         else:
             place = row * tl.num_programs(0) + head
             mine = (place * SPLITS + split) * GROUP + group
-            tl.store(state_ptr + mine.to(tl.int64)[:, None] * D + dims[None, :], acc)
+            tl.store(state_ptr + mine.to(tl.int64)[:, None] * D + dims[None, :], acc, mask=real)
             tl.store(top_ptr + mine, top)
             tl.store(total_ptr + mine, total)
             tl.debug_barrier()
             # The program that comes last merges the splits; it sees what the others stored before they counted.
             if tl.atomic_add(count_ptr + place, 1, sem="acq_rel") == splits - 1:
-                best = tl.full([GROUP], float("-inf"), tl.float32)
-                for other in range(splits):
-                    theirs = (place * SPLITS + other) * GROUP + group
-                    best = tl.maximum(best, tl.load(top_ptr + theirs, cache_modifier=".cg"))
-                total = tl.zeros([GROUP], tl.float32)
+                tl.debug_barrier()
+                others = tl.arange(0, SPLITS)
+                theirs = (place * SPLITS + others)[:, None] * GROUP + group[None, :]
+                there = (others < splits)[:, None]
+                tops = tl.load(top_ptr + theirs, mask=there, other=float("-inf"), cache_modifier=".cg")
+                best = tl.max(tops, 0)
+                totals = tl.load(total_ptr + theirs, mask=there, other=0.0, cache_modifier=".cg")
+                total = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
                 acc = tl.zeros([GROUP, D], tl.float32)
-                for other in range(splits):
-                    theirs = (place * SPLITS + other) * GROUP + group
-                    weight = tl.exp2(tl.load(top_ptr + theirs, cache_modifier=".cg") - best)
-                    total += weight * tl.load(total_ptr + theirs, cache_modifier=".cg")
-                    acc += weight[:, None] * tl.load(
-                        state_ptr + theirs.to(tl.int64)[:, None] * D + dims[None, :], cache_modifier=".cg"
-                    )
+                # Some at a time, so that the next ones are on their way while the first are added.
+                for start in range(0, splits, AHEAD):
+                    for other in tl.static_range(AHEAD):
+                        at = (place * SPLITS + start + other) * GROUP + group
+                        more = (start + other + tl.zeros([GROUP], tl.int32) < splits) & (group < G)
+                        weight = tl.load(top_ptr + at, mask=more, other=float("-inf"), cache_modifier=".cg")
+                        acc += tl.exp2(weight - best)[:, None] * tl.load(
+                            state_ptr + at.to(tl.int64)[:, None] * D + dims[None, :],
+                            mask=more[:, None], other=0.0, cache_modifier=".cg",
+                        )  # fmt: skip
                 tl.store(output, (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=real)
                 tl.store(count_ptr + place, 0)
 
@@ -284,6 +303,7 @@ def decode(
     rows, heads, dim = query_BHD.shape
     kv_heads = key_NPKD.shape[2]
     splits = workspace.splits(rows, kv_heads)
+    sizes, options = decode_tile(dim)
     with on_device(query_BHD):
         _decode[(kv_heads, rows, splits)](
             query_BHD, key_NPKD, value_NPKD, output_BHD, table_BM, lengths_B, routes_N,
@@ -292,5 +312,5 @@ def decode(
             *key_NPKD.stride(), *value_NPKD.stride(),
             sink, window, scale * LOG2E.value,
             G=heads // kv_heads, GROUP=workspace.group, D=dim, P=key_NPKD.shape[1],
-            N=64 if dim <= 128 else 32, SPLITS=splits, num_warps=4, num_stages=3,
+            SPLITS=splits, **sizes, **options,
         )  # fmt: skip

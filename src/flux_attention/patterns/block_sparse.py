@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,9 +12,6 @@ from flux_attention.errors import FluxConfigError, UnsupportedModelError
 from flux_attention.patterns.base import Pattern
 from flux_attention.patterns.full import Full
 from flux_attention.patterns.streaming import Streaming, rows_by_length
-
-#: How blocks are selected, and what does it.
-SELECT = {"mass": kernels.by_mass, "maximum": kernels.by_maximum}
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,8 @@ class BlockSparse(Pattern):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         if not given:
             raise FluxConfigError("threshold is empty, expected one number, or one for each head")
-        if self.select not in SELECT:
-            raise FluxConfigError(f"select is {self.select!r}, expected one of {list(SELECT)}")
+        if self.select not in kernels.SELECT:
+            raise FluxConfigError(f"select is {self.select!r}, expected one of {list(kernels.SELECT)}")
         if not isinstance(self.stride, int) or isinstance(self.stride, bool) or self.stride not in (4, 8, 16, 32, 64):
             raise FluxConfigError(f"stride is {self.stride!r}, expected 4, 8, 16, 32 or 64")
         if not isinstance(self.correct, bool):
@@ -91,7 +87,7 @@ class BlockSparse(Pattern):
             raise UnsupportedModelError(
                 f"there are {threshold.numel()} thresholds, expected 1 or {heads}, one each head"
             )
-        select = partial(SELECT[self.select], share=kernels.to_device(threshold, query_BHSD.device))
+        threshold = kernels.to_device(threshold, query_BHSD.device)
         width, keys = query_BHSD.shape[2], key_BKTD.shape[2]
         # Only whole prompts may be of unlike lengths, or followed by other tokens.
         lengths = prompt_lengths if prompt_lengths and width == keys else [width] * len(query_BHSD)
@@ -100,8 +96,9 @@ class BlockSparse(Pattern):
             query, key, value = (part[rows] for part in states)
             seen = keys - width + length
             output[rows, :, :length] = kernels.block_sparse(
-                query[:, :, :length], key[:, :, :seen], value[:, :, :seen], scale, select, self.stride, self.correct
-            )
+                query[:, :, :length], key[:, :, :seen], value[:, :, :seen], scale,
+                self.select, threshold, self.stride, self.correct,
+            )  # fmt: skip
             if length < width:
                 output[rows, :, length:] = self.later.prefill(query[:, :, length:], key, value, scale)
         return output

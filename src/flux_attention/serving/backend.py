@@ -8,7 +8,7 @@ Shape suffixes: T tokens of all rows, B rows (sequences), N pages, P tokens of a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.platforms import current_platform
@@ -170,13 +170,33 @@ class OnCpu(RoutedAttention):
 
 
 class DecodeGraphs:
-    """Stands before a metadata builder: CUDA graphs hold decode steps alone, as others need vLLM's attention too."""
+    """
+    Stands before a metadata builder: CUDA graphs hold decode steps alone, as others need vLLM's attention too.
+
+    Each routed layer is a KV cache group with a builder of its own. What they build for a step differs in the block
+    table and in where new tokens go, so all but the first copy the rest.
+    """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    #: What the last metadata was built of, and that; of all builders in the process.
+    latest: ClassVar[list[Any]] = [(), None]
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         """Build metadata without vLLM's schedule, which would be for other lengths than those that it is used with."""
-        return super().build(common_prefix_len, common_attn_metadata, fast_build=True)
+        common = common_attn_metadata
+        told = common.num_reqs, common.num_actual_tokens, common.max_query_len, common.max_seq_len, common.causal
+        made_of = (common.query_start_loc, common.seq_lens, common_prefix_len, *told)
+        before, metadata = self.latest
+        if len(before) == len(made_of) and all(map(_same, before, made_of)):
+            return self.update_block_table(metadata, common.block_table_tensor, common.slot_mapping)
+        self.latest[:] = made_of, super().build(common_prefix_len, common, fast_build=True)
+        return self.latest[1]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two are the same tensor, or equal numbers."""
+    numbers = not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor)
+    return one is other or (numbers and one == other)
 
 
 def _flash() -> type:

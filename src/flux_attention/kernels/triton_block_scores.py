@@ -1,0 +1,182 @@
+"""Scores blocks of keys for each block of queries, and selects some, by Triton kernels for NVIDIA GPUs.
+
+``block_sparse`` defines what is computed. The scores are a matrix product, of tiles of ``stride`` tokens, one behind
+the other; each program keeps one number of a tile of queries and a block of keys: the log-sum-exp of the tiles in it. A
+second kernel makes shares of these and selects: by the maximum at once, by mass by bisection instead of a sort. It
+leaves lists of blocks, on the device, so that nothing waits.
+
+Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, G = H / K, D head dim, M query blocks,
+N key blocks, R query tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from flux_attention.kernels.block_sparse import BLOCK, FIRST, LAST, LAST_ROWS
+from flux_attention.kernels.device import on_device
+from flux_attention.kernels.triton_attention import LOG2E
+
+#: Steps of the bisection: the highest score is told from one that is smaller by a factor of 2 ** -STEPS.
+STEPS = tl.constexpr(26)
+
+
+@triton.jit(do_not_specialize=["offset", "T", "first", "tiles", "blocks"])
+def _tile_scores(
+    query_ptr, key_ptr, lse_ptr, query_b, query_h, query_s, key_b, key_h, key_t,
+    offset, T, first, tiles, blocks, scale_log2,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Compute, of M tiles of queries, the log-sum-exps (base 2) over the tiles of each of N / PER blocks of keys."""
+    i = tl.program_id(0) * M + tl.arange(0, M)
+    j = tl.program_id(1) * N + tl.arange(0, N)
+    batch, head = (tl.program_id(2) // H).to(tl.int64), (tl.program_id(2) % H).to(tl.int64)
+    # What lies behind the queries is never asked for.
+    if tl.program_id(1) * N < first + (tl.program_id(0) + 1) * M:
+        query_ptr += batch * query_b + head * query_h
+        key_ptr += batch * key_b + head // G * key_h
+        scores = tl.zeros([M, N], tl.float32)
+        for step in tl.range(0, STRIDE * (D // C)):
+            token, dims = step // (D // C), step % (D // C) * C + tl.arange(0, C)
+            queries = (first + i) * STRIDE + STRIDE - 1 - token  # in reverse order
+            keys = j * STRIDE + token
+            query = tl.load(
+                query_ptr + (queries - offset).to(tl.int64)[:, None] * query_s + dims[None, :],
+                mask=((queries >= offset) & (queries < T))[:, None], other=0.0,
+            )  # fmt: skip
+            key = tl.load(
+                key_ptr + keys.to(tl.int64)[:, None] * key_t + dims[None, :], mask=(keys < T)[:, None], other=0.0
+            )
+            scores = tl.dot(query, key.T, scores)
+        seen = (j[None, :] <= first + i[:, None]) & (j * STRIDE < T)[None, :]
+        scores = tl.where(seen, scores * scale_log2, float("-inf")).reshape([M, N // PER, PER])
+        top = tl.max(scores, 2)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        lse = top + tl.log2(tl.sum(tl.exp2(scores - top[:, :, None]), 2))
+        block = tl.program_id(1) * (N // PER) + tl.arange(0, N // PER)
+        place = tl.program_id(2).to(tl.int64) * tiles + i
+        there = (i < tiles)[:, None] & (block < blocks)[None, :]
+        tl.store(lse_ptr + place[:, None] * blocks + block[None, :], lse, mask=there)
+
+
+@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "total"])
+def _select(
+    lse_ptr, share_ptr, list_ptr, count_ptr, chosen_ptr, score_ptr, offset, T, first, blocks, total, share_h,
+    H: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, MASS: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """List the blocks of keys that a block of queries of a head sees, in order: its own is the last."""
+    row, place = first + tl.program_id(0), tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    n = tl.arange(0, NP)
+    seen = n <= row
+    score = tl.zeros([NP], tl.float32)
+    for tile in tl.static_range(PER):
+        i = row * PER + tile
+        real = ((i + 1) * STRIDE > offset) & (i * STRIDE < T)
+        lse = tl.load(lse_ptr + (place * PER + tile) * blocks + n, mask=seen & real, other=float("-inf"))
+        top = tl.max(lse, 0)
+        weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+        sum = tl.sum(weight, 0)
+        score += weight / tl.where(sum > 0, sum, 1.0)
+    if score_ptr is not None:
+        tl.store(score_ptr + place * blocks + n, score, mask=n < blocks)
+    share = tl.load(share_ptr + tl.program_id(1) % H * share_h)
+    if MASS:
+        forced = (n == row) | (n == 0)
+        held, wanted = tl.sum(tl.where(forced, score, 0.0), 0), share * tl.sum(score, 0)
+        others = tl.where(forced, 0.0, score)
+        # The scores above ``low`` hold enough, with those that are forced; the scores above ``high`` do not.
+        low, high = tl.zeros([], tl.float32), tl.max(others, 0)
+        for _ in tl.range(STEPS):
+            middle = (low + high) * 0.5
+            enough = held + tl.sum(tl.where(others > middle, others, 0.0), 0) >= wanted
+            low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        low = tl.where(held < wanted, low, float("inf"))
+        chosen = forced | (others > tl.where(share < 1.0, low, -1.0))
+    else:
+        always = (n < FIRST_BLOCKS) | (n > row - LAST_BLOCKS) | (row >= total - ALL_ROWS)
+        chosen = (score >= share * tl.max(score, 0)) | always
+    chosen &= seen
+    if chosen_ptr is not None:
+        tl.store(chosen_ptr + place * blocks + n, chosen.to(tl.uint8), mask=n < blocks)
+    where = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(list_ptr + place * blocks + where, n, mask=chosen)
+    tl.store(count_ptr + place, tl.sum(chosen.to(tl.int32), 0))
+
+
+FIRST_BLOCKS, LAST_BLOCKS, ALL_ROWS = tl.constexpr(FIRST), tl.constexpr(LAST), tl.constexpr(LAST_ROWS)
+
+
+def score_tile(dim: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of the scores' product for heads of this dimension, and how it is compiled."""
+    return dict(M=128, N=128, C=min(dim, 64)), dict(num_warps=8, num_stages=3)
+
+
+def select_blocks(
+    query_BHSD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    stride: int,
+    scale: float,
+    share: torch.Tensor,
+    mass: bool,
+    first: int,
+    count: int,
+    *,
+    masks: bool = False,
+    scores: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """
+    Select blocks of keys for some blocks of queries; see ``block_sparse`` for what.
+
+    Parameters
+    ----------
+    query_BHSD, key_BKTD : torch.Tensor
+        bf16 or fp16, rows in one piece; the last S of T positions.
+    stride : int
+        Divides ``BLOCK``.
+    scale : float
+        Of exact attention.
+    share : torch.Tensor
+        float32 (1) or (H), on the same device.
+    mass : bool
+        Select by mass; else by the maximum.
+    first, count : int
+        Blocks of queries, counted from the first block of keys.
+    masks, scores : bool
+        Whether to return these, too.
+
+    Returns
+    -------
+    lists : torch.Tensor
+        int32 (B, H, M, N): the numbers of the blocks that are selected, in order; the queries' own is the last.
+    counts : torch.Tensor
+        int32 (B, H, M), how many they are; what stands behind them is not defined.
+    chosen, score : torch.Tensor or None
+        uint8 and float32 (B, H, M, N), where they were asked for; undefined behind the queries' own block.
+    """
+    batch, heads, length, dim = query_BHSD.shape
+    keys, per_block = key_BKTD.shape[2], BLOCK // stride
+    total, tiles = triton.cdiv(keys, BLOCK), count * per_block
+    sizes, options = score_tile(dim)
+    made = dict(device=query_BHSD.device)
+    lse = torch.empty(batch * heads, tiles, total, dtype=torch.float32, **made)
+    shape = batch, heads, count, total
+    lists, counts = torch.empty(shape, dtype=torch.int32, **made), torch.empty(shape[:3], dtype=torch.int32, **made)
+    chosen = torch.empty(shape, dtype=torch.uint8, **made) if masks else None
+    score = torch.empty(shape, dtype=torch.float32, **made) if scores else None
+    columns = triton.cdiv((first + count) * per_block, sizes["N"])  # to the last query's own
+    constants = dict(H=heads, STRIDE=stride, PER=per_block)
+    with on_device(query_BHSD):
+        _tile_scores[(triton.cdiv(tiles, sizes["M"]), columns, batch * heads)](
+            query_BHSD, key_BKTD, lse, *query_BHSD.stride()[:3], *key_BKTD.stride()[:3],
+            keys - length, keys, first * per_block, tiles, total, scale / stride * LOG2E.value,
+            G=heads // key_BKTD.shape[1], D=dim, **constants, **sizes, **options,
+        )  # fmt: skip
+        _select[(count, batch * heads)](
+            lse, share, lists, counts, chosen, score, keys - length, keys, first, total, total,
+            0 if share.numel() == 1 else 1, MASS=mass, NP=triton.next_power_of_2(first + count), **constants,
+            num_warps=8,
+        )  # fmt: skip
+    return lists, counts, chosen, score
