@@ -20,9 +20,7 @@ def playground(
 ):
     """Open a page to ask a model dense, routed and sparse: its layers light up as they are decided."""
     if find_spec("gradio") is None:
-        raise UserError(
-            "the playground needs gradio: pip install 'flux-attention[playground]' (in a checkout '.[playground]')"
-        )
+        raise UserError("gradio is not installed, which draws the page; pip install 'flux-attention[playground]'")
     check_precision(device, dtype)  # before PyTorch is imported
     subject = Subject(model, [routers] if routers else [], device, dtype)
     tokenizer = subject.tokenizer

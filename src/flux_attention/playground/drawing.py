@@ -152,10 +152,8 @@ def _card(card: Card, dense: Card) -> str:
     title, says = TITLES[card.way]
     state = f'<span class="state">{escape(card.state)}</span>' if card.state else ""
     if card.report is not None and card.way != "dense" and dense.report is not None:
-        same = card.same(dense)
-        state = (
-            f'<span class="state {"same" if same else "other"}">{"same answer" if same else "another answer"}</span>'
-        )
+        kind = "same" if card.same(dense) else "another"
+        state = f'<span class="state {kind}">{kind} answer</span>'
     answer = escape(card.text.strip()) or "&nbsp;"
     return (
         f'<section class="way" data-way="{card.way}" aria-label="{title}"><header><h3>{title}</h3><small>{says}</small>'
@@ -165,16 +163,17 @@ def _card(card: Card, dense: Card) -> str:
 
 
 def _facts(report: Report | None) -> str:
-    held = dense = prompt = speed = "–"
-    share = 0.0
+    held = prompt = speed = "–"
+    of_dense, share = "", 0.0
     if report is not None:
-        held, dense = (f"{count / 2**20:.1f} MiB" for count in (report.kv_bytes, report.baseline_kv_bytes))
+        held = f"{report.kv_bytes / 2**20:.1f} MiB"
         share = 100 * report.kv_bytes / report.baseline_kv_bytes
+        of_dense = f"{share:.0f} % of dense"
         prompt = f"{report.prefill_s:.2f} s"
         speed = f"{1 / report.token_s:.0f} tokens/s" if report.token_s else "one token"
     return (
-        f"<dl><div><dt>KV cache</dt><dd>{held} <small>{'' if report is None else f'{share:.0f} % of dense'}</small></dd>"
-        f'</div><div class="meter" aria-hidden="true"><i style="width:{share:.1f}%"></i></div>'
+        f"<dl><div><dt>KV cache</dt><dd>{held} <small>{of_dense}</small></dd></div>"
+        f'<div class="meter" aria-hidden="true"><i style="width:{share:.1f}%"></i></div>'
         f"<div><dt>reading the prompt</dt><dd>{prompt}</dd></div><div><dt>then</dt><dd>{speed}</dd></div></dl>"
     )
 

@@ -1,4 +1,4 @@
-"""Examples: the source of Python's argparse with a few facts in it, which every machine has, and questions about them."""
+"""Examples: the source of Python's argparse, which every machine has, with a few facts in it, and what to ask."""
 
 from __future__ import annotations
 

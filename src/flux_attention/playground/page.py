@@ -213,6 +213,8 @@ class Page:
             for way, card in visit.cards.items():
                 visit.cards[way] = Card(way, "waiting for its turn") if way in todo else card.changed(state="")
             for way in todo:
+                if visit.stop.is_set():
+                    break
                 yield from self._answer(visit, way, budget, is_question=bool(question.strip()))
         except PromptError as problem:
             error = str(problem)

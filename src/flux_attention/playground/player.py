@@ -113,7 +113,7 @@ class Player:
         if len(ids) > room:
             raise PromptError(
                 f"The prompt is too long: it has {len(ids):,} tokens, and this model reads at most {room:,} with "
-                f"{NEW_TOKENS} behind them for the answer. Take out about {1 - room / len(ids):.0%} of the text."
+                f"{NEW_TOKENS} behind them for the answer. Take out about {100 * (1 - room / len(ids)):.0f} % of the text."
             )
         return ids
 
