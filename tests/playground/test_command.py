@@ -46,7 +46,9 @@ def test_a_port_that_is_taken_is_named(gradio):
 
 
 def test_ctrl_c_ends_it(gradio):
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"})
+    options = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
+    )
     options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen([*COMMAND, "playground", "--device", "cpu"], **options) as process:
         try:

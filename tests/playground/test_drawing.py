@@ -46,7 +46,9 @@ def test_rows_are_about_equally_long(count, wide, narrow):
 
 def test_cards_show_what_was_answered_and_took():
     shown = {way: drawing.Card(way) for way in drawing.TITLES}
-    assert drawing.cards(shown).count("–</dd>") == 6 and drawing.summary(shown["routed"], shown["dense"], {}, "") == ""
+    assert drawing.cards(shown).count("–</dd>") == 6 and "><" in drawing.summary(
+        shown["routed"], shown["dense"], {}, ""
+    )
     shown["dense"] = drawing.Card("dense", text=" <b>Durban\n", report=report(10))
     shown["routed"] = drawing.Card("routed", text="<b>Durban", report=report(4))
     shown["sparse"] = drawing.Card("sparse", "writing", text="Ox")

@@ -66,7 +66,7 @@ def test_an_answer_ends_with_its_line(player):
 
 def test_empty_and_too_long_texts_are_told_what_to_do(player):
     for text in ("", " \n\t"):
-        with pytest.raises(PromptError, match="no text. Paste one, or pick an example"):
+        with pytest.raises(PromptError, match=r"no text\. Paste one, or pick an example"):
             player.encode(text, "What is asked?")
     with pytest.raises(PromptError, match=r"has [\d,]+ tokens, and this model reads at most 8,128 .* about 60 % of"):
         player.encode(SHORT * 17, "")

@@ -56,8 +56,8 @@ def reach(pattern: Pattern) -> str:
 def legend(pattern: Pattern) -> str:
     """Explain the strip's colours and bars."""
     entries = (
-        ('<i class="swatch full"></i>', "<b>full</b>: tokens see all tokens before them"),
-        ('<i class="swatch sparse"></i>', f"<b>sparse</b>: they see {reach(pattern)}"),
+        ('<i class="swatch full"></i>', "<b>full</b>: a token sees all tokens before it"),
+        ('<i class="swatch sparse"></i>', f"<b>sparse</b>: it sees {reach(pattern)}"),
         (
             '<i class="swatch margins"></i>',
             "<b>margin</b>: the router's score of full minus that of sparse; above the line the layer runs full",
@@ -129,7 +129,7 @@ def summary(card: Card, dense: Card, pins: Mapping[int, bool], answer: str) -> s
     """Say in a sentence or two what routing did to this prompt; ``answer`` is the right one, if it is known."""
     report = card.report
     if report is None:
-        return ""
+        return '<p class="summary"></p>'
     count, full = len(report.routes.layers), int(report.routes.routes_BL.sum())
     text = f"<b>{full} of {count} layers ran full</b> for this prompt of {report.routes.lengths[0]:,} tokens"
     if pins:
@@ -180,4 +180,4 @@ def _facts(report: Report | None) -> str:
 
 def message(text: str) -> str:
     """Draw what went wrong, and what to do."""
-    return f'<p class="message" role="alert">{escape(text)}</p>' if text else ""
+    return f'<p class="problem" role="alert">{escape(text)}</p>' if text else ""

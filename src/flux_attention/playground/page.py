@@ -116,7 +116,7 @@ class Page:
                         stop = gr.Button("Stop", min_width=80, elem_id="stop")
             message = gr.HTML(elem_id="message")
             strip = gr.HTML(
-                drawing.strip(routing.layers, {}, {}),
+                drawing.strip(routing.layers, {}, {}) + '<p class="summary"></p>',
                 html_template=f"<h2>Layers</h2>{drawing.legend(routing.sparse)}${{value}}",
                 js_on_load=CLICKS,
                 elem_id="strip",
@@ -157,8 +157,8 @@ class Page:
             "<h1>Which layers does a prompt need?</h1>"
             "<p>In a language model every layer looks back at the whole prompt, and keeps it in memory for every new "
             "token. Many prompts do not need that. A <b>route</b> is one bit for each prompt and layer: "
-            '<b class="full">full</b>, tokens see all tokens before them, or <b class="sparse">sparse</b>, they see '
-            f"{drawing.reach(routing.sparse)}, which is less to compute and to keep. Here {source}. "
+            '<b class="full">full</b>, a token sees all tokens before it, or <b class="sparse">sparse</b>, it sees '
+            f"{drawing.reach(routing.sparse)}: less to compute, and less to keep. Here {source}. "
             f'Ask, and watch the layers light up; then change the question and ask again.</p><p class="model">'
             f"{', '.join(facts)}</p>"
         )
@@ -282,9 +282,9 @@ class Page:
         return self._pinned(visit)
 
     def _pinned(self, visit: Visit):
-        note = '<p class="note">Layers are forced: ask again to see what that does.</p>' if visit.pins else ""
+        says = "Layers are forced: ask again to see what that does." if visit.pins else "Ask again."
         strip = drawing.strip(self.player.routing.layers, visit.decided, visit.pins)
-        return note, strip, gr.update(visible=bool(visit.pins))
+        return "", f'{strip}<p class="summary">{says}</p>', gr.update(visible=bool(visit.pins))
 
 
 def theme() -> gr.Theme:

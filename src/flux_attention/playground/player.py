@@ -111,9 +111,10 @@ class Player:
         ids = encode_prompt(prompt, self.tokenizer, self.has_chat)
         room = (self.positions or len(ids) + NEW_TOKENS) - NEW_TOKENS
         if len(ids) > room:
+            much = 100 * (1 - room / len(ids))
             raise PromptError(
                 f"The prompt is too long: it has {len(ids):,} tokens, and this model reads at most {room:,} with "
-                f"{NEW_TOKENS} behind them for the answer. Take out about {100 * (1 - room / len(ids)):.0f} % of the text."
+                f"{NEW_TOKENS} behind them for the answer. Take out about {much:.0f} % of the text."
             )
         return ids
 
