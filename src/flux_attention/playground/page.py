@@ -40,6 +40,8 @@ class Visit:
         What was asked last.
     answer : str
         What is right, if it is known.
+    notice : str
+        What the visitor is told while something runs.
     decided : dict of int to LayerDecided
         How it was routed.
     cards : dict of str to Card
@@ -57,7 +59,8 @@ class Visit:
         self.decided: dict[int, LayerDecided] = {}
         self.cards = {way: Card(way) for way in WAYS}
         self.pins: dict[int, bool] = {}
-        self.answer, self.stop, self.is_running, self.is_asked = "", threading.Event(), False, False
+        self.answer = self.notice = ""
+        self.stop, self.is_running, self.is_asked = threading.Event(), False, False
 
 
 class Page:
@@ -189,7 +192,7 @@ class Page:
     def _drawn(self, visit: Visit, error: str = "", is_reading: bool = False) -> tuple[str, str, str]:
         strip = drawing.strip(self.player.routing.layers, visit.decided, visit.pins, is_reading)
         summary = drawing.summary(visit.cards["routed"], visit.cards["dense"], visit.pins, visit.answer)
-        return drawing.message(error), strip + summary, drawing.cards(visit.cards)
+        return drawing.message(error or visit.notice), strip + summary, drawing.cards(visit.cards)
 
     def begin(self, request: gr.Request):
         """Show at once that answers are to come, as other visitors may be first; once, however often it is asked."""
@@ -221,7 +224,7 @@ class Page:
         except Exception as problem:  # such as too little memory: the page lives on
             error = f"The model failed, {type(problem).__name__}: {problem}. Try a shorter text."
         finally:
-            visit.is_running = False
+            visit.is_running, visit.notice = False, ""
         for way, card in visit.cards.items():
             visit.cards[way] = card.changed(state="stopped" if visit.stop.is_set() and not card.report else "")
         yield self._drawn(visit, error)
@@ -265,8 +268,8 @@ class Page:
         """Force a layer to be what it was not; or let it go."""
         visit, layer = self.visit(request), event.layer
         if visit.is_running:
-            wait = "Layers can be forced when the answers are there: wait, or press Stop."
-            return drawing.message(wait), gr.skip(), gr.skip()
+            visit.notice = "Layers can be forced when the answers are there: wait, or press Stop."
+            return drawing.message(visit.notice), gr.skip(), gr.skip()
         if layer in visit.pins:
             del visit.pins[layer]
         elif layer in self.player.routing.layers:
