@@ -54,7 +54,8 @@ def test_ctrl_c_ends_it(gradio):
         try:
             line = process.stdout.readline()
             assert line.startswith("The playground of shipped is at http://127.0.0.1:"), process.stderr.read()
-            with urllib.request.urlopen(line.split(" is at ")[1].split(" ")[0], timeout=20) as page:
+            address = line.split(" is at ")[1].split(" ")[0]
+            with urllib.request.urlopen(address, timeout=20) as page:
                 assert "flux-attention playground" in page.read().decode()
             os.kill(process.pid, signal.SIGINT)
             out, err = process.communicate(timeout=30)

@@ -84,6 +84,22 @@ def test_a_stopped_prompt_gives_no_report_and_leaves_the_model_free(player):
     assert isinstance(asked(player, ids, "dense")[2], Report)
 
 
+def test_a_closed_player_ends_what_runs_and_asks_nothing_more():
+    player = Player(*load_shipped(), "shipped", "shipped")
+    ids = player.encode(SHORT, "")
+    events = player.ask(ids, "routed")
+    first = next(events)
+    player.close()
+    assert isinstance(first, LayerDecided) and not any(isinstance(event, Report) for event in events)
+
+
+def test_a_model_with_a_chat_template_is_asked_through_it():
+    model, tokenizer, routing = load_shipped()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    player = Player(model, tokenizer, routing, "mine")
+    assert tokenizer.decode(player.encode("some text", " What? ")).endswith("<user>some text\n\nWhat?<end>")
+
+
 def test_visitors_at_once_do_not_mix(player):
     ids, found, ways = player.encode(SHORT, ""), {}, ("dense", "sparse", "routed")
     alone = {way: asked(player, ids, way) for way in ways}

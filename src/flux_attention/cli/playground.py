@@ -30,9 +30,10 @@ def playground(
         from flux_attention.playground.player import Player
 
         adapter = (routers or model) if subject.adapters else None
-        page, address = launch(Player(loaded, tokenizer, routing, model, adapter), port)
+        player = Player(loaded, tokenizer, routing, model, adapter)
+        _, address = launch(player, port)
     out.print(f"The playground of {model} is at {address} until Ctrl-C.", highlight=False, markup=False, soft_wrap=True)
     try:
         threading.Event().wait()
     finally:
-        page.close(verbose=False)
+        player.close()  # the server ends with the process: to close it would wait for open pages

@@ -86,7 +86,7 @@ class Player:
         self.has_chat = has_chat(tokenizer)
         # Routes belong to threads and would not mix. But prompts that ran at once would share the processor, and none
         # of the times on the page would be true; and the budget is one for all threads.
-        self._turn = threading.Lock()
+        self._turn, self._closed = threading.Lock(), threading.Event()
         # What a first call takes longer than later ones is no part of anybody's times.
         for _ in self.ask(self.encode("What is a route?", ""), "routed", new_tokens=2):
             pass
@@ -161,7 +161,7 @@ class Player:
         events = _Events(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
         def is_over() -> bool:
-            return stop.is_set() or left.is_set()
+            return stop.is_set() or left.is_set() or self._closed.is_set()
 
         def tell(layer: int, routes: list[bool], logits_B2: torch.Tensor | None) -> None:
             if is_over():
@@ -172,6 +172,8 @@ class Player:
         def run() -> None:
             try:
                 with self._turn:
+                    if is_over():  # while it waited
+                        raise Stopped
                     if budget is not None:
                         self.routing.budget = budget
                     with torch.no_grad(), self.routing.force(WAYS[way]), watching(tell, pins):
@@ -194,6 +196,11 @@ class Player:
                 yield event
         finally:  # also where the visitor has left
             left.set()
+
+    def close(self) -> None:
+        """End what is being generated, and wait until it has; Python cannot end well while PyTorch computes."""
+        self._closed.set()
+        self._turn.acquire()  # for good: nothing is generated any more
 
     def _generate(self, ids: list[int], streamer: _Events, end: _End, new_tokens: int) -> None:
         tokens = torch.tensor([ids], device=self.model.device)
