@@ -25,7 +25,7 @@ OPTIONS = (
 ).split()
 #: A question, as answers to these end with their line, soon.
 QUESTION = "What is x3?"
-SHORT = "\n".join(f"x{i} = compute({i})" for i in range(100))
+SHORT = "\n".join(f"x{i} = compute({i})" for i in range(40))
 
 
 @pytest.fixture(scope="module")
@@ -217,14 +217,9 @@ def test_a_calibrated_adapter_has_a_budget_and_the_page_leads_on(visit):
         visitor.wait()
         assert visitor.routes() == ["full"] * 2 + ["sparse"] * 8
         assert visitor.page.locator(".layer .number").all_inner_texts() == [""] * 10
-        for address, title in (
-            ("serve", "Start: serve a model"),
-            ("calibrate", "Calibrate"),
-            ("train", "Start: train"),
-        ):
-            visitor.page.click(f".onwards a[href='/{address}']")
-            visitor.page.wait_for_selector(f"h1:has-text('{title}')")
-            visitor.page.go_back()
-            visitor.page.wait_for_selector(".onwards")
+        links = [link.get_attribute("href") for link in visitor.page.locator(".onwards a").all()]
+        assert links == ["/serve", "/calibrate", "/train"]
+        visitor.page.click(f".onwards a[href='{links[0]}']")
+        visitor.page.wait_for_selector("h1:has-text('Start: serve a model')")
     finally:
         blocks.close(verbose=False)
