@@ -209,7 +209,7 @@ def test_a_calibrated_adapter_has_a_budget_and_the_page_leads_on(visit):
     blocks, address = launch(Player(model, tokenizer, attach(model, config), "shipped", "<mine>"))
     try:
         visitor = visit(address=address)
-        assert "routers: <mine>" in visitor.page.locator(".model").inner_text()
+        assert "adapter: <mine>" in visitor.page.locator(".model").inner_text()
         visitor.write(SHORT, QUESTION)
         visitor.page.fill("#budget input[type=number]", "0.8")
         visitor.page.keyboard.press("Tab")

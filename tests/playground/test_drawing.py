@@ -46,13 +46,12 @@ def test_rows_are_about_equally_long(count, wide, narrow):
 
 def test_cards_show_what_was_answered_and_took():
     shown = {way: drawing.Card(way) for way in drawing.TITLES}
-    assert drawing.cards(shown).count("–</dd>") == 6 and "><" in drawing.summary(
-        shown["routed"], shown["dense"], {}, ""
-    )
+    assert drawing.cards(shown, "prompt").count("<dd>–") == 9
+    assert drawing.summary(shown["routed"], shown["dense"], {}, "") == '<p class="summary"></p>'
     shown["dense"] = drawing.Card("dense", text=" <b>Durban\n", report=report(10))
     shown["routed"] = drawing.Card("routed", text="<b>Durban", report=report(4))
     shown["sparse"] = drawing.Card("sparse", "writing", text="Ox")
-    html = drawing.cards(shown)
+    html = drawing.cards(shown, "prompt")
     assert html.count("&lt;b&gt;Durban</pre>") == 2 and "<b>Durban" not in html
     assert "5.0 MiB <small>45 % of dense" in html and "1.25 s" in html and "50 tokens/s" in html
     assert html.count("same answer") == 1 and "another answer" not in html and ">writing<" in html

@@ -12,7 +12,7 @@ from flux_attention.playground.player import LayerDecided
 
 TITLES = {
     "dense": ("Dense", "every layer full"),
-    "routed": ("Routed", "layers by the prompt"),
+    "routed": ("Routed", "layers by the {source}"),
     "sparse": ("Sparse", "every layer sparse"),
 }
 
@@ -55,18 +55,16 @@ def reach(pattern: Pattern) -> str:
 
 def legend(pattern: Pattern) -> str:
     """Explain the strip's colours and bars."""
-    entries = (
-        ('<i class="swatch full"></i>', "<b>full</b>: a token sees all tokens before it"),
-        ('<i class="swatch sparse"></i>', f"<b>sparse</b>: it sees {reach(pattern)}"),
-        (
-            '<i class="swatch margins"></i>',
-            "<b>margin</b>: the router's score of full minus that of sparse; above the line the layer runs full",
-        ),
-        ('<i class="swatch pinned"></i>', "<b>forced</b>, by you: click a layer to turn it, again to let it go"),
+    entries = {
+        "full": "<b>full</b>: a token sees all tokens before it",
+        "sparse": f"<b>sparse</b>: it sees {reach(pattern)}",
+        "of-routers": "<b>margin</b>: the router's score of full minus that of sparse; above the line it runs full",
+        "pinned": "<b>forced</b>, by you: click a layer to turn it, again to let it go",
+    }
+    lines = "".join(
+        f'<li class="{name}"><i class="swatch {name}"></i><span>{says}</span></li>' for name, says in entries.items()
     )
-    return (
-        '<ul class="legend">' + "".join(f"<li>{swatch}<span>{says}</span></li>" for swatch, says in entries) + "</ul>"
-    )
+    return f'<ul class="legend">{lines}</ul>'
 
 
 def strip(
@@ -143,13 +141,14 @@ def summary(card: Card, dense: Card, pins: Mapping[int, bool], answer: str) -> s
     return f'<p class="summary">{text}</p>'
 
 
-def cards(shown: Mapping[str, Card]) -> str:
-    """Draw the ways' cards beside each other."""
-    return '<div class="ways">' + "".join(_card(shown[way], shown["dense"]) for way in TITLES) + "</div>"
+def cards(shown: Mapping[str, Card], source: str) -> str:
+    """Draw the ways' cards beside each other; ``source`` is what routes depend on, in a word."""
+    return '<div class="ways">' + "".join(_card(shown[way], shown["dense"], source) for way in TITLES) + "</div>"
 
 
-def _card(card: Card, dense: Card) -> str:
+def _card(card: Card, dense: Card, source: str) -> str:
     title, says = TITLES[card.way]
+    says = says.format(source=source)
     state = f'<span class="state">{escape(card.state)}</span>' if card.state else ""
     if card.report is not None and card.way != "dense" and dense.report is not None:
         kind = "same" if card.same(dense) else "another"

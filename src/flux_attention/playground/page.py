@@ -76,6 +76,7 @@ class Page:
     def __init__(self, player: Player):
         self.player, self.text = player, example_text()
         self.visits: dict[str, Visit] = {}
+        self.source = "prompt" if player.routing.config.ranking is None else "budget"
 
     def visit(self, request: gr.Request) -> Visit:
         """Return what the visitor who sent a request sees."""
@@ -123,9 +124,12 @@ class Page:
                 html_template=f"<h2>Layers</h2>{drawing.legend(routing.sparse)}${{value}}",
                 js_on_load=CLICKS,
                 elem_id="strip",
+                elem_classes=[] if routing.config.ranking is None else "unrouted",
             )
             free = gr.Button("Let all layers go", size="sm", visible=False, elem_id="free")
-            cards = gr.HTML(drawing.cards(Visit().cards), html_template="<h2>Answers</h2>${value}", elem_id="cards")
+            cards = gr.HTML(
+                drawing.cards(Visit().cards, self.source), html_template="<h2>Answers</h2>${value}", elem_id="cards"
+            )
             gr.HTML(self._onwards(pages))
             shown = [message, strip, cards]
             quiet = dict(show_progress="hidden", api_visibility="private")
@@ -143,15 +147,17 @@ class Page:
 
     def _introduction(self) -> str:
         player, routing = self.player, self.player.routing
+        change = "question"
         if player.adapter is None:
             source = "no routers were trained yet, so all layers run full until you force some"
         elif routing.config.ranking is not None:
             source = "calibration chose which layers are full, the same for every prompt"
+            change = "budget"
         else:
             source = "a small <em>router</em> beside each layer decides, from the prompt, while it is read"
         facts = [
             f"Model: <b>{escape(player.name)}</b>",
-            *([f"routers: <b>{escape(player.adapter)}</b>"] if player.adapter else []),
+            *([f"adapter: <b>{escape(player.adapter)}</b>"] if player.adapter else []),
             f"{player.model.num_parameters() / 1e6:,.0f} M parameters",
             f"{len(routing.layers)} routed layers",
             f"on {player.model.device.type}",
@@ -162,7 +168,7 @@ class Page:
             "token. Many prompts do not need that. A <b>route</b> is one bit for each prompt and layer: "
             '<b class="full">full</b>, a token sees all tokens before it, or <b class="sparse">sparse</b>, it sees '
             f"{drawing.reach(routing.sparse)}: less to compute, and less to keep. Here {source}. "
-            f'Ask, and watch the layers light up; then change the question and ask again.</p><p class="model">'
+            f'Ask, and watch the layers light up; then change the {change} and ask again.</p><p class="model">'
             f"{', '.join(facts)}</p>"
         )
 
@@ -192,7 +198,7 @@ class Page:
     def _drawn(self, visit: Visit, error: str = "", is_reading: bool = False) -> tuple[str, str, str]:
         strip = drawing.strip(self.player.routing.layers, visit.decided, visit.pins, is_reading)
         summary = drawing.summary(visit.cards["routed"], visit.cards["dense"], visit.pins, visit.answer)
-        return drawing.message(error or visit.notice), strip + summary, drawing.cards(visit.cards)
+        return drawing.message(error or visit.notice), strip + summary, drawing.cards(visit.cards, self.source)
 
     def begin(self, request: gr.Request):
         """Show at once that answers are to come, as other visitors may be first; once, however often it is asked."""
@@ -303,6 +309,8 @@ def theme() -> gr.Theme:
         button_secondary_background_fill_hover_dark="#323b46",
         body_background_fill_dark="#0d1117",
         block_background_fill_dark="#151b23",
+        slider_color="#d1480d",
+        slider_color_dark="#f47d43",
         button_primary_background_fill="#d1480d",
         button_primary_background_fill_hover="#b53d0a",
         button_primary_text_color="#ffffff",
