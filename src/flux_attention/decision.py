@@ -64,6 +64,10 @@ class Decision(ABC):
         """Return float32 (B,), straight-through routes with gradients, in training; else None."""
         return None
 
+    def logits(self, unit: Unit) -> torch.Tensor | None:
+        """Return float32 (B, 2), the router's outputs for [SA, FA] behind a unit's routes; None where none ran."""
+        return None
+
     @abstractmethod
     def finish(self) -> Decided | None:
         """Return all that was decided, once every unit took part; None if nothing was."""
@@ -168,6 +172,10 @@ class RoutedBeforehand(Forced):
             check_finite(logits_BU2[:, place], unit)
         self.logits_BU2 = logits_BU2
         super().__init__(units, hard_route(logits_BU2) | torch.tensor(short, device="cpu")[:, None])
+
+    def logits(self, unit: Unit) -> torch.Tensor:
+        """See ``Decision.logits``."""
+        return self.logits_BU2[:, self.units.index(unit)]
 
     def finish(self) -> Decided:
         """See ``Decision.finish``."""
@@ -296,6 +304,10 @@ class _ByRouters(Decision):
         with torch.autocast(device.type, enabled=False):
             pooled_BD = self.pooling(query_BSHD)
             return router(pooled_BD, budgets_of(self.budget, pooled_BD))
+
+    def logits(self, unit: Unit) -> torch.Tensor:
+        """See ``Decision.logits``."""
+        return self._logits[unit]
 
     def _all_logits(self) -> torch.Tensor:
         logits = [self._logits[unit] for unit in self.units]

@@ -21,6 +21,7 @@ PAGES = [
     "docs/calibration.md",
     "docs/performance.md",
     "docs/how-it-works.md",
+    "docs/playground.md",
     "docs/start/serve.md",
     "docs/start/train.md",
     "docs/start/understand.md",

@@ -17,6 +17,7 @@ from flux_attention.cli.demo import demo
 from flux_attention.cli.evaluate import evaluate
 from flux_attention.cli.importing import import_checkpoint
 from flux_attention.cli.info import info
+from flux_attention.cli.playground import playground
 from flux_attention.cli.show import generate, inspect
 from flux_attention.cli.train import train
 
@@ -31,6 +32,7 @@ for command in (inspect, generate, info, bench, calibrate, train):
 app.command(name="eval")(evaluate)
 app.command(name="import")(import_checkpoint)
 app.command()(demo)
+app.command()(playground)
 
 
 @dataclass

@@ -41,6 +41,7 @@ from flux_attention.hf.heads import HeadForwardPass
 from flux_attention.hf.inputs import InputReader, Inputs
 from flux_attention.hf.report import ReportMixin
 from flux_attention.hf.support import QueryShape, tensor_parallel_group
+from flux_attention.hf.watching import watched
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter, Pooling
 from flux_attention.routes import Routes, RouteSpec, parse_routes
@@ -353,7 +354,7 @@ class Routing(ReportMixin, AdapterMixin):
         inputs = self._reader.read(kwargs, keeps_cache, tells_padding=by_routers or has_last_rows)
         if generated := generated_prompt.get():
             generated.note(kwargs.get("past_key_values"), began, inputs.past, inputs.contexts)
-        decision = self._decision(inputs, settings) if inputs.decides else None
+        decision = watched(self._decision(inputs, settings)) if inputs.decides else None
         return self._pass_type(inputs, decision, self.units, self._shapes, self.sparse, self.full)
 
     def _decision(self, inputs: Inputs, settings: Settings) -> Decision:
