@@ -7,8 +7,9 @@ from statistics import fmean, variance
 
 from show_tables import ROOT, load, page, save, table
 
+from flux_attention.evaluation.compare import difference, summary
+from flux_attention.evaluation.figures import COLOURS, heat_map, trade_off
 from flux_attention.evaluation.methods import EXHAUSTIVE, METHODS
-from flux_attention.evaluation.report import difference, heat_map, summary, trade_off
 from flux_attention.training import Recipe
 
 STUDY = ROOT / "recipes/study"
@@ -238,7 +239,7 @@ def close_up(rows, length):
     )
     (axes,) = figure.axes
     (dense,) = summary(list(grouped(rows, length)["dense"][0].values()))
-    axes.axhline(dense["accuracy"], color="#009e73", linestyle=":", linewidth=1)
+    axes.axhline(dense["accuracy"], color=COLOURS["dense"], linestyle=":", linewidth=1)
     axes.set(xlim=(0.38, 0.92), ylim=(0.78, 1.0))
     axes.set_title(f"Accuracy over sparsity at {length:,} tokens, close up; dotted: dense", size=11)
     return figure

@@ -11,17 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_attention.evaluation.report import (
-    class_differences,
-    class_table,
-    comparisons,
-    difference,
-    heat_map,
-    short_names,
-    summary,
-    tables,
-    write_report,
-)
+from flux_attention.evaluation.compare import difference, short_names, summary
+from flux_attention.evaluation.figures import heat_map
+from flux_attention.evaluation.report import write_report
+from flux_attention.evaluation.tables import class_differences, class_table, comparisons, tables
 
 
 def row(task, method, value, routers=None, length=4096, sparsity=0.5):

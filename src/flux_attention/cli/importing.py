@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flux_attention.cli.arguments import Json
-from flux_attention.cli.console import err, out
+from flux_attention.cli.console import out, working
 
 
 def import_checkpoint(
@@ -29,7 +29,7 @@ def import_checkpoint(
     """Make a stock model folder and an adapter of a checkpoint that the authors of the method released."""
     from flux_attention import checkpoints
 
-    with err.status(f"importing {checkpoint}"):
+    with working(f"importing {checkpoint}"):
         found = checkpoints.import_checkpoint(checkpoint, output, revision=revision, copy=copy, exact=exact, full=full)
     if as_json:
         facts = {"model": str(found.model), "adapter": str(found.adapter), "ignored": found.ignored}

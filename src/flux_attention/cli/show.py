@@ -19,7 +19,7 @@ from flux_attention.cli.arguments import (
     read_force,
     read_text,
 )
-from flux_attention.cli.console import err, out
+from flux_attention.cli.console import err, out, working
 from flux_attention.cli.subject import Subject, check_precision
 
 
@@ -54,7 +54,7 @@ def inspect(
     from flux_attention.hf.report import make_report
 
     loaded, routing = subject.attach()
-    with torch.no_grad(), err.status(f"prefilling {ids.shape[1]} tokens"), routing.force(routes):
+    with torch.no_grad(), working(f"reading {ids.shape[1]:,} tokens"), routing.force(routes):
         cache = loaded.get_decoder()(ids, use_cache=True).past_key_values
     report = make_report(routing, cache, [0], routing.routes.lengths)
     if as_json:  # with the routers' logits, which a report has not
@@ -86,7 +86,6 @@ def generate(
     from transformers import TextStreamer
 
     loaded, routing = subject.attach()
-    status = err.status(f"prefilling {ids.shape[1]} tokens")
 
     class Streamer(TextStreamer):
         """Prints text as it comes; the first stops the spinner."""
@@ -96,7 +95,7 @@ def generate(
             super().on_finalized_text(text, stream_end)
 
     streamer = None if as_json else Streamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with status, torch.no_grad(), routing.force(routes):
+    with working(f"reading {ids.shape[1]:,} tokens") as status, torch.no_grad(), routing.force(routes):
         tokens = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
