@@ -1,5 +1,6 @@
 """Reads and checks arguments that several commands take, before anything is loaded."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +10,9 @@ import typer
 from flux_attention.cli.console import UserError
 
 #: Groups of options, in the order in which help shows them.
-ASKED, ROUTES, SEARCH, RESULT, MACHINE = "What is asked", "Which layers run full", "Search", "Result", "Machine"
+ASKED, ROUTES, RESULT, MACHINE = "What is asked", "Which layers run full", "Result", "Machine"
 #: What options take, in help.
-FILE, FOLDER, NUMBER, SHARE, NAMES = "FILE", "FOLDER", "N", "0…1", "A,B,…"
+FILE, FOLDER, NUMBER, SHARE, NAMES = "FILE", "FOLDER", "N", "SHARE", "A,B,…"
 
 
 def asked(help: str, *names: str, **more: Any) -> Any:
@@ -65,6 +66,11 @@ Dtype = Annotated[
         metavar="NAME",
     ),
 ]
+
+
+def command_line() -> str:
+    """Return the call at work, for pages that say where they are from."""
+    return shlex.join(["flux-attention", *sys.argv[1:]])
 
 
 def read_text(source: str | None) -> str:

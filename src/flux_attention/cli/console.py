@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ def working(text: str) -> Iterator[Status]:
 
     That takes seconds, in which a command that says nothing seems to hang.
     """
-    if not err.is_terminal and "torch" not in sys.modules:
+    if not err.is_terminal and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         err.print(f"{text} …", highlight=False, markup=False, soft_wrap=True)
     with err.status(escape(text)) as status:
         yield status

@@ -1,8 +1,6 @@
 """``eval`` scores a model by every way of choosing full layers."""
 
 import json
-import shlex
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +19,7 @@ from flux_attention.cli.arguments import (
     about_result,
     about_routes,
     asked,
+    command_line,
     read_force,
     read_numbers,
     read_text,
@@ -251,7 +250,7 @@ def evaluate(
             batch_size=batch_size,
             restart=restart,
             baseline=baseline,
-            command=shlex.join(["flux-attention", *sys.argv[1:]]),
+            command=command_line(),
             progress=bars,
         )
     (_print_json if as_json else _print)(rows, page, baseline)

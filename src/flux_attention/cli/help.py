@@ -27,7 +27,8 @@ class _Command(TyperCommand):
         for line in self.examples:
             out.print(f" [dim]$[/] flux-attention {escape(line)}", highlight=False, soft_wrap=True)
         out.print()
-        out.print(Padding(Group(*type(self).more()), (0, 1)))
+        if more := list(type(self).more()):
+            out.print(Padding(Group(*more), (0, 1)))
 
 
 def with_examples(*lines: str, more: Callable[[], Iterable] = tuple) -> type[TyperCommand]:

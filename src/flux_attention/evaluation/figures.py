@@ -11,9 +11,7 @@ from flux_attention.evaluation.tables import at, lengths
 
 #: Colours that a page replaces by its own, light or dark: of its text, and of its ground.
 INK, GROUND = "#010203", "#fcfdfe"
-#: What full and sparse layers are drawn in everywhere, on light and dark ground.
-FULL, SPARSE = {"light": "#d1480d", "dark": "#f47d43"}, {"light": "#9ec5ea", "dark": "#2f5f8f"}
-#: A colour of ``FULL`` and one of ``SPARSE`` that are readable on either ground, as the other methods' are.
+#: Colours that are readable on either ground: dense is about that of full layers in ``pages``, sparse of sparse ones.
 COLOURS = {"dense": "#d9561c", "sparse": "#5b93c7", "routed": "#8e63ce", "routed-ends": "#b57edc"}
 COLOURS |= {"static-nll": "#3d9950", "static": "#1f8a8a", "best-static": "#5f8f1f", "best-static-fewer": "#97862a"}
 COLOURS |= {"head": "#c2548c", "head-static": "#d8789f", "random": "#8a8a8a", "forced": "#b07d2b"}

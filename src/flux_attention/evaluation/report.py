@@ -6,19 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
-from flux_attention.evaluation.figures import FULL, SPARSE, heat_maps, trade_offs
+from flux_attention.evaluation.figures import heat_maps, trade_offs
+from flux_attention.evaluation.pages import TEMPLATES
 from flux_attention.evaluation.savings import nothing_saved
 from flux_attention.evaluation.tables import GLANCE, MARKED, has_marked, lengths, tables
 
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=lambda name: ".html" in name,
-    trim_blocks=True,
-    keep_trailing_newline=True,
-)
-TEMPLATES.globals |= {"colours": {"full": FULL, "sparse": SPARSE}}
 #: What the page says of how it was measured, by the kinds of questions that were asked, and behind that of all.
 GENERATED = (
     "Right answers to generated questions: every token of the answer is the most likely one, so that greedy "
