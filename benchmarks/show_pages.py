@@ -11,7 +11,9 @@ import show_real
 import show_serving
 import show_shipped
 import show_speed
-from show_tables import RESULTS, ROOT, STYLE, filled, load, prose, table
+from show_tables import RESULTS, ROOT, filled, load, prose, table
+
+from flux_attention.evaluation.figures import STYLE
 
 #: What each result file holds, and what writes it.
 FILES = {

@@ -199,7 +199,7 @@ def pages():
         f"""
         {meta["settings"]["model"]}, {meta["settings"]["dtype"]}, weights: {meta["weights"]}. What the model generated,
         by kind of question; [real-models.md](../../docs/real-models.md) says what it means, and
-        [evaluation.md](../../docs/evaluation.md) what is asked. {compare.MARKED}
+        [evaluation.md](../../docs/evaluation.md) what is asked. {tables.MARKED}
         """
     ]
     for rows in by_length.values():
