@@ -64,6 +64,8 @@ class Bars:
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=1.0, now="", count="")
         task, count = self._tasks[what], f"{done:,} of {total:,}"
+        if share < self._progress.tasks[task].completed:  # the same again, of another length
+            self._progress.reset(task)
         self._progress.update(task, completed=min(1.0, share), count=count, now=escape(now))
         if err.is_terminal or time.monotonic() - self._told < LINE_SECONDS:
             return
