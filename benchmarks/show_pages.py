@@ -69,6 +69,7 @@ def pages():
     found = {f"benchmarks/results/{name}.md": text for name, text in {**own, "README": index(own)}.items()}
     marked = {
         "README.md": {"key figures": key_figures()},
+        "docs/comparison.md": {"heads": show_quality.heads()},
         "docs/guide.md": {"ends": show_speed.ends_table()},
         "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
         "docs/quality.md": {"in short": show_quality.brief()},
