@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flux_attention.cli.console import UserError
+from flux_attention.files import check_writable
 
 #: Groups of options, in the order in which help shows them.
 ASKED, ROUTES, RESULT, MACHINE = "What is asked", "Which layers run full", "Result", "Machine"
@@ -73,6 +74,13 @@ def command_line() -> str:
     return shlex.join(["flux-attention", *sys.argv[1:]])
 
 
+def check_page(path: Path) -> None:
+    """Refuse a page that cannot be written, before a model is loaded."""
+    if path.is_dir():
+        raise UserError(f"--html is {path}, a folder; expected a file, such as {path / 'routes.html'}")
+    check_writable(path.parent)
+
+
 def read_text(source: str | None) -> str:
     """Read the prompt, without the newline that editors put at a file's end."""
     if source in (None, "-"):
@@ -87,9 +95,11 @@ def read_text(source: str | None) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text (byte {error.start})") from None
+        raise UserError(
+            f"{source} is not UTF-8 text (byte {error.start}); expected text, so convert it first"
+        ) from None
     if not text.strip():
-        raise UserError(f"the prompt in {source} is empty")
+        raise UserError(f"the prompt in {source} is empty; expected some text")
     return text.removesuffix("\n")
 
 

@@ -48,7 +48,9 @@ class Bars:
     def __init__(self) -> None:
         now = TextColumn("[dim]{task.fields[now]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
         columns = TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.fields[count]}"), _Left(), now
-        self._progress, self._tasks = Progress(*columns, console=err, transient=True, expand=True), {}
+        # What is printed meanwhile goes above the bars, but not out of a file that it is written to.
+        options = dict(console=err, transient=True, expand=True, redirect_stdout=out.is_terminal)
+        self._progress, self._tasks = Progress(*columns, **options), {}
         self._told = self._began = time.monotonic()
 
     def __enter__(self) -> Bars:

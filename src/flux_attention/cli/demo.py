@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from flux_attention.cli.arguments import NUMBER, Json
-from flux_attention.cli.console import out, working
+from flux_attention.cli.console import Bars, out, working
 
 
 def demo(
@@ -20,6 +20,7 @@ def demo(
     with working("loading the shipped model"):
         from flux_attention.shipped.demo import run_demo
 
-    rows = run_demo(samples, length, seed, Console(quiet=True) if as_json else out)
+    with Bars() as bars:
+        rows = run_demo(samples, length, seed, Console(quiet=True) if as_json else out, bars)
     if as_json:
         print(json.dumps(rows))

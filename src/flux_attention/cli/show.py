@@ -19,13 +19,13 @@ from flux_attention.cli.arguments import (
     Text,
     about_result,
     asked,
+    check_page,
     command_line,
     read_force,
     read_text,
 )
 from flux_attention.cli.console import err, out, working
 from flux_attention.cli.subject import Subject, check_precision
-from flux_attention.files import check_writable
 
 
 def _subject(
@@ -53,7 +53,7 @@ def inspect(
     """Show how a prompt is routed, and what that saves: layers, bytes of the KV cache, query-key pairs."""
     prompt = read_text(text)
     if html is not None:
-        check_writable(html.parent)
+        check_page(html)
     subject, routes = _subject(model, routers, force, budget, decide, device, dtype)
     ids = subject.encode(prompt, chat=chat)
 

@@ -43,8 +43,9 @@ def _points(points: tuple[float, float] | None) -> str:
 
 ON_FRONTIER = "●"
 #: What the table ``at_a_glance`` does not say itself.
+FRONTIER = f"{ON_FRONTIER} is the frontier: no other method here is as sparse and answers as much."
 GLANCE = (
-    "● is the frontier: no other method here is as sparse and answers as much. KV ÷ dense is what the prompts keep in "
+    f"{FRONTIER} KV ÷ dense is what the prompts keep in "
     "the KV cache, by arithmetic. Seconds are those of a sample in this run, answer and scoring included, by the "
     "host's clock; they are no measure of speed."
 )
