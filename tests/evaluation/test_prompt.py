@@ -72,3 +72,11 @@ def test_the_page_needs_nothing_else_and_is_small(shipped, tmp_path, tokens, rou
     assert page.count("<li>") == len(routing.layers) == page.count("</td></tr>") - 4
     assert ("Nothing is saved in the prompt" in page) == (tokens < 768)
     assert ("no router ran" in page) == (routes is not None)
+
+
+def test_heads_are_refused(shipped, tmp_path, monkeypatch):
+    routing, _, report = read(shipped)
+    monkeypatch.setattr(routing, "by_head", True)
+    with pytest.raises(ValueError, match="no KV cache to show as a page; expected routers by layer"):
+        write_prompt_page(tmp_path / "page.html", routing, None, report, model="m")
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_attention.evaluation.compare import difference, find_baseline, frontier, short_names, summary
-from flux_attention.evaluation.figures import heat_map
+from flux_attention.evaluation.figures import heat_map, trade_off
 from flux_attention.evaluation.report import write_report
 from flux_attention.evaluation.tables import at_a_glance, class_differences, class_table, comparisons, tables
 
@@ -331,3 +331,13 @@ def test_the_report_names_model_and_command_first(tmp_path):
     )
     figure = html[html.index("<svg") : html.index("</svg>")]
     assert "frontier" in figure and "as routed" in figure and ">0.75<" in figure
+
+
+def test_the_figure_has_the_points_of_the_table():
+    rows = [*budgets(), *(row("plain", "dense", 3.0, sparsity=0.0), row("plain", "routed", 3.0, "a/x", sparsity=0.25))]
+    axes = trade_off(rows, 4096, "dense").axes[0]
+    points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    means = {each["method"]: each for each in summary(rows)}
+    assert points["routed"] == [[means["routed"]["sparsity"], 0.0]] == [[0.5, 0.0]]
+    assert points["static-nll"] == [[0.25, 1.0], [0.5, 0.5]]
+    assert points["frontier"][0] == [0.25, 1.0] and {point[1] for point in points["as dense"]} == {1.0}

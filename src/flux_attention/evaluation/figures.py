@@ -47,8 +47,8 @@ def trade_off(rows: list[dict[str, Any]], length: int | None, baseline: str | No
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    rows = [row for row in rows if row["seq_len"] == length and "accuracy" in row]
-    means, points = summary(rows), {}
+    rows = [row for row in rows if row["seq_len"] == length]
+    means, points = [each for each in summary(rows) if each["accuracy"] is not None], {}
     for each in means:
         points.setdefault(each["method"], []).append((each["sparsity"], each["accuracy"], each.get("budget")))
     for method, some in points.items():
@@ -64,8 +64,8 @@ def trade_off(rows: list[dict[str, Any]], length: int | None, baseline: str | No
     if len(best) > 1:
         axes.step(*zip(*best, strict=True), where="pre", color=INK, alpha=0.45, linewidth=1, label="frontier", zorder=1)
     base = None if baseline is None else find_baseline(rows, baseline)
-    if base is not None:
-        accuracy = fmean(row["accuracy"] for row in base)
+    if base is not None and any("accuracy" in row for row in base):
+        accuracy = fmean(row["accuracy"] for row in base if "accuracy" in row)
         axes.axhline(accuracy, color=INK, linestyle=":", linewidth=1, alpha=0.7, label=f"as {baseline}")
     # Real models answer few of some kinds, and differences between methods should be seen.
     top = min(1.03, 1.3 * max((each["accuracy"] for each in means), default=1.0) or 1.03)

@@ -128,7 +128,7 @@ def costs_of(routing: Routing, report: Report) -> Costs:
 def write_prompt_page(
     path: str | Path,
     routing: Routing,
-    cache: DynamicCache,
+    cache: DynamicCache | None,
     report: Report,
     *,
     model: str,
@@ -145,7 +145,7 @@ def write_prompt_page(
         The page.
     routing : Routing
         The handle of the model, which has just read the prompt, a single sequence.
-    cache : transformers.DynamicCache
+    cache : transformers.DynamicCache or None
         The KV cache that it left.
     report : Report
         Of that.
@@ -155,7 +155,14 @@ def write_prompt_page(
         The prompt.
     command : str, optional
         That asks for the page.
+
+    Raises
+    ------
+    ValueError
+        For routers by head, which have no KV cache that could be shown.
     """
+    if cache is None or routing.by_head:
+        raise ValueError("routers by head have no KV cache to show as a page; expected routers by layer")
     routes = routing.routes
     layers = layers_of(routes, cache)
     shown = {
