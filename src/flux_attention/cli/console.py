@@ -51,7 +51,7 @@ class Bars:
         # What is printed meanwhile goes above the bars, but not out of a file that it is written to.
         options = dict(console=err, transient=True, expand=True, redirect_stdout=out.is_terminal)
         self._progress, self._tasks = Progress(*columns, **options), {}
-        self._told = self._began = time.monotonic()
+        self._told = time.monotonic()
 
     def __enter__(self) -> Bars:
         self._progress.start()
