@@ -13,9 +13,9 @@ from statistics import fmean
 
 from flux_attention.adapters import CONFIG_FILE, load_config
 from flux_attention.evaluation.base import adapter_hash
+from flux_attention.evaluation.compare import ROUTED, by_method, label
 from flux_attention.evaluation.methods import METHODS
 from flux_attention.evaluation.quality import row_key
-from flux_attention.evaluation.report import ROUTED, by_method, label
 from flux_attention.results import write_results
 
 #: Settings in which parts may differ; samples have to agree at each length, all else everywhere.
@@ -51,9 +51,8 @@ def read(folder, names, about):
         raise ValueError(
             f"{folder} judged an adapter of no folder that was named: name that of {', '.join(known)}, too"
         )
-    facts = {
-        fact: value for fact, value in {**data["meta"], **settings}.items() if fact not in ("settings", "date", *OWN)
-    }
+    apart = ("settings", "date", "command", *OWN)
+    facts = {fact: value for fact, value in {**data["meta"], **settings}.items() if fact not in apart}
     for name in known.values():  # the pattern is the adapter's, where there is one
         facts |= {fact: about[name][fact] for fact in ("sparse", "full")}
     rows = [{**row, "routers": row["routers"] and known[row["routers"]]} for row in data["rows"]]

@@ -4,8 +4,10 @@ Run by ``python benchmarks/show_pages.py``. Drawn by the definitions, not measur
 ground of its own.
 """
 
-from show_idea import SPARSE, THEMES, rectangle, text
+from show_idea import THEMES, rectangle, text
 from show_tables import IMAGES
+
+from flux_attention.evaluation.pages import SPARSE
 
 SINK = {"light": "#3d7ab8", "dark": "#6fa8dc"}
 BOLD = ' font-weight="600"'

@@ -8,11 +8,12 @@ from html import escape
 
 from show_tables import IMAGES, load
 
+from flux_attention.evaluation.pages import FULL, SPARSE
+
 THEMES = {
-    "light": dict(ground="#ffffff", edge="#d0d7de", ink="#1f2328", faint="#59636e", box="#f6f8fa", full="#d1480d"),
-    "dark": dict(ground="#0d1117", edge="#3d444d", ink="#f0f6fc", faint="#9198a1", box="#151b23", full="#f47d43"),
+    "light": dict(ground="#ffffff", edge="#d0d7de", ink="#1f2328", faint="#59636e", box="#f6f8fa", full=FULL["light"]),
+    "dark": dict(ground="#0d1117", edge="#3d444d", ink="#f0f6fc", faint="#9198a1", box="#151b23", full=FULL["dark"]),
 }
-SPARSE = {"light": "#9ec5ea", "dark": "#2f5f8f"}
 WIDTH, HEIGHT, ROW, CELL, BAR = 860, 292, 108, 24, 150
 STRIP_LEFT, BAR_LEFT = 352, 652
 

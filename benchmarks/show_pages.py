@@ -11,7 +11,9 @@ import show_real
 import show_serving
 import show_shipped
 import show_speed
-from show_tables import RESULTS, ROOT, STYLE, filled, load, prose, table
+from show_tables import RESULTS, ROOT, filled, load, prose, table
+
+from flux_attention.evaluation.figures import STYLE
 
 #: What each result file holds, and what writes it.
 FILES = {
@@ -67,6 +69,7 @@ def pages():
     found = {f"benchmarks/results/{name}.md": text for name, text in {**own, "README": index(own)}.items()}
     marked = {
         "README.md": {"key figures": key_figures()},
+        "docs/comparison.md": {"heads": show_quality.heads()},
         "docs/guide.md": {"ends": show_speed.ends_table()},
         "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
         "docs/quality.md": {"in short": show_quality.brief()},

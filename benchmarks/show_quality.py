@@ -7,8 +7,9 @@ from statistics import fmean, variance
 
 from show_tables import ROOT, load, page, save, table
 
+from flux_attention.evaluation.compare import difference, summary
+from flux_attention.evaluation.figures import COLOURS, heat_map, trade_off
 from flux_attention.evaluation.methods import EXHAUSTIVE, METHODS
-from flux_attention.evaluation.report import difference, heat_map, summary, trade_off
 from flux_attention.training import Recipe
 
 STUDY = ROOT / "recipes/study"
@@ -182,6 +183,11 @@ def brief():
         "random (0.8)": "two layers at random",
         "sparse": "no layer full",
     }
+    return answered(groups, names)
+
+
+def answered(groups, names):
+    """Make a table of these methods: Ω_MSR, answers and perplexity, means over seeds."""
     lines = []
     (dense,) = summary(list(groups["dense"][0].values()))
     for method, name in names.items():
@@ -193,6 +199,23 @@ def brief():
         ]
         lines.append([name, *cells])
     return table(["full layers", "Ω_MSR", "questions answered", "perplexity of plain text ÷ dense"], lines)
+
+
+def heads():
+    """Make comparison.md's tables: heads beside layers, fixed and routed, at both lengths."""
+    rows = load("quality")["rows"]
+    names = {
+        "dense": "all layers",
+        "head-static (0.8)": "three KV heads of twenty for every input",
+        "head (0.8)": "KV heads by routers, target 0.8",
+        "best-static (0.8)": "two layers of ten for every input, the best",
+        "routed (0.8)": "layers by routers, target 0.8",
+    }
+    parts = []
+    for length in (4096, 8192):
+        made = answered(grouped(rows, length), names)
+        parts.append(made.replace("full layers", f"{length:,} tokens: what is full", 1))
+    return "\n" + "\n".join(parts) + "\n"
 
 
 def pages():
@@ -238,7 +261,7 @@ def close_up(rows, length):
     )
     (axes,) = figure.axes
     (dense,) = summary(list(grouped(rows, length)["dense"][0].values()))
-    axes.axhline(dense["accuracy"], color="#009e73", linestyle=":", linewidth=1)
+    axes.axhline(dense["accuracy"], color=COLOURS["dense"], linestyle=":", linewidth=1)
     axes.set(xlim=(0.38, 0.92), ylim=(0.78, 1.0))
     axes.set_title(f"Accuracy over sparsity at {length:,} tokens, close up; dotted: dense", size=11)
     return figure

@@ -8,7 +8,8 @@ from statistics import fmean
 
 from show_tables import load, page, prose, save, table
 
-from flux_attention.evaluation import report
+from flux_attention.evaluation import compare, tables
+from flux_attention.evaluation.figures import COLOURS
 
 LOOK_UPS = ("look_up", "several_keys", "all_values", "place", "several_queries")
 #: Sets of layers have equal Ω_MSR if they differ by less; of 24 layers one is 0.042.
@@ -33,7 +34,7 @@ def words(families):
 
 def points(rows, others, families):
     """Return the difference over families, and half of its interval, in points."""
-    return report.difference(of(rows, families), of(others, families))[0]
+    return compare.difference(of(rows, families), of(others, families))[0]
 
 
 def shown(found):
@@ -47,7 +48,7 @@ def questions(rows):
 
 def losing(rows):
     """List the families that all-sparse layers answer worse than dense, beyond the interval of the difference."""
-    groups = report.by_method(rows)
+    groups = compare.by_method(rows)
     dense, sparse = (next(some for key, some in groups.items() if key[1] == name) for name in ("dense", "sparse"))
     found = {family: points(sparse, dense, [family]) for family in questions(rows)}
     return [family for family, (change, width) in found.items() if change + width < 0]
@@ -59,19 +60,19 @@ def sparsity(rows):
 
 def compared(rows):
     """Yield pairs of a method's rows with dense's, and with those of fixed layers of equal Ω_MSR or other routes."""
-    groups = report.by_method(rows)
+    groups = compare.by_method(rows)
     for key, some in groups.items():
-        for other in report.rivals(groups, key):
+        for other in compare.rivals(groups, key):
             if other[1] != "static-nll" or abs(sparsity(groups[other]) - sparsity(some)) < EQUAL:
                 yield some, groups[other]
 
 
 def difference_table(rows):
-    names, lines = report.short_names(rows), []
+    names, lines = compare.short_names(rows), []
     for some, others in compared(rows):
         cells = [shown(points(some, others, kinds)) for kinds in (questions(rows), LOOK_UPS, losing(rows))]
-        ratio, width = report.difference(some, others)[1]
-        pair = [report.label(each[0], names) for each in (some, others)]
+        ratio, width = compare.difference(some, others)[1]
+        pair = [compare.label(each[0], names) for each in (some, others)]
         lines.append([*pair, *cells, f"{ratio:.3f} ± {width:.3f}"])
     columns = ["all kinds", "look-ups", "kinds that need full layers", "perplexity of prose, ratio"]
     return table(["points", "beside", *columns], lines)
@@ -82,7 +83,7 @@ def notes(rows):
     need = losing(rows)
     spared = words(family for family in questions(rows) if family not in need)
     text = f"Kinds in which all-sparse layers lose nothing beyond chance: {spared or 'none'}."
-    dense = [row for row in rows if row["method"] == "dense" and row.get("accuracy", 1) < report.HARDLY]
+    dense = [row for row in rows if row["method"] == "dense" and row.get("accuracy", 1) < tables.HARDLY]
     scores = ", ".join(f"{words([row['task']])} ({row['accuracy']:.2f})" for row in dense)
     return f"{text} Kinds that dense hardly answers: {scores or 'none'}."
 
@@ -94,7 +95,7 @@ def length_tables():
         count = rows[0]["n"]
         parts += [
             f"### {length:,} tokens, {count} samples of each kind",
-            table(*report.class_table(rows)),
+            table(*tables.class_table(rows)),
             difference_table(rows),
             prose(notes(rows)),
         ]
@@ -164,9 +165,9 @@ def route_table():
     """Make a line for each method and the layers that it runs full: of all inputs, or of which kinds and lengths."""
     by_length, meta = result()
     rows = [row for some in by_length.values() for row in some]
-    names, found = report.short_names(rows), {}
+    names, found = compare.short_names(rows), {}
     for row in sorted(rows, key=lambda row: row["sparsity"]):
-        routes = found.setdefault(report.label(row, names), {})
+        routes = found.setdefault(compare.label(row, names), {})
         routes.setdefault(full_layers(row), []).append(row)
     lines = []
     for name, routes in found.items():
@@ -198,11 +199,11 @@ def pages():
         f"""
         {meta["settings"]["model"]}, {meta["settings"]["dtype"]}, weights: {meta["weights"]}. What the model generated,
         by kind of question; [real-models.md](../../docs/real-models.md) says what it means, and
-        [evaluation.md](../../docs/evaluation.md) what is asked. {report.MARKED}
+        [evaluation.md](../../docs/evaluation.md) what is asked. {tables.MARKED}
         """
     ]
     for rows in by_length.values():
-        for title, *cells in report.tables(rows):
+        for title, *cells in tables.tables(rows):
             if title.startswith("Accuracy at"):
                 parts += [f"## {title}", table(*cells)]
     return {"quality_real": page("quality_real", "A real model, by kind of question", *parts)}
@@ -210,9 +211,9 @@ def pages():
 
 def score_points(rows):
     """Return Ω_MSR, mean score and half of the interval beside dense of each method: {method: those of its sets}."""
-    groups, found = report.by_method(rows), {}
+    groups, found = compare.by_method(rows), {}
     dense = next(some for key, some in groups.items() if key[1] == "dense")
-    for each, some in zip(report.summary(rows), groups.values(), strict=True):
+    for each, some in zip(compare.summary(rows), groups.values(), strict=True):
         width = 0 if some is dense else points(some, dense, questions(rows))[1] / 100
         found.setdefault(each["method"], []).append((each["sparsity"], each["accuracy"], width))
     return found
@@ -230,11 +231,11 @@ def images():
     for axes, (length, rows) in zip(panels[0], by_length.items(), strict=True):
         found = score_points(rows)
         line = sorted(point[:2] for method in ("dense", "static-nll", "sparse") for point in found[method])
-        axes.plot(*zip(*line, strict=True), color=report.COLOURS["static-nll"], zorder=1)
+        axes.plot(*zip(*line, strict=True), color=COLOURS["static-nll"], zorder=1)
         for method, (marker, name) in looks.items():
             if method in found:
                 ratios, means, widths = zip(*found[method], strict=True)
-                axes.errorbar(ratios, means, widths, fmt=marker, color=report.COLOURS[method], label=name, capsize=3)
+                axes.errorbar(ratios, means, widths, fmt=marker, color=COLOURS[method], label=name, capsize=3)
         axes.set(xlabel="mean Ω_MSR", xlim=(-0.03, 1.03), ylim=(0, None))
         axes.set_title(f"{length:,} tokens", size=11)
         axes.grid(alpha=0.3)

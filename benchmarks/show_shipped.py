@@ -7,6 +7,7 @@ from statistics import fmean
 
 from show_tables import ROOT, load, page, save, table
 
+from flux_attention.evaluation.figures import GROUND, INK, shades
 from flux_attention.shipped import ROUTERS
 
 #: Routers of the recipe's other runs, beside which the shipped ones stand in the result file.
@@ -136,10 +137,10 @@ def images():
     names = families(by)
     rates = [list(by[family, "routed"]["fa_rate"].values()) for family in names]
     figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
-    image = axes.imshow(rates, cmap="Reds", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(rates, cmap=shades(), vmin=0, vmax=1, aspect="auto")
     for row, values in enumerate(rates):
         for column, rate in enumerate(values):
-            colour = "white" if rate > 0.6 else "#444"
+            colour = GROUND if rate > 0.6 else INK
             axes.text(column, row, f"{rate:.0%}", ha="center", va="center", size=8, color=colour)
     axes.set_xticks(range(len(rates[0])), [str(layer) for layer in by["plain", "routed"]["fa_rate"]])
     axes.set_yticks(range(len(names)), [family.replace("_", " ") for family in names])

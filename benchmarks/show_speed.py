@@ -9,7 +9,8 @@ from show_tables import LABELS, label, load, page, row_of, save, table
 
 #: Lengths of single layers that the pages show.
 SHOWN = tuple(2**10 * thousands for thousands in (4, 32, 128, 256))
-COLOURS = {0.0: "#777777", 0.25: "#56b4e9", 0.5: "#0072b2", 0.75: "#d55e00", 0.9: "#cc79a7"}
+#: From the colour of full layers to that of sparse ones; readable on light and dark ground.
+COLOURS = {0.0: "#d9561c", 0.25: "#b07d2b", 0.5: "#3d9950", 0.75: "#1f8a8a", 0.9: "#5b93c7"}
 CONDITIONS = """
     Random bf16 weights in the sizes of the named model, sink 128 and window 1,024, routes forced unless
     routers are named, layers fused by `attach(..., compile=True)`. "Own dense" is the same code with all
@@ -421,7 +422,7 @@ def plot_decode():
         series[f"Ω {ratio}, floor"] = (COLOURS[ratio], ":", {n: row["floor_ms"] for n, row in own.items()})
     wanted = {"phase": "decode", "shape": "qwen3-8b", "batch": 1}
     vllm = {row["seq_len"]: row["ms"] for row in load("vllm_dense")["rows"] if wanted.items() <= row.items()}
-    series["vLLM, dense"] = ("#009e73", "--", vllm)
+    series["vLLM, dense"] = ("#8a8a8a", "--", vllm)
     plot("decode_floor", f"One decode step, batch 1, Qwen3-8B's shape, {meta['device']}", "ms", series)
 
 

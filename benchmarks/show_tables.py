@@ -5,12 +5,19 @@ import re
 import textwrap
 from pathlib import Path
 
+from flux_attention.evaluation.figures import svg
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 IMAGES = ROOT / "docs/images"
 LABELS = {"qwen3-8b": "Qwen3-8B", "llama-3.1-8b": "Llama-3.1-8B"}
-#: Plots have a white ground of their own, so that they are readable on light and dark pages.
-STYLE = {"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "flux"}
+#: Plots have a ground of their own, light or dark as the reader's system is, so that they suit either kind of page.
+PAPER = """<style>
+svg { color: #1f2328; --ground: #ffffff; }
+@media (prefers-color-scheme: dark) { svg { color: #f0f6fc; --ground: #0d1117; } }
+</style>
+<rect width="100%" height="100%" fill="var(--ground)"/>
+"""
 
 
 def load(name):
@@ -50,10 +57,8 @@ def page(name, title, *parts):
 
 def save(figure, name):
     """Write a plot to docs/images."""
-    import matplotlib.pyplot as plt
-
-    figure.savefig(IMAGES / f"{name}.svg", facecolor="white", metadata={"Date": None})
-    plt.close(figure)
+    start, end, rest = svg(figure).partition(">\n")
+    (IMAGES / f"{name}.svg").write_text(start + end + PAPER + rest, encoding="utf-8")
 
 
 def filled(text, parts):

@@ -52,6 +52,13 @@ ERRORS = {
     "no records": (["eval", "shipped", "--records", "/nowhere.jsonl"], 1, "cannot read /nowhere.jsonl"),
     "no template": (["eval", "shipped", "--chat"], 1, "has no chat template"),
     "no template to generate": (["generate", "shipped", "{prompt}", "--chat"], 1, "has no chat template"),
+    "a page that is a folder": (
+        ["inspect", "shipped", "{prompt}", "--html", "."],
+        1,
+        "--html is ., a folder; expected",
+    ),
+    "no such baseline": (["eval", "shipped", "--baseline", "head"], 1, "--baseline is 'head', which is not judged"),
+    "json of a run": (["train", "{prompt}", "--json"], 1, "--json is for --dry-run"),
     "no such route": (["eval", "shipped", "--force", "99"], 1, "cannot force layers [99]"),
     "no folder to write": (["eval", "shipped", "--output", "{prompt}/o"], 1, "cannot write into"),
     "no folder for speed": (["bench", "memory", "--output", "{prompt}"], 1, "cannot write into"),

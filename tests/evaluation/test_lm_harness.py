@@ -259,7 +259,9 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch, own_tasks_only, short_ada
         arguments = dict(choose=lambda routing, count, tell: counts.append(count) or [6, 8], include_path=str(tasks))
         return TaskEvaluation(model, tokenizer, [short_adapter], names, samples=3, **{**arguments, **changes})
 
-    rows = quality.run(make(), tmp_path, False, lambda text: None)
+    told = []
+    rows = quality.run(make(), tmp_path, False, lambda *far: told.append(far))
+    assert told[-1][:3] == ("running tasks", make().kinds * len(make().tasks), make().kinds * len(make().tasks))
     by = {(row["task"], row["method"]): row for row in rows}
     methods = ("dense", "sparse", "routed", "static", "random")
     assert set(by) == {(task, method) for task in ("flux_choice", "flux_answer") for method in methods}
@@ -285,7 +287,7 @@ def test_tasks_by_method(tasks, tmp_path, monkeypatch, own_tasks_only, short_ada
         assert drawn["sparsity"] == pytest.approx(1 - counts[0] / 10) and by[task, "static"]["sparsity"] == 0.8
         assert sum(0 < rate < 1 for rate in drawn["fa_rate"].values()) > 2  # not the same layers for all
     monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # nothing is measured again
-    assert quality.run(make(), tmp_path, False, lambda text: None) == rows
+    assert quality.run(make(), tmp_path, False) == rows
     _, markdown = write_report(tmp_path / "quality.json", tmp_path)
     assert "## Accuracy on lm-eval's tasks" in markdown.read_text()
     assert "Share of full attention, routers, on lm-eval's tasks" in (tmp_path / "report.html").read_text()

@@ -11,17 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_attention.evaluation.report import (
-    class_differences,
-    class_table,
-    comparisons,
-    difference,
-    heat_map,
-    short_names,
-    summary,
-    tables,
-    write_report,
-)
+from flux_attention.evaluation.compare import difference, find_baseline, frontier, short_names, summary
+from flux_attention.evaluation.figures import heat_map, trade_off
+from flux_attention.evaluation.report import write_report
+from flux_attention.evaluation.tables import at_a_glance, class_differences, class_table, comparisons, tables
 
 
 def row(task, method, value, routers=None, length=4096, sparsity=0.5):
@@ -275,3 +268,76 @@ def test_page_and_markdown_hold_the_same_tables(tmp_path):
 | samples | 10 |
 | families | ["é", "<b>"] |
 """)
+
+
+def test_the_frontier_is_what_no_other_method_beats():
+    def mean(sparsity, accuracy, perplexity=None):
+        return dict(sparsity=sparsity, accuracy=accuracy, perplexity=perplexity)
+
+    assert frontier([mean(0.0, 0.9), mean(0.5, 0.8), mean(0.4, 0.7), mean(1.0, 0.1)]) == [True, True, False, True]
+    assert frontier([mean(0.5, 0.8), mean(0.5, 0.8), mean(0.0, 0.8)]) == [True, True, False]
+    assert frontier([mean(0.0, None, 3.0), mean(0.5, None, 3.5), mean(0.4, None, 4.0)]) == [True, True, False]
+
+
+def budgets():
+    """Dense, a ranking at two budgets, and routers, which all answered two samples of one family."""
+    scores = {"dense": [1, 1], 0.5: [1, 1], 0.75: [1, 0], "routed": [0, 0]}
+    rows = []
+    for place, (kind, right) in enumerate(scores.items()):
+        method, more = ("static-nll", {"budget": kind}) if isinstance(kind, float) else (kind, {})
+        one = row("copy", method, float(np.mean(right)), None if kind == "dense" else "a/x", sparsity=place / 4)
+        saved = dict(scores=right, kv_bytes=100 - 20 * place, baseline_kv_bytes=100, seconds=2.0 - place / 4)
+        rows.append({**one, **saved, **more})
+    return rows
+
+
+def test_methods_stand_beside_the_baseline_that_was_chosen():
+    heading, lines = at_a_glance(budgets())
+    assert heading == ["method", "Ω_MSR", "accuracy", "points beside dense", "KV ÷ dense", "s a sample", "●"]
+    assert [line[0] for line in lines] == ["dense", "static-nll (x) at 0.5", "static-nll (x) at 0.75", "routed (x)"]
+    assert [line[4] for line in lines] == ["1.00", "0.80", "0.60", "0.40"] and lines[1][5] == "1.75"
+    assert [line[3][:5] for line in lines] == ["", "+0.0 ", "-50.0", "-100."]
+    assert [line[-1] for line in lines] == ["", "●", "●", "●"]
+    for name in ("static-nll (x) at 0.5", "routed"):
+        _, lines = at_a_glance(budgets(), name)
+        assert next(line[0] for line in lines if not line[3]).startswith(name)
+    for name, message in (
+        ("random", r"'random' was not judged; expected one of \['dense', 'static-nll \(x\) at 0.5'"),
+        ("static-nll", r"more than once; expected one of \['static-nll \(x\) at 0.5', 'static-nll \(x\) at 0.75'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_baseline(budgets(), name)
+    assert find_baseline(budgets()[1:], "dense") is None
+
+
+def test_results_of_earlier_versions_have_no_kv_and_no_time():
+    rows = [{fact: value for fact, value in one.items() if fact not in ("kv_bytes", "seconds")} for one in budgets()]
+    assert at_a_glance([*budgets()[:3], rows[3]])[1][3][-3:-1] == ["", ""]
+    assert at_a_glance(rows)[0] == ["method", "Ω_MSR", "accuracy", "points beside dense", "●"]
+
+
+def test_the_report_names_model_and_command_first(tmp_path):
+    meta = {"device": "cpu", "command": "flux-attention eval <m> --x", "settings": {"model": "owner/<model>"}}
+    (tmp_path / "quality.json").write_text(json.dumps({"meta": meta, "rows": budgets()}))
+    html, markdown = (path.read_text() for path in write_report(tmp_path / "quality.json", tmp_path, "routed"))
+    assert html.index("<h1>owner/&lt;model&gt;</h1>") < html.index("eval &lt;m&gt; --x") < html.index("At a glance")
+    assert (
+        markdown.startswith("# owner/<model>\n")
+        and "points beside routed" in html
+        and "points beside routed" in markdown
+    )
+    assert markdown.index("```bash\nflux-attention eval <m> --x\n```") < markdown.index(
+        "## At a glance at 4,096 tokens"
+    )
+    figure = html[html.index("<svg") : html.index("</svg>")]
+    assert "frontier" in figure and "as routed" in figure and ">0.75<" in figure
+
+
+def test_the_figure_has_the_points_of_the_table():
+    rows = [*budgets(), *(row("plain", "dense", 3.0, sparsity=0.0), row("plain", "routed", 3.0, "a/x", sparsity=0.25))]
+    axes = trade_off(rows, 4096, "dense").axes[0]
+    points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    means = {each["method"]: each for each in summary(rows)}
+    assert points["routed"] == [[means["routed"]["sparsity"], 0.0]] == [[0.5, 0.0]]
+    assert points["static-nll"] == [[0.25, 1.0], [0.5, 0.5]]
+    assert points["frontier"][0] == [0.25, 1.0] and {point[1] for point in points["as dense"]} == {1.0}

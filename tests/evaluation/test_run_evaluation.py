@@ -23,10 +23,12 @@ def shipped():
 def test_questions_are_measured_once_and_reported(shipped, short_adapter, tmp_path, monkeypatch):
     sizes = dict(families=["plain"], lengths=[256], methods=["dense", "routed"], samples=2, text=TEXT)
     told = []
-    rows, page = run_evaluation(*shipped, [short_adapter], tmp_path, **sizes, tell=told.append)
+    rows, page = run_evaluation(*shipped, [short_adapter], tmp_path, **sizes, progress=lambda *far: told.append(far))
     assert [(row["task"], row["method"], row["n"]) for row in rows] == [("plain", "dense", 2), ("plain", "routed", 2)]
     assert json.loads((tmp_path / "quality.json").read_text())["rows"] == rows
-    assert page.read_text().startswith("<!") and page.parent == tmp_path and len(told) == 2
+    assert page.read_text().startswith("<!") and page.parent == tmp_path
+    assert [(what, done, total) for what, done, total, *_ in told] == [("answering", n, 4) for n in (0, 1, 2, 2, 3, 4)]
+    assert told[-1][3:] == ("256 tokens, plain: routed", 1.0)
     monkeypatch.setattr(quality, "evaluate", None)  # nothing is measured again
     assert run_evaluation(*shipped, [short_adapter], tmp_path, **sizes)[0] == rows
 
@@ -51,8 +53,8 @@ def test_static_layers_of_tasks_are_chosen_on_questions(shipped, tmp_path, monke
     monkeypatch.setattr(lm_harness, "TaskEvaluation", Tasks)
     monkeypatch.setattr(quality.Evaluation, "static_layers", chooser("layers"))
     monkeypatch.setattr(quality.Evaluation, "static_heads", chooser("heads"))
-    monkeypatch.setattr(quality, "run", lambda evaluation, *_: evaluation.choose(routing, 3, print))
-    monkeypatch.setattr(run, "write_report", lambda results, folder: (folder / "report.html", None))
+    monkeypatch.setattr(quality, "run", lambda evaluation, *_, **__: evaluation.choose(routing, 3, print))
+    monkeypatch.setattr(run, "write_report", lambda results, folder, baseline: (folder / "report.html", None))
     rows, _ = run_evaluation(
         *shipped,
         ["adapter"],

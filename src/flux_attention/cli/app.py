@@ -15,6 +15,7 @@ from flux_attention.cli.calibrate import calibrate
 from flux_attention.cli.console import UserError, err
 from flux_attention.cli.demo import demo
 from flux_attention.cli.evaluate import evaluate
+from flux_attention.cli.help import methods_and_families, with_examples
 from flux_attention.cli.importing import import_checkpoint
 from flux_attention.cli.info import info
 from flux_attention.cli.playground import playground
@@ -27,12 +28,75 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Full or sparse attention, decided per input and layer, for frozen Hugging Face language models.",
 )
-for command in (inspect, generate, info, bench, calibrate, train):
-    app.command()(command)
-app.command(name="eval")(evaluate)
-app.command(name="import")(import_checkpoint)
-app.command()(demo)
-app.command()(playground)
+USE, MAKE, OTHER = "Use a model", "Choose or train its layers", "About this library"
+#: Each command: its group in help, its function, and examples.
+COMMANDS = {
+    "inspect": (
+        USE,
+        inspect,
+        (
+            "inspect shipped README.md",
+            "inspect MODEL prompt.txt --routers ADAPTER --html routes.html",
+            "inspect MODEL prompt.txt --force 0.75 --json",
+        ),
+    ),
+    "generate": (
+        USE,
+        generate,
+        (
+            "generate shipped README.md",
+            "generate MODEL prompt.txt --routers ADAPTER --max-new-tokens 256",
+            "generate MODEL - --no-chat < prompt.txt",
+        ),
+    ),
+    "playground": (
+        USE,
+        playground,
+        ("playground", "playground MODEL --routers ADAPTER"),
+    ),
+    "eval": (
+        USE,
+        evaluate,
+        (
+            "eval shipped --samples 10",
+            "eval MODEL --force 0.5 --force 3,7,12 --lengths 16K --batch-size 4",
+            "eval MODEL --routers ADAPTER --budgets 0.5,0.75 --lengths 16K",
+            "eval MODEL --routers ADAPTER --records mine.jsonl",
+            "eval MODEL --routers ADAPTER --tasks gsm8k --samples 100",
+        ),
+    ),
+    "calibrate": (
+        MAKE,
+        calibrate,
+        (
+            "calibrate MODEL --output runs/model --length 16K --batch-size 8",
+            "calibrate MODEL --output runs/model --records mine.jsonl",
+        ),
+    ),
+    "train": (
+        MAKE,
+        train,
+        ("train recipes/quickstart.yaml", "train recipes/models/qwen3-8b.yaml --dry-run"),
+    ),
+    "import": (
+        MAKE,
+        import_checkpoint,
+        ("import CHECKPOINT --output runs/imported",),
+    ),
+    "demo": (OTHER, demo, ("demo", "demo --samples 4 --length 4096 --seed 1")),
+    "info": (OTHER, info, ("info", "info --json")),
+    "bench": (
+        OTHER,
+        bench,
+        (
+            "bench memory --gpu-gb 80",
+            "bench prefill --compile --lengths 8K,32K --sparsities 0,0.75 --batches 1",
+        ),
+    ),
+}
+for name, (group, function, lines) in COMMANDS.items():
+    more = methods_and_families if name == "eval" else tuple
+    app.command(name=name, cls=with_examples(*lines, more=more), rich_help_panel=group)(function)
 
 
 @dataclass

@@ -1,49 +1,68 @@
 """``eval`` scores a model by every way of choosing full layers."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.markup import escape
-from rich.table import Table
-
-from flux_attention.cli.arguments import Device, Dtype, Model, read_force, read_numbers, read_text
-from flux_attention.cli.console import UserError, err, out
+from flux_attention.cli.arguments import (
+    FILE,
+    FOLDER,
+    NAMES,
+    NUMBER,
+    Chat,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    about_machine,
+    about_result,
+    about_routes,
+    asked,
+    command_line,
+    read_force,
+    read_numbers,
+    read_text,
+)
+from flux_attention.cli.console import Bars, UserError, out, print_table, working
 from flux_attention.cli.subject import Subject, check_precision
 from flux_attention.files import check_writable
 
 
-def _print(rows: list[dict], page: Path) -> None:
-    from flux_attention.evaluation import report
+def _print(rows: list[dict], page: Path, baseline: str) -> None:
+    from flux_attention.evaluation import tables
     from flux_attention.evaluation.savings import nothing_saved
 
-    if report.task_classes(rows):
-        for length in dict.fromkeys(row["seq_len"] for row in rows):
-            heading, lines = report.class_table([row for row in rows if row["seq_len"] == length])
+    for length in tables.lengths(rows):
+        some = [row for row in rows if row["seq_len"] == length]
+        print_table(*tables.at_a_glance(some, baseline), title=f"At a glance {tables.at(length)}")
+        if tables.task_classes(some):
+            heading, lines = tables.class_table(some)
             # A method is a column, as terminals are narrow and classes are many.
-            table = Table("", *(escape(line[0]) for line in lines), title=f"{length:,} tokens")
-            for name, *cells in list(zip(heading, *lines, strict=True))[1:]:
-                table.add_row(escape(name), *cells)
-            out.print(table)
-        if report.has_marked(rows):
-            out.print(report.MARKED)
-        if lines := report.comparisons(rows):
-            table = Table(*report.COMPARED, title=report.DIFFERENCES)
-            for line in lines:
-                table.add_row(*map(escape, line))
-            out.print(table)
-    else:
-        table = Table("method", "tokens", "mean accuracy", "perplexity", "mean Ω_MSR")
-        for each in report.summary(rows):
-            numbers = [each["accuracy"], each["perplexity"], each["sparsity"]]
-            cells = ["" if number is None else f"{number:.3f}" for number in numbers]
-            name = report.label(each, report.short_names(rows))
-            table.add_row(escape(name), report.tokens(each["seq_len"]), *cells)
-        out.print(table)
-    if note := nothing_saved(rows):
-        out.print(note, highlight=False)
+            first, *others = zip(heading, *lines, strict=True)
+            print_table(first, others)
+    if lines := [line for line in tables.comparisons(rows) if line[1] != baseline]:
+        columns = [place for place in range(len(lines[0])) if place != TOKENS or len(tables.lengths(rows)) > 1]
+        shown = [[line[place] for place in columns] for line in [tables.COMPARED, *lines]]
+        print_table(shown[0], shown[1:], title=tables.DIFFERENCES)
+    for note in (tables.FRONTIER, tables.MARKED if tables.has_marked(rows) else None, nothing_saved(rows)):
+        if note:
+            out.print(note, highlight=False)
     out.print(f"the report is {page}", highlight=False, soft_wrap=True)
+
+
+#: The column of lengths in the table of differences.
+TOKENS = 2
+
+
+def _print_json(rows: list[dict], page: Path, baseline: str) -> None:
+    from flux_attention.evaluation import tables
+    from flux_attention.evaluation.savings import nothing_saved
+
+    by_length = [[row for row in rows if row["seq_len"] == length] for length in tables.lengths(rows)]
+    methods = [each for some in by_length for each in tables.standings(some, baseline)]
+    facts = {"report": str(page), "results": str(page.with_name("quality.json")), "note": nothing_saved(rows)}
+    print(json.dumps({**facts, "baseline": baseline, "methods": methods}))
 
 
 def _check_source(chat: bool | None, **given: Any) -> None:
@@ -61,6 +80,23 @@ def _check_source(chat: bool | None, **given: Any) -> None:
         raise UserError("matplotlib is missing, which draws the report: pip install 'flux-attention[eval]'")
 
 
+def _check_names(methods: str | None, families: str | None) -> None:
+    """Refuse methods and families that do not exist."""
+    from flux_attention.evaluation.methods import METHODS
+    from flux_attention.tasks.families import EVERY_FAMILY
+    from flux_attention.tasks.questions import NATURAL
+    from flux_attention.validation import check_known
+
+    check_known("methods", methods.split(",") if methods else [], METHODS)
+    check_known("families", families.split(",") if families else [], (*EVERY_FAMILY, *NATURAL))
+
+
+def _read_questions(records: Path | None):
+    from flux_attention.tasks.records import read_questions
+
+    return read_questions({"path": str(records)}) if records else None
+
+
 def _pattern(subject: Subject, sink: int | None, window: int | None):
     """Return the pattern's configuration where no adapter has one."""
     from flux_attention.config import FluxConfig
@@ -75,7 +111,9 @@ def _pattern(subject: Subject, sink: int | None, window: int | None):
     return None
 
 
-def _methods(asked: str | None, natural: bool, subject: Subject, budgets: list[float] | None, force: list[str]):
+def _methods(
+    asked: str | None, natural: bool, subject: Subject, budgets: list[float] | None, force: list[str], baseline: str
+) -> list[str]:
     """Return the methods that were asked for, checked; else those that the adapters can give."""
     from flux_attention.adapters import load_config
     from flux_attention.evaluation.methods import DEFAULT_METHODS, NATURAL_METHODS, check_methods, missing
@@ -87,6 +125,8 @@ def _methods(asked: str | None, natural: bool, subject: Subject, budgets: list[f
     chosen = asked.split(",") if asked else possible
     chosen += ["forced"] if force and "forced" not in chosen else []
     check_methods(chosen, configs, budgets, force)
+    if baseline != "dense" and baseline.partition(" ")[0] not in chosen:
+        raise UserError(f"--baseline is {baseline!r}, which is not judged; expected one of {chosen}, or add it")
     return chosen
 
 
@@ -108,64 +148,87 @@ def _families(model: str, asked: str | None, text: Path | None, subject: Subject
     return named
 
 
+def _in_words(families: list[str]) -> bool:
+    from flux_attention.tasks.families import EVERY_FAMILY
+
+    return not set(families) & set(EVERY_FAMILY)
+
+
+def _check_lengths(sizes: list[int], subject: Subject) -> None:
+    from flux_attention.evaluation.methods import check_lengths
+
+    check_lengths(sizes, subject.positions)
+
+
 def evaluate(
     model: Model,
-    routers: Annotated[list[str] | None, typer.Option(help="Adapter; repeatable; 'shipped' has its own.")] = None,
-    families: Annotated[str | None, typer.Option(help="Of generated questions; default: by the model.")] = None,
-    records: Annotated[Path | None, typer.Option(help="Your own questions, JSONL: context, question, answer.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval's tasks, instead of generated questions.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with more of lm-eval's task files.")] = None,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Ask through the chat template; default: if there is one.")
+    families: Annotated[str | None, asked("Of generated questions, as below.", metavar=NAMES)] = None,
+    records: Annotated[
+        Path | None, asked("Your own questions instead, JSONL: context, question, answer.", metavar=FILE)
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Tokens of a sample; default: 4K, of a record any.")] = None,
-    sink: Annotated[int | None, typer.Option(min=0, help="First tokens seen without adapters; default: 128.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Last tokens seen, likewise; default: 1024.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Of full layers; default: those that take no search.")] = None,
+    tasks: Annotated[str | None, asked("lm-eval's tasks instead.", metavar=NAMES)] = None,
+    include_path: Annotated[Path | None, asked("Has more of lm-eval's task files.", metavar=FOLDER)] = None,
+    lengths: Annotated[
+        str | None, asked("Tokens of a sample, such as 4K,16K; default: 4K, of a record any.", metavar=NAMES)
+    ] = None,
+    samples: Annotated[int, asked("Of each family and length, or task.", min=2, metavar=NUMBER)] = 100,
+    text: Annotated[Path | None, asked("To hide questions in; default: local source text.", metavar=FILE)] = None,
+    chat: Chat = None,
+    routers: Annotated[
+        list[str] | None, about_routes("Adapter; repeatable; 'shipped' has its own.", metavar="ADAPTER")
+    ] = None,
+    methods: Annotated[str | None, about_routes("As below; default: those that take no search.", metavar=NAMES)] = None,
     force: Annotated[
-        list[str] | None, typer.Option(help="Also judge a ratio (0.75) or full layers (3,7); repeatable.")
+        list[str] | None,
+        about_routes("Also judge a ratio (0.75) or full layers (3,7); repeatable.", metavar="ROUTES"),
     ] = None,
-    budgets: Annotated[str | None, typer.Option(help="Shares of sparse layers; default: the adapter's own.")] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Samples of each family and length, or task.")] = 100,
-    calibration: Annotated[int, typer.Option(min=1, help="Samples of each family to choose static layers on.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 1,
-    text: Annotated[Path | None, typer.Option(help="File to hide questions in; default: local source text.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for quality.json and the report.")] = Path("runs/eval"),
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; else go on where a run stopped.")] = False,
+    budgets: Annotated[
+        str | None, about_routes("Shares of sparse layers, 0.5,0.75; default: the adapter's own.", metavar=NAMES)
+    ] = None,
+    sink: Annotated[
+        int | None, about_routes("First tokens seen without adapters; default: 128.", min=0, metavar=NUMBER)
+    ] = None,
+    window: Annotated[
+        int | None, about_routes("Last tokens seen, likewise; default: 1024.", min=1, metavar=NUMBER)
+    ] = None,
+    calibration: Annotated[
+        int, about_routes("Samples of each family to choose static layers on.", min=1, metavar=NUMBER)
+    ] = 8,
+    baseline: Annotated[
+        str, about_result("What the report sets the others beside: a method, or its name there.", metavar="NAME")
+    ] = "dense",
+    output: Annotated[Path, about_result("For quality.json and the report.", metavar=FOLDER)] = Path("runs/eval"),
+    restart: Annotated[bool, about_result("Begin anew; else go on where a run stopped.", "--restart")] = False,
+    as_json: Json = False,
+    batch_size: Annotated[int, about_machine("Samples at a time.", min=1, metavar=NUMBER)] = 1,
     device: Device = None,
     dtype: Dtype = "auto",
 ):
     """Score a model on generated questions, your records or lm-eval's tasks by every way of choosing full layers."""
-    from flux_attention.evaluation.methods import METHODS, check_lengths
-    from flux_attention.tasks.families import EVERY_FAMILY
-    from flux_attention.tasks.questions import NATURAL
-    from flux_attention.tasks.records import read_questions
-    from flux_attention.validation import check_known
-
     _check_source(chat, tasks=tasks, families=families, records=records)
     sizes = read_numbers(lengths or "4K", int, 256, 2**24) if lengths or not records else []
     shares = read_numbers(budgets, float, 0, 1) if budgets else None
-    forced = [(spec, read_force(spec)) for spec in force or []]
-    check_known("methods", methods.split(",") if methods else [], METHODS)
-    check_known("families", families.split(",") if families else [], (*EVERY_FAMILY, *NATURAL))
-    given = read_text(str(text)) if text else None
-    questions = read_questions({"path": str(records)}) if records else None
     check_precision(device, dtype)
     check_writable(output)
+    with working(f"looking at {model}"):
+        forced = [(spec, read_force(spec)) for spec in force or []]
+        _check_names(methods, families)
+        given = read_text(str(text)) if text else None
+        questions = _read_questions(records)
     subject = Subject(model, routers or [], device, dtype)
     for _, routes in forced:
         subject.check_adapters(routes)
     config = _pattern(subject, sink, window)
     named = _families(model, families, text, subject, False if tasks else chat)
-    natural = records is not None or not set(named) & set(EVERY_FAMILY)
-    chosen = _methods(methods, natural, subject, shares, force or [])
+    natural = records is not None or _in_words(named)
+    chosen = _methods(methods, natural, subject, shares, force or [], baseline)
     if sizes and not tasks:
-        check_lengths(sizes, subject.positions)
-
-    from flux_attention.evaluation.run import run_evaluation
+        _check_lengths(sizes, subject)
 
     loaded, tokenizer = subject.load(), subject.tokenizer
-    with err.status("reading text") as status:
+    with working("reading text"):
+        from flux_attention.evaluation.run import run_evaluation
+    with Bars() as bars:
         rows, page = run_evaluation(
             loaded,
             tokenizer,
@@ -186,6 +249,8 @@ def evaluate(
             calibration=calibration,
             batch_size=batch_size,
             restart=restart,
-            tell=lambda text: status.update(escape(text)),
+            baseline=baseline,
+            command=command_line(),
+            progress=bars,
         )
-    _print(rows, page)
+    (_print_json if as_json else _print)(rows, page, baseline)

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from flux_attention.cli.arguments import Json
-from flux_attention.cli.console import err, out
+from flux_attention.cli.arguments import FOLDER, Json, about_result
+from flux_attention.cli.console import out, working
 
 
 def import_checkpoint(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint that the authors released.")],
-    output: Annotated[Path, typer.Option(help="Folder for the model and the adapter; empty or not there.")],
+    output: Annotated[Path, about_result("For the model and the adapter; empty or not there.", metavar=FOLDER)],
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the model's weights, without the routers; else link to the files.")
     ] = False,
@@ -21,15 +21,18 @@ def import_checkpoint(
         bool, typer.Option("--exact", help="Exact tokens of sink and window, not the blocks of 128 of training.")
     ] = False,
     full: Annotated[
-        str | None, typer.Option(help="What full layers compute (full), in place of what the checkpoint says.")
+        str | None,
+        typer.Option(metavar="PATTERN", help="What full layers compute (full), in place of what the checkpoint says."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a Hub repository.")
+    ] = None,
     as_json: Json = False,
 ):
     """Make a stock model folder and an adapter of a checkpoint that the authors of the method released."""
     from flux_attention import checkpoints
 
-    with err.status(f"importing {checkpoint}"):
+    with working(f"importing {checkpoint}"):
         found = checkpoints.import_checkpoint(checkpoint, output, revision=revision, copy=copy, exact=exact, full=full)
     if as_json:
         facts = {"model": str(found.model), "adapter": str(found.adapter), "ignored": found.ignored}

@@ -6,18 +6,19 @@ import platform
 from rich.table import Table
 
 from flux_attention.cli.arguments import Json
-from flux_attention.cli.console import out
+from flux_attention.cli.console import out, working
 
 
 def info(as_json: Json = False):
     """Show versions, device and kernels."""
-    import torch
+    with working("looking at this machine"):
+        import torch
 
-    import flux_attention
-    from flux_attention.kernels import has_triton
-    from flux_attention.results import environment
+        import flux_attention
+        from flux_attention.kernels import has_triton
+        from flux_attention.results import environment
 
-    env = environment()
+        env = environment()
     facts = {
         "flux_attention": flux_attention.__version__,
         "python": platform.python_version(),

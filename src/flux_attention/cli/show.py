@@ -1,11 +1,12 @@
 """``inspect`` and ``generate`` run one prompt."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from flux_attention.cli.arguments import (
+    FILE,
+    NUMBER,
     Budget,
     Chat,
     Decide,
@@ -16,10 +17,14 @@ from flux_attention.cli.arguments import (
     Model,
     Routers,
     Text,
+    about_result,
+    asked,
+    check_page,
+    command_line,
     read_force,
     read_text,
 )
-from flux_attention.cli.console import err, out
+from flux_attention.cli.console import err, out, working
 from flux_attention.cli.subject import Subject, check_precision
 
 
@@ -42,10 +47,13 @@ def inspect(
     chat: Chat = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    html: Annotated[Path | None, about_result("Also write it as a page.", metavar=FILE)] = None,
     as_json: Json = False,
 ):
     """Show how a prompt is routed, and what that saves: layers, bytes of the KV cache, query-key pairs."""
     prompt = read_text(text)
+    if html is not None:
+        check_page(html)
     subject, routes = _subject(model, routers, force, budget, decide, device, dtype)
     ids = subject.encode(prompt, chat=chat)
 
@@ -54,14 +62,21 @@ def inspect(
     from flux_attention.hf.report import make_report
 
     loaded, routing = subject.attach()
-    with torch.no_grad(), err.status(f"prefilling {ids.shape[1]} tokens"), routing.force(routes):
+    with torch.no_grad(), working(f"reading {ids.shape[1]:,} tokens"), routing.force(routes):
         cache = loaded.get_decoder()(ids, use_cache=True).past_key_values
     report = make_report(routing, cache, [0], routing.routes.lengths)
+    if html is not None:
+        from flux_attention.evaluation.prompt import write_prompt_page
+
+        names = dict(model=model, adapter=routers or ("shipped" if subject.adapters else None), text=prompt)
+        write_prompt_page(html, routing, cache, report, **names, command=command_line())
     if as_json:  # with the routers' logits, which a report has not
         print(json.dumps({"model": model, **report.to_dict(), **routing.routes.to_dict()}))
         return
     out.print(routing.routes)
     out.print(f"{ids.shape[1]:,} tokens; {report}", highlight=False, soft_wrap=True)
+    if html is not None:
+        out.print(f"the page is {html}", highlight=False, markup=False, soft_wrap=True)
 
 
 def generate(
@@ -72,7 +87,7 @@ def generate(
     budget: Budget = None,
     decide: Decide = None,
     chat: Chat = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    max_new_tokens: Annotated[int, asked("Tokens to generate at most.", min=1, metavar=NUMBER)] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -86,7 +101,6 @@ def generate(
     from transformers import TextStreamer
 
     loaded, routing = subject.attach()
-    status = err.status(f"prefilling {ids.shape[1]} tokens")
 
     class Streamer(TextStreamer):
         """Prints text as it comes; the first stops the spinner."""
@@ -96,7 +110,7 @@ def generate(
             super().on_finalized_text(text, stream_end)
 
     streamer = None if as_json else Streamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with status, torch.no_grad(), routing.force(routes):
+    with working(f"reading {ids.shape[1]:,} tokens") as status, torch.no_grad(), routing.force(routes):
         tokens = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),

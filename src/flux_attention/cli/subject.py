@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 
 from flux_attention import names
-from flux_attention.cli.console import UserError, err
+from flux_attention.cli.console import UserError, err, working
 
 
 class Subject:
@@ -36,7 +36,7 @@ class Subject:
         self.model, self.path, self.dtype = model, names.model_path(model), dtype
         wanted = routers or (["shipped"] if model == "shipped" else [])
         self.adapters = [names.adapter_path(adapter) for adapter in wanted]
-        with err.status(f"looking at {escape(model)}"):
+        with working(f"looking at {model}"):
             reason = names.check_model(self.path)
             self.check_adapters(force)
             self.device = find_device(device)
@@ -121,7 +121,7 @@ class Subject:
 
     def load(self):
         """Load the model, in eval mode on its device."""
-        with err.status(f"loading {escape(self.model)}") as status:
+        with working(f"loading {self.model}") as status:
             from transformers.utils import logging
 
             from flux_attention.hf.loading import dequantising, load_model
@@ -135,7 +135,7 @@ class Subject:
     def attach(self):
         """Load the model, and attach its first adapter or fresh routers."""
         loaded = self.load()
-        with err.status("attaching routers"):
+        with working("attaching routers"):
             from flux_attention import attach
 
             return loaded, attach(loaded, self.adapters[0] if self.adapters else None, **self.options)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flux_attention.cli.arguments import Json
-from flux_attention.cli.console import UserError, err, out
+from flux_attention.cli.arguments import FOLDER, about_result
+from flux_attention.cli.console import UserError, err, out, working
 
 
 def _say(text: str) -> None:
@@ -27,28 +28,27 @@ def _go_on(recipe: str, output: str | None) -> str:
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file; see docs/training.md.", show_default=False)],
-    output: Annotated[str | None, typer.Option(help="Folder of the run, instead of the recipe's.")] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew; else go on from the last checkpoint.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count parameters, memory and steps only.")] = False,
-    as_json: Json = False,
+    output: Annotated[str | None, about_result("Of the run, instead of the recipe's.", metavar=FOLDER)] = None,
+    restart: Annotated[bool, about_result("Begin anew; else go on from the last checkpoint.", "--restart")] = False,
+    dry_run: Annotated[bool, about_result("Count parameters, memory and steps only.", "--dry-run")] = False,
+    as_json: Annotated[bool, about_result("Print JSON, for programs; with --dry-run.", "--json")] = False,
 ):
     """Train routers for a frozen model; `torchrun --nproc-per-node N -m flux_attention.cli train …` for N GPUs."""
-    from dataclasses import replace
-
-    from flux_attention.training.recipe import Recipe
-
     if not Path(recipe).is_file():
         raise UserError(f"{recipe} is not a file; name a recipe, such as recipes/quickstart.yaml")
-    loaded = Recipe.from_yaml(recipe)
-    if output is not None:
-        loaded = replace(loaded, output=output)
-    try:
-        from flux_attention.training import run
-        from flux_attention.training.interrupt import Interrupted
-    except ImportError as error:
-        raise UserError(f"training needs more packages ({error}): pip install 'flux-attention[train]'") from None
+    if as_json and not dry_run:
+        raise UserError("--json is for --dry-run: add it, or leave --json out; a run leaves training_log.json")
+    with working(f"reading {recipe}"):
+        from flux_attention.training.recipe import Recipe
+
+        loaded = Recipe.from_yaml(recipe)
+        if output is not None:
+            loaded = replace(loaded, output=output)
+        try:
+            from flux_attention.training import run
+            from flux_attention.training.interrupt import Interrupted
+        except ImportError as error:
+            raise UserError(f"training needs more packages ({error}): pip install 'flux-attention[train]'") from None
     if not dry_run:
         try:
             run.train(loaded, restart, _say)
@@ -58,7 +58,8 @@ def train(
                 err.print(escape(go_on), highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
         return
-    counted = run.dry_run(loaded)
+    with working("counting"):
+        counted = run.dry_run(loaded)
     if as_json:
         print(json.dumps(counted))
         return

@@ -14,7 +14,7 @@ import torch
 
 from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.config import FluxConfig
-from flux_attention.evaluation.methods import check_adapters
+from flux_attention.evaluation.methods import check_adapters, count_kinds, routed_method
 from flux_attention.hf.handle import Routing
 from flux_attention.patterns import Full
 from flux_attention.routes import RouteSpec, parse_routes, read_spec
@@ -104,6 +104,12 @@ class AdapterEvaluation:
         """What ``routed_method`` says of each adapter."""
         return {adapter: routed_method(load_config(adapter)[1]) for adapter in self.adapters}
 
+    @property
+    def kinds(self) -> int:
+        """How many rows each family (or task) and length has."""
+        configs = [load_config(adapter)[1] for adapter in self.adapters]
+        return count_kinds(self.methods, configs, self.budgets, list(self.force))
+
     def beforehand(self, routing: Routing, first: bool) -> list[Choice]:
         """
         List the choices of full layers that need no look at any sample.
@@ -145,13 +151,6 @@ def exact_dense(routing: Routing, method: str) -> Iterator[None]:
         yield
     finally:
         routing.full = pattern
-
-
-def routed_method(config: FluxConfig) -> str | None:
-    """Name the method of what decides in an adapter: None where nothing does, as its full layers are fixed."""
-    if config.ranking is not None:
-        return None
-    return "head" if config.granularity == "head" else {"prefill": "routed", "ends": "routed-ends"}[config.decide]
 
 
 def adapter_hash(adapter: str) -> str | None:

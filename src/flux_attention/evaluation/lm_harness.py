@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -27,6 +28,8 @@ from flux_attention import __version__
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.base import AdapterEvaluation, exact_dense
 from flux_attention.evaluation.methods import DEFAULT_METHODS
+from flux_attention.evaluation.progress import Progress, Tally, silent
+from flux_attention.evaluation.savings import mean_kv
 from flux_attention.hf.attach import attach
 from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
 from flux_attention.tasks.scoring import Scores
@@ -110,6 +113,7 @@ class FluxLM(HFLM):
         self.forced = routes
         self.routed: list[list[bool]] = []
         self.esr: list[float] = []  # Ω_ESR of each sequence that the model ran, in order
+        self.lengths: list[int] = []  # tokens of each one's context, in order
         self.drawn: int | None = None
         self._split: tuple[int, int] | None = None
 
@@ -196,6 +200,7 @@ class FluxLM(HFLM):
     def _note_routes(self) -> None:
         self.routed += self.routing.routes.routes_BL.tolist()
         self.esr += self.routing.routes.esr
+        self.lengths += self.routing.routes.lengths
 
     def _forcing(self, contexts: Sequence[list[int]]):
         """Return a context manager that forces the routes of these contexts; what is in force stays if none are."""
@@ -228,7 +233,7 @@ class TaskEvaluation(AdapterEvaluation):
         Documents of each task at most; sequences a forward.
     choose : callable, optional
         What picks the full layers of ``static``, or the heads of ``head-static``: of the attached routers' handle, how
-        many, and a function to tell how far it is; gives a list, or bool (heads).
+        many, and what to tell how far it is; gives a list, or bool (heads).
     include_path : str, optional
         A folder with more task files.
     **shared
@@ -249,7 +254,7 @@ class TaskEvaluation(AdapterEvaluation):
         methods: Sequence[str] = DEFAULT_METHODS,
         samples: int = 100,
         batch_size: int = 1,
-        choose: Callable[[Any, int, Callable[[str], None]], list[int] | torch.Tensor] | None = None,
+        choose: Callable[[Any, int, Progress], list[int] | torch.Tensor] | None = None,
         include_path: str | None = None,
         **shared: Any,
     ):
@@ -266,17 +271,18 @@ class TaskEvaluation(AdapterEvaluation):
         """See ``AdapterEvaluation.settings``."""
         return {**super().settings, "tasks": self.tasks, "lm_eval": lm_eval.__version__}
 
-    def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
+    def rows(self, done: Sequence[dict[str, Any]] = (), progress: Progress = silent) -> Iterator[dict]:
         """Yield result rows as they are measured; see ``quality.Evaluation.rows``."""
+        tally = Tally("running tasks", {1: self.kinds * len(self.tasks)}, progress)
         for place, (name, routers) in enumerate(self.subjects):
             lm = FluxLM(self.model, routers=routers, tokenizer=self.tokenizer, batch_size=self.batch_size)
             try:
-                yield from self._of_adapter(lm, name, place == 0, done, tell)
+                yield from self._of_adapter(lm, name, place == 0, done, tally)
             finally:
                 lm.routing.detach()
 
-    def _of_adapter(self, lm: FluxLM, adapter: str | None, first: bool, done, tell) -> Iterator[dict]:
-        rows = partial(self._task, lm, done, tell, adapter)
+    def _of_adapter(self, lm: FluxLM, adapter: str | None, first: bool, done, tally: Tally) -> Iterator[dict]:
+        rows = partial(self._task, lm, done, tally, adapter)
         for choice in self.beforehand(lm.routing, first):
             named = choice.facts if choice.method == "static-nll" else {**choice.facts, "routers": None}
             for task in self.tasks:
@@ -298,7 +304,7 @@ class TaskEvaluation(AdapterEvaluation):
             known = (row[kept] for row in done if (row["method"], row["routers"]) == (method, adapter))
             chosen = next(known, None)
             if chosen is None:
-                chosen = self.choose(lm.routing, count, tell)
+                chosen = self.choose(lm.routing, count, tally.progress)
             names = [unit_name(unit) for unit in lm.routing.units]
             if isinstance(chosen, torch.Tensor):
                 chosen = [name for name, full in zip(names, chosen.tolist(), strict=True) if full]
@@ -309,24 +315,32 @@ class TaskEvaluation(AdapterEvaluation):
             for task in self.tasks:
                 yield from rows(task, "random", count)
 
-    def _task(self, lm: FluxLM, done, tell, adapter: str | None, task: str, method: str, routes, **more) -> list[dict]:
+    def _task(
+        self, lm: FluxLM, done, tally: Tally, adapter: str | None, task: str, method: str, routes, **more
+    ) -> list[dict]:
         """Measure a method on a task or a group of tasks, if that is not there yet; see ``Evaluation._row``."""
         facts = dict(method=method, routers=adapter, asked=task) | more
         kind = {fact: facts.get(fact) for fact in ("method", "routers", "asked", "budget", "force")}
         if known := [row for row in done if all(row.get(fact) == value for fact, value in kind.items())]:
+            tally.leave_out(1, 1)
             return known
-        tell(f"{task}: {method}")
-        lm.routed.clear()
-        lm.esr.clear()
+        counted, began = tally.start(1, f"{task}: {method}"), time.perf_counter()
+        for seen in (lm.routed, lm.esr, lm.lengths):
+            seen.clear()
         lm.forced, lm.drawn = (None, routes) if method == "random" else (routes, None)
         with exact_dense(lm.routing, method):
             found = lm_eval.simple_evaluate(
                 model=lm, tasks=[task], limit=self.samples, bootstrap_iters=1000, task_manager=self.manager
             )
+            saved = mean_kv(lm.routing, lm.routed, lm.lengths)
+        counted(1)
+        documents = sum(counts["effective"] for counts in found["n-samples"].values())
         rates = map(fmean, zip(*lm.routed, strict=True))
         facts |= dict(
             sparsity=round(fmean(lm.msr), 4),
             esr=round(fmean(lm.esr), 8),
+            seconds=round((time.perf_counter() - began) / max(1, documents), 4),
+            **saved,
             fa_rate={unit_name(unit): round(rate, 4) for unit, rate in zip(lm.routing.units, rates, strict=True)},
             model=self.model_name,
         )

@@ -59,6 +59,10 @@ class Material:
             facts["chat"] = has_chat(self.tokenizer, self.chat)
         return {**facts, "text": "+".join(texts)}
 
+    def count(self, family: str, count: int) -> int:
+        """Say how many samples ``make`` gives where ``count`` are asked for."""
+        return count
+
     def make(self, family: str, length: int, count: int, seed: int = 0) -> list[Sample]:
         """Make samples of a family, on held-out names, values and texts; each once, as all methods see the same."""
         if family in NATURAL:
@@ -131,6 +135,10 @@ class Records(Material):
             digest.update(repr((sample.family, sample.input_ids.tolist(), sample.question.expected)).encode())
         facts = {"families": self.families, "chat": has_chat(self.tokenizer, self.chat)}
         return {**facts, "records": digest.hexdigest()}
+
+    def count(self, family: str, count: int) -> int:
+        """See ``Material.count``."""
+        return min(count, len(self.given[family]))
 
     def make(self, family: str, length: int, count: int, seed: int = 0) -> list[Sample]:
         """Return a task's first records; or, to choose static layers on, generated questions of a family."""

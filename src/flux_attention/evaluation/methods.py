@@ -6,10 +6,22 @@ from collections.abc import Sequence
 
 from flux_attention.config import FluxConfig
 
-METHODS = (
-    *("dense", "sparse", "routed", "static", "best-static", "best-static-fewer", "random", "head", "head-static"),
-    *("static-nll", "routed-ends", "forced"),
-)
+#: What each has full.
+ABOUT = {
+    "dense": "every layer",
+    "sparse": "none",
+    "routed": "what the layer routers decide",
+    "static": "one set of layers for every input, chosen greedily by loss on calibration samples",
+    "best-static": "the same, but of all sets the one that answers most of them: for models of few layers",
+    "best-static-fewer": "the same, of one layer fewer",
+    "random": "a random set for every input",
+    "head": "what routers of granularity head decide, for each KV head",
+    "head-static": "one set of KV heads for every input: those that such routers like best on calibration samples",
+    "static-nll": "the first layers of a calibrated adapter's ranking, at each budget",
+    "routed-ends": "what the layer routers decide by the prompt's two ends alone",
+    "forced": "the layers that --force names",
+}
+METHODS = tuple(ABOUT)
 #: Those that try every set: 120 of three layers of 10, 94 million of nine of 36.
 EXHAUSTIVE = ("best-static", "best-static-fewer")
 DEFAULT_METHODS = tuple(method for method in METHODS if method not in (*EXHAUSTIVE, "routed-ends"))
@@ -81,6 +93,31 @@ def check_methods(
             "budgets are for adapters with a ranking of layers (static-nll), which flux-attention calibrate makes, and "
             f"where no adapter has routers for {', '.join(SIZED)}: leave --budgets out, or ask for one of these"
         )
+
+
+def routed_method(config: FluxConfig) -> str | None:
+    """Name the method of what decides in an adapter: None where nothing does, as its full layers are fixed."""
+    if config.ranking is not None:
+        return None
+    return "head" if config.granularity == "head" else {"prefill": "routed", "ends": "routed-ends"}[config.decide]
+
+
+def count_kinds(
+    methods: Sequence[str], configs: Sequence[FluxConfig], budgets: Sequence[float] | None, force: Sequence[str]
+) -> int:
+    """Count the ways of choosing full layers that an evaluation measures; the parameters are those of ``missing``."""
+    asked, deciding = set(methods), list(map(routed_method, configs))
+    count = len(asked & {"dense", "sparse"}) + len(force) * ("forced" in asked)
+    for method in deciding:
+        if method is None:
+            count += len(budgets or [None]) * ("static-nll" in asked)
+            continue
+        followers = asked & set(("head-static",) if method == "head" else SIZED)
+        count += len(followers) + bool(followers or method in asked)
+        count += method == "routed" and "routed-ends" in asked
+    if not any(deciding):
+        count += len(budgets or []) * len(asked & set(SIZED))
+    return count
 
 
 def check_lengths(lengths: Sequence[int], positions: int | None) -> None:

@@ -3,22 +3,7 @@
 Questions in words are scored by what ``generate`` answers, those of ``tasks.families`` by whether every token of the
 answer is the most likely one, prose and plain text by perplexity.
 
-Methods (all see the same samples):
-
-================= ===========================================================================================
-dense             every layer full
-sparse            every layer sparse
-routed            what the layer routers decide
-static            one set of full layers for every input, chosen greedily by loss on calibration samples
-best-static       the same, but of all sets the one that answers most calibration samples: for models of few layers
-best-static-fewer the same, of one layer fewer
-random            a random set for every input
-head              what routers of granularity ``head`` decide, for each KV head
-head-static       one set of full heads for every input: those that such routers like best on calibration samples
-static-nll        one set for every input, at each budget: the first layers of a calibrated adapter's ranking
-routed-ends       what the layer routers decide by the prompt's two ends alone
-forced            routes that were asked for
-================= ===========================================================================================
+All methods see the same samples; ``methods.ABOUT`` says what each has full.
 
 ``static``, ``best-static`` and ``random`` have as many full layers as ``routed`` has on average over all families,
 rounded up, and ``head-static`` as many heads as ``head``. So the Ω_MSR of ``routed`` lies between those of
@@ -30,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -44,7 +30,8 @@ from flux_attention.evaluation.base import AdapterEvaluation, exact_dense
 from flux_attention.evaluation.material import CALIBRATION_SEED, Material, Records
 from flux_attention.evaluation.measures import answer_measures, token_measures
 from flux_attention.evaluation.methods import DEFAULT_METHODS, METHODS, SIZED, check_lengths
-from flux_attention.evaluation.savings import mean_esr
+from flux_attention.evaluation.progress import Progress, Tally, silent
+from flux_attention.evaluation.savings import mean_esr, mean_kv
 from flux_attention.evaluation.selection import best_layers, greedy_order, liked_routes, random_routes
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
@@ -129,7 +116,7 @@ class Evaluation(AdapterEvaluation):
         """Make samples of a family, on held-out names and values."""
         return self.material.make(family, length, count, seed)
 
-    def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
+    def rows(self, done: Sequence[dict[str, Any]] = (), progress: Progress = silent) -> Iterator[dict]:
         """
         Yield result rows as they are measured.
 
@@ -137,8 +124,8 @@ class Evaluation(AdapterEvaluation):
         ----------
         done : sequence of dict
             Rows of an earlier call with the same settings: not measured again.
-        tell : callable
-            Told what is being done.
+        progress : Progress
+            Told how far it is.
         """
         if "head" in self.deciding.values() and not set(self.families) <= set(EVERY_FAMILY):
             raise ValueError(
@@ -146,14 +133,16 @@ class Evaluation(AdapterEvaluation):
                 f"families of {list(EVERY_FAMILY)}"
             )
         have = {row_key(row): row for row in done}
+        samples = sum(self.material.count(family, self.samples) for family in self.families)
+        tally = Tally("answering", dict.fromkeys(self.lengths, self.kinds * samples), progress)
         for place, (name, routers) in enumerate(self.subjects):
             with self._attached(routers) as routing:
-                row = partial(self._row, routing, have, tell, routers=name)
+                row, method = partial(self._row, routing, have, tally, routers=name), self.deciding.get(name)
                 for length in self.lengths:
-                    yield from self._of_length(routing, self.deciding.get(name), place == 0, length, row, have, tell)
+                    yield from self._of_length(routing, method, place == 0, length, row, have, progress)
             if "routed-ends" in self.methods and self.deciding.get(name) == "routed":
                 with self._attached(routers, decide="ends") as routing:
-                    row = partial(self._row, routing, have, tell, routers=name)
+                    row = partial(self._row, routing, have, tally, routers=name)
                     for length, family in itertools.product(self.lengths, self.families):
                         yield row(length, family, "routed-ends", None)
 
@@ -166,43 +155,49 @@ class Evaluation(AdapterEvaluation):
         finally:
             routing.detach()
 
-    def _row(self, routing, have, tell, length: int, family: str, method: str, routes, *, routers, **more):
+    def _row(self, routing, have, tally: Tally, length: int, family: str, method: str, routes, *, routers, **more):
         """Measure a method on a family, if that is not there yet: ``more`` is what the row says besides."""
         facts = dict(task=family, method=method, seq_len=length, routers=routers)
         key = row_key({**facts, **more})
         if key in have:
+            tally.leave_out(self.material.count(family, self.samples), length)
             return have[key]
-        tell(f"{length} tokens, {family}: {method}")
-        samples = self.make(family, length, self.samples)
+        counted = tally.start(length, f"{length:,} tokens, {family}: {method}")
+        samples, began = self.make(family, length, self.samples), time.perf_counter()
         with exact_dense(routing, method):
-            measures, full = self._scores(samples, routing, routes(samples) if callable(routes) else routes)
-            esr = mean_esr(routing, full, [len(sample.input_ids) for sample in samples])
+            measures, full = self._scores(samples, routing, routes(samples) if callable(routes) else routes, counted)
+            seconds = (time.perf_counter() - began) / len(samples)
+            sizes = full, [len(sample.input_ids) for sample in samples]
+            saved = {"esr": round(mean_esr(routing, *sizes), 8), **mean_kv(routing, *sizes)}
         rates = torch.tensor(full, dtype=torch.float32).mean(0).tolist()
         return {
             **facts,
             "model": self.model_name,
             "n": len(samples),
             "sparsity": round(1 - fmean(map(fmean, full)), 4),
-            "esr": round(esr, 8),
+            **saved,
+            "seconds": round(seconds, 4),
             **measures,
             "fa_rate": {unit_name(unit): round(rate, 4) for unit, rate in zip(routing.units, rates, strict=True)},
             **more,
         }
 
-    def _scores(self, samples: list[Sample], routing: Routing, routes) -> tuple[dict[str, Any], list[list[bool]]]:
+    def _scores(
+        self, samples: list[Sample], routing: Routing, routes, counted
+    ) -> tuple[dict[str, Any], list[list[bool]]]:
         """Return what the samples scored, and the routes that they ran with."""
         question = samples[0].question
         if question is None or question.is_prose:
-            scores = evaluate(self.model, samples, routing, self.batch_size, routes)
+            scores = evaluate(self.model, samples, routing, self.batch_size, routes, counted)
             measures, full = token_measures(scores, question is not None or samples[0].family == "plain"), scores.full
         else:
-            found, full = score_answers(self.model, self.tokenizer, samples, self.batch_size, routes, routing)
+            found, full = score_answers(self.model, self.tokenizer, samples, self.batch_size, routes, routing, counted)
             measures = answer_measures(found)
         words = {} if question is None else {"task_class": question.task_class, "metric": question.metric}
         return {**words, **measures}, full
 
     def _of_length(
-        self, routing: Routing, method: str | None, first: bool, length: int, row, have, tell
+        self, routing: Routing, method: str | None, first: bool, length: int, row, have, progress
     ) -> Iterator[dict]:
         for choice in self.beforehand(routing, first):
             more = choice.facts if choice.method == "static-nll" else {**choice.facts, "routers": None}
@@ -213,7 +208,7 @@ class Evaluation(AdapterEvaluation):
                 for budget in self.budgets or ():
                     count = len(routing.layers) - round(budget * len(routing.layers))
                     shared = partial(row, routers=None, budget=budget)
-                    yield from self._of_count(routing, length, count, shared, have, tell)
+                    yield from self._of_count(routing, length, count, shared, have, progress)
             return
         followers = ("head-static",) if method == "head" else SIZED
         if not {method, *followers} & set(self.methods):
@@ -225,17 +220,17 @@ class Evaluation(AdapterEvaluation):
             yield found
         count = min(len(routing.units), math.ceil(fmean(counts) - 1e-6))
         if method != "head":
-            yield from self._of_count(routing, length, count, row, have, tell)
+            yield from self._of_count(routing, length, count, row, have, progress)
         elif "head-static" in self.methods:
 
             @cache
             def liked() -> torch.Tensor:  # asked for only if a row is not there yet
-                return self.static_heads(routing, length, count, tell)
+                return self.static_heads(routing, length, count, progress)
 
             for family in self.families:
                 yield row(length, family, "head-static", lambda samples: liked())
 
-    def _of_count(self, routing: Routing, length: int, count: int, row, have, tell) -> Iterator[dict]:
+    def _of_count(self, routing: Routing, length: int, count: int, row, have, progress) -> Iterator[dict]:
         """Yield the rows of methods that have ``count`` full layers."""
         for method, choose, many in (
             ("static", self.static_layers, count),
@@ -246,7 +241,7 @@ class Evaluation(AdapterEvaluation):
                 continue
             keys = [row_key({**row.keywords, "task": t, "method": method, "seq_len": length}) for t in self.families]
             known = next((have[key]["full_layers"] for key in keys if key in have), None)
-            chosen = choose(routing, length, many, tell) if known is None else known
+            chosen = choose(routing, length, many, progress) if known is None else known
             for family in self.families:
                 yield row(length, family, method, chosen or "sparse", full_layers=chosen)
         if "random" in self.methods:
@@ -257,25 +252,25 @@ class Evaluation(AdapterEvaluation):
         families = NATURAL if isinstance(self.material, Records) else self.families
         return {family: self.make(family, length, self.calibration, CALIBRATION_SEED) for family in families}
 
-    def static_layers(self, routing, length: int, count: int, tell: Callable[[str], None]) -> list[int]:
+    def static_layers(self, routing, length: int, count: int, progress: Progress) -> list[int]:
         """Choose ``count`` full layers for every input, greedily by loss on calibration samples."""
-        calibration = self._calibration(length).values()
+        calibration, tried = self._calibration(length).values(), itertools.count(1)
+        total = sum(len(routing.layers) - place for place in range(count))
 
         def loss(chosen: list[int]) -> float:
-            tell(f"static layers: {len(chosen)} of {count}")
+            progress("choosing static layers", next(tried), total, f"{length:,} tokens: {len(chosen)} of {count}")
             return fmean(
                 fmean(evaluate(self.model, samples, routing, self.batch_size, chosen).nats) for samples in calibration
             )
 
         return sorted(greedy_order(loss, routing.layers, count))
 
-    def static_heads(self, routing, length: int, count: int, tell: Callable[[str], None]) -> torch.Tensor:
+    def static_heads(self, routing, length: int, count: int, progress: Progress) -> torch.Tensor:
         """Choose ``count`` full heads for every input, which routers like best on calibration samples: bool (U,)."""
-        tell(f"{length} tokens: static heads")
-        samples = itertools.chain.from_iterable(self._calibration(length).values())
-        return liked_routes(routing, list(samples), count)
+        samples = list(itertools.chain.from_iterable(self._calibration(length).values()))
+        return liked_routes(routing, samples, count, progress)
 
-    def _best(self, routing, length, count, tell) -> list[int]:
+    def _best(self, routing, length, count, progress) -> list[int]:
         calibration = self._calibration(length)
 
         def value(chosen: list[int], few: bool) -> tuple[float, float]:
@@ -289,7 +284,7 @@ class Evaluation(AdapterEvaluation):
                     right.append(scores.accuracy)
             return fmean(right) if right else 0.0, -fmean(nats)
 
-        return best_layers(value, routing.layers, count, tell)
+        return best_layers(value, routing.layers, count, progress)
 
 
 def row_key(row: dict[str, Any]) -> tuple:
@@ -298,10 +293,12 @@ def row_key(row: dict[str, Any]) -> tuple:
 
 
 def run(
-    evaluation: AdapterEvaluation, folder: Path, restart: bool, tell: Callable[[str], None]
+    evaluation: AdapterEvaluation, folder: Path, restart: bool, progress: Progress = silent, **meta: Any
 ) -> list[dict[str, Any]]:
     """
     Measure all rows into ``folder``/quality.json, each written as it is there, and go on where a run stopped.
+
+    ``meta`` is what the file says besides.
 
     Raises
     ------
@@ -312,10 +309,10 @@ def run(
     path, settings = folder / "quality.json", evaluation.settings
     done = [] if restart else begun_rows(path, settings)
     rows: list[dict[str, Any]] = []
-    for row in evaluation.rows(done, tell):
+    for row in evaluation.rows(done, progress):
         rows.append(row)
         written = set(map(row_key, rows))
         later = [old for old in done if row_key(old) not in written]
         if row not in done:
-            write_results(path, rows + later, settings=settings)
+            write_results(path, rows + later, settings=settings, **meta)
     return rows

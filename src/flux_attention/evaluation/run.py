@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.evaluation import quality
 from flux_attention.evaluation.base import AdapterEvaluation
 from flux_attention.evaluation.methods import DEFAULT_METHODS
+from flux_attention.evaluation.progress import Progress, silent
 from flux_attention.evaluation.report import write_report
 from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.questions import Question
@@ -41,7 +42,9 @@ def run_evaluation(
     calibration: int = 8,
     batch_size: int = 1,
     restart: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
+    baseline: str = "dense",
+    command: str | None = None,
+    progress: Progress = silent,
 ) -> tuple[list[dict[str, Any]], Path]:
     """
     Evaluate a model with its adapters into ``folder``: quality.json, report.html and report.md.
@@ -58,8 +61,12 @@ calibration, batch_size
         What questions are hidden in; default: local source text.
     restart : bool
         Begin anew; else go on where a run stopped.
-    tell : callable
-        Told what is being done.
+    baseline : str
+        The method that the report sets all others beside, see ``compare.find_baseline``.
+    command : str, optional
+        The command that asks for all this, for the report.
+    progress : Progress
+        Told how far it is.
 
     Returns
     -------
@@ -82,10 +89,10 @@ calibration, batch_size
             questions=questions,
         )
 
-    def static(routing, count: int, tell: Callable[[str], None]):
+    def static(routing, count: int, progress: Progress):
         questions = generated()
         choose = questions.static_heads if routing.config.granularity == "head" else questions.static_layers
-        return choose(routing, lengths[0], count, tell)
+        return choose(routing, lengths[0], count, progress)
 
     if tasks:
         from flux_attention.evaluation.lm_harness import TaskEvaluation  # lm-eval is optional
@@ -95,6 +102,6 @@ calibration, batch_size
         )
     else:
         evaluation = generated()
-    rows = quality.run(evaluation, folder, restart, tell)
-    page, _ = write_report(folder / "quality.json", folder)
+    rows = quality.run(evaluation, folder, restart, progress, **({} if command is None else {"command": command}))
+    page, _ = write_report(folder / "quality.json", folder, baseline)
     return rows, page

@@ -28,6 +28,23 @@ def mean_esr(routing: Routing, full: Sequence[Sequence[bool]], lengths: Sequence
     return fmean(Routes(torch.tensor(full), None, routing.units, tuple(lengths), routing.sparse, routing.full).esr)
 
 
+def mean_kv(routing: Routing, full: Sequence[Sequence[bool]], lengths: Sequence[int]) -> dict[str, int]:
+    """
+    Average the bytes that prompts keep in the routed layers' KV cache, and dense ones; by arithmetic.
+
+    The parameters are those of ``mean_esr``. Empty where heads are routed, which have no KV cache.
+    """
+    if routing.by_head:
+        return {}
+    base = routing.config.base_model
+    size = 2 * base.num_kv_heads * base.head_dim * routing.model.dtype.itemsize
+    kept, dense = [], []
+    for row, length in zip(full, lengths, strict=True):
+        kept.append(sum((routing.full if is_full else routing.sparse).kept(length) for is_full in row))
+        dense.append(len(row) * length)
+    return {"kv_bytes": round(size * fmean(kept)), "baseline_kv_bytes": round(size * fmean(dense))}
+
+
 def nothing_saved(rows: Sequence[dict[str, Any]]) -> str | None:
     """Say at which lengths sparse layers saw everything; None if at none, or where files of older versions lack it."""
     sparse: dict[int | None, list[float | None]] = {}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from flux_attention.evaluation.progress import Progress, silent
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.scoring import evaluate
 
@@ -33,7 +34,7 @@ def best_layers(
     value: Callable[[list[int], bool], tuple[float, ...]],
     layers: Sequence[int],
     count: int,
-    tell: Callable[[str], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> list[int]:
     """
     Find the ``count`` layers of highest value to run full, of all such sets.
@@ -43,21 +44,22 @@ def best_layers(
     value : callable
         Of a list of full layers; and whether to judge it on few samples, as all sets are at first, or on all of them,
         as the best ten are then.
-    tell : callable
+    progress : Progress
         Told how far the search is.
     """
-    few = []
+    few, total = [], math.comb(len(layers), count)
     for number, chosen in enumerate(itertools.combinations(layers, count), 1):
-        tell(f"best static layers: set {number:,} of {math.comb(len(layers), count):,}")
+        progress("trying all sets of layers", number, total, f"{count} of {len(layers)}")
         few.append((value(list(chosen), True), list(chosen)))
     few.sort(key=lambda pair: pair[0], reverse=True)
     return max((chosen for _, chosen in few[:10]), key=lambda chosen: value(chosen, False))
 
 
-def liked_routes(routing, samples: Sequence[Sample], count: int) -> torch.Tensor:
+def liked_routes(routing, samples: Sequence[Sample], count: int, progress: Progress = silent) -> torch.Tensor:
     """Return bool (U,): the ``count`` layers or heads whose routers give full attention most probability on average."""
     liked = torch.zeros(len(routing.units))
-    for sample in samples:
+    for number, sample in enumerate(samples, 1):
+        progress("choosing static heads", number, len(samples))
         evaluate(routing.model, [sample], routing)
         liked += routing.routes.logits_BL2[0].softmax(-1)[:, 1]
     return torch.zeros(len(liked), dtype=torch.bool).scatter(0, liked.topk(count).indices, True)

@@ -155,12 +155,13 @@ def make_report(
     new_tokens, prefill_s, token_s
         See ``Report``.
     """
-    # Of a further turn they were decided in an earlier one, maybe in another thread: the cache knows them.
-    routes = replace(routing.routes, logits_BL2=None, lengths=tuple(lengths))
-    kept = None, None
-    if cache is not None:
+    if cache is None:
+        routes, kept = replace(routing.routes, logits_BL2=None, lengths=tuple(lengths)), (None, None)
+    else:
+        # Of a further turn they were decided in an earlier one, maybe in another thread: the cache knows them.
         rows = [layer.routes for layer in cache.layers if isinstance(layer, RoutedLayer)]
-        routes = replace(routes, routes_BL=torch.tensor(rows, device="cpu").T)
+        routes_BL = torch.tensor(rows, device="cpu").T
+        routes = Routes(routes_BL, None, tuple(routing.units), tuple(lengths), routing.sparse, routing.full)
         kept = kv_bytes(cache), dense_kv_bytes(cache)
     return Report(routes, new_tokens, *kept, *_pairs(routes, past), prefill_s, token_s)
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from flux_attention.evaluation.progress import Progress, silent
 from flux_attention.hf.cache.size import kv_bytes
 from flux_attention.shipped import load_shipped
 from flux_attention.tasks.families import FAMILIES
@@ -131,7 +131,9 @@ def _panel(console: Console, tokenizer, sample: Sample, results: list[dict[str, 
             console.print(Text("          ").append(routes.__rich__()))
 
 
-def run_demo(count: int, length: int, seed: int | None, console: Console) -> list[dict[str, Any]]:
+def run_demo(
+    count: int, length: int, seed: int | None, console: Console, progress: Progress = silent
+) -> list[dict[str, Any]]:
     """
     Answer ``count`` samples of every family with the shipped model: dense, routed and all-SA.
 
@@ -142,7 +144,9 @@ def run_demo(count: int, length: int, seed: int | None, console: Console) -> lis
     seed : int, optional
         Default: fresh samples.
     console : rich.console.Console
-        Where panels, progress and the table go.
+        Where panels and the table go.
+    progress : Progress
+        Told how far it is; by threads, too.
 
     Returns
     -------
@@ -165,29 +169,30 @@ def run_demo(count: int, length: int, seed: int | None, console: Console) -> lis
             for family in FAMILIES
             for index in range(count)
         ]
-        answers = _answer_all(workers, samples, console)
+        answers = _answer_all(workers, samples, console, progress)
     rows = _rows(samples, answers)
     _print_table(console, rows, count, time.perf_counter() - began)
     return rows
 
 
-def _answer_all(workers: Workers, samples: list[Sample], console: Console) -> list[tuple[dict[str, Any], Any]]:
+def _answer_all(
+    workers: Workers, samples: list[Sample], console: Console, progress: Progress
+) -> list[tuple[dict[str, Any], Any]]:
     """Return each sample's results by method, and its routes; show the first sample of each family when answered."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     answers: list[tuple[dict[str, Any], Any]] = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("answering", total=len(samples) * len(METHODS))
-        futures = [[workers.submit(sample, method) for method in METHODS] for sample in samples]
-        for each in itertools.chain.from_iterable(futures):
-            each.add_done_callback(lambda _: progress.advance(bar))
-        shown = set()
-        for sample, of_sample in zip(samples, futures, strict=True):
-            found = dict(zip(METHODS, [future.result() for future in of_sample], strict=True))
-            results, routes = {method: result for method, (result, _) in found.items()}, found["routed"][1]
-            answers.append((results, routes))
-            if sample.family not in shown:
-                shown.add(sample.family)
-                _panel(console, workers.loaded[0][1], sample, list(results.values()), routes)
+    total, done = len(samples) * len(METHODS), itertools.count(1)
+    progress("answering", 0, total)
+    futures = [[workers.submit(sample, method) for method in METHODS] for sample in samples]
+    for each in itertools.chain.from_iterable(futures):
+        each.add_done_callback(lambda _: progress("answering", next(done), total))
+    shown = set()
+    for sample, of_sample in zip(samples, futures, strict=True):
+        found = dict(zip(METHODS, [future.result() for future in of_sample], strict=True))
+        results, routes = {method: result for method, (result, _) in found.items()}, found["routed"][1]
+        answers.append((results, routes))
+        if sample.family not in shown:
+            shown.add(sample.family)
+            _panel(console, workers.loaded[0][1], sample, list(results.values()), routes)
     return answers
 
 

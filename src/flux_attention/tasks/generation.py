@@ -115,7 +115,13 @@ def generate_answers(
 
 
 def score_answers(
-    model, tokenizer, samples: Sequence[Sample], batch_size: int, routes: RouteSpec | None = None, routing=None
+    model,
+    tokenizer,
+    samples: Sequence[Sample],
+    batch_size: int,
+    routes: RouteSpec | None = None,
+    routing=None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[list[float], list[list[bool]]]:
     """
     Score what a model generates to samples that were made from questions; see ``generate_answers``.
@@ -127,7 +133,7 @@ def score_answers(
     full : list of list of bool
         Routes, True = full attention.
     """
-    answers = generate_answers(model, tokenizer, samples, batch_size, routes=routes, routing=routing)
+    answers = generate_answers(model, tokenizer, samples, batch_size, routes=routes, routing=routing, progress=progress)
     pairs = zip(samples, answers.texts, strict=True)
     return [score_answer(sample.question, text) for sample, text in pairs], answers.full
 

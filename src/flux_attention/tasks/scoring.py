@@ -8,7 +8,7 @@ prompt alone, and answer tokens see sink and window in sparse layers, as in deco
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -128,6 +128,7 @@ def evaluate(
     routing=None,
     batch_size: int = 1,
     routes: RouteSpec | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Scores:
     """
     Score ``samples``.
@@ -140,6 +141,8 @@ def evaluate(
         Samples a forward; they may have unequal lengths.
     routes : str, float, sequence of int, or torch.Tensor, optional
         What ``routing.force`` takes, a tensor with a row for each sample included; default: what is in force.
+    progress : callable
+        Told after each batch how many samples it had.
     """
     scores = Scores()
     for first in range(0, len(samples), batch_size):
@@ -152,4 +155,5 @@ def evaluate(
         scores.right += [bool(tokens.all()) for tokens in right]
         if routing is not None:
             scores.full += routing.routes.routes_BL.tolist()
+        progress(len(batch))
     return scores

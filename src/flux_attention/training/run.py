@@ -191,6 +191,7 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
     check_model(recipe)
     if main:
         check_writable(folder)
+        say(f"making data for {recipe.model}")
     # Before the model: what is wrong with data is known before a large one is loaded.
     data, report = load_data(recipe, loading.load_tokenizer(recipe.model), args.main_process_first)
     if main:
