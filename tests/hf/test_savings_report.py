@@ -117,6 +117,19 @@ def test_without_a_cache_no_bytes_are_reported():
     assert "no KV cache kept" in str(report)
 
 
+def test_a_cache_that_was_filled_before_says_its_routes_itself():
+    """This handle has seen no prompt."""
+    model = tiny_model("qwen3")
+    prompt = PROMPT[:1]
+    routing = attach(model, CONFIG)
+    with torch.no_grad(), routing.force([1]):
+        cache = model(prompt[:, :-1], use_cache=True).past_key_values
+    routing.detach()
+    routing = attach(model, CONFIG)
+    model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert routing.report().routes.routes_BL.tolist() == [[False, True, False]]
+
+
 def test_times_are_those_of_prompt_and_steps():
     """Each forward call is made to last; the clock around ``generate`` bounds the sum."""
     model = tiny_model("qwen3")
