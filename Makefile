@@ -9,7 +9,7 @@ DOCS := .venv-docs
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-real test-serving docs docs-serve docs-links lint format gpu-test clean
+.PHONY: demo test test-real test-serving docs docs-serve docs-links lint types format package gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
@@ -42,6 +42,16 @@ SITE := README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff docs recipes example
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Types, as Python 3.10 has them; pyproject.toml says by which rules.
+types: $(READY)
+	$(BIN)/ty check --python $(VENV) src/flux_attention tests/public_types.py
+
+# Wheel and sdist, in dist; each is installed beside this environment's packages, and tried there.
+package: $(READY)
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+	$(BIN)/python tests/installed_package.py dist/*.whl dist/*.tar.gz
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

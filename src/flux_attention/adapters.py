@@ -74,11 +74,18 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
     Parameters
     ----------
     config : FluxConfig
-        With ``base_model``.
+        With ``base_model``, which ``attach`` fills in.
     model_arguments : dict, optional
         What the base model's ``from_pretrained`` takes besides its name, for example a longer context.
+
+    Raises
+    ------
+    AdapterError
+        Without ``base_model``.
     """
     base = config.base_model
+    if base is None:
+        raise AdapterError("a model card names the base model, and this configuration has none; attach() fills it in")
     try:
         validate_repo_id(base.name)
     except HFValidationError:  # a path, which the Hub refuses in a card's metadata
@@ -166,7 +173,8 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     AdapterError
         If there is neither; the Hub is not asked about what can only be a path.
     """
-    path = Path(adapter_path(str(path_or_id))).expanduser()
+    name = str(path_or_id)
+    path = Path(adapter_path(name)).expanduser()
     if path.is_dir():
         return path
     try:
@@ -175,10 +183,10 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
         raise AdapterError(
             f"{error}; expected {CONFIG_FILE} there, and {WEIGHTS_FILE} unless that holds a ranking"
         ) from None
-    if reason := unreachable(path_or_id, CONFIG_FILE, revision):
+    if reason := unreachable(name, CONFIG_FILE, revision):
         raise AdapterError(f"{path_or_id!r} is neither a directory nor a Hub repository that can be reached ({reason})")
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterError(

@@ -15,10 +15,10 @@ from rich.text import Text
 from flux_attention.patterns import Full, Pattern
 from flux_attention.patterns.base import MAX_TOKENS
 
-#: What ``Routing.force`` takes.
-RouteSpec = str | float | Sequence[int] | torch.Tensor
 #: What is decided on: a routed layer's index in the model, or (layer, KV head).
 Unit = int | tuple[int, int]
+#: What ``Routing.force`` takes.
+RouteSpec = str | float | Sequence[Unit] | torch.Tensor
 
 
 @dataclass(frozen=True)

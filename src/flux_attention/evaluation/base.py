@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -89,15 +89,20 @@ class AdapterEvaluation:
         }
         return facts if self.adapters else {**facts, "sparse": self.config.sparse, "full": self.config.full}
 
+    def rows(self, done: Sequence[dict[str, Any]] = (), tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
+        """Yield result rows as they are measured; see ``quality.Evaluation.rows``."""
+        raise NotImplementedError
+
     @property
     def model_name(self) -> str:
         """The model's name in rows: the last part of its path or Hub id, in small letters."""
         return Path(getattr(self.model.config, "_name_or_path", "")).name.lower()
 
     @property
-    def subjects(self) -> list[tuple[str | None, str | FluxConfig]]:
+    def subjects(self) -> list[tuple[str | None, str | FluxConfig | None]]:
         """What is attached, one after the other, with its name in rows."""
-        return [(adapter, adapter) for adapter in self.adapters] or [(None, self.config)]
+        named: list[tuple[str | None, str | FluxConfig | None]] = [(adapter, adapter) for adapter in self.adapters]
+        return named or [(None, self.config)]
 
     @cached_property
     def deciding(self) -> dict[str, str | None]:

@@ -426,7 +426,7 @@ def write_report(results: str | Path, folder: str | Path) -> tuple[Path, Path]:
                 (IN_WORDS, any("task_class" in row for row in rows)),
                 (OF_ALL, True),
                 (MARKED, has_marked(rows)),
-                (note, note is not None),
+                (note or "", note is not None),
             )
             if is_there
         ),

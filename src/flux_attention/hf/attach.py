@@ -12,10 +12,10 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from flux_attention import adapters
 from flux_attention.config import BaseModel, FluxConfig, with_options
@@ -198,7 +198,8 @@ def _hook(routing: Routing, register: Callable, hook: Callable, **options: Any) 
 
 
 def _use_attention(undo, decoder: nn.Module) -> None:
-    config, before = decoder.config, decoder.config._attn_implementation
+    config = cast(PreTrainedConfig, decoder.config)
+    before = config._attn_implementation
     if before == NAME:  # copied from an attached model's
         before = "sdpa"
     config._attn_implementation = NAME

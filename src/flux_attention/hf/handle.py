@@ -9,11 +9,11 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -185,7 +185,7 @@ class Routing(ReportMixin, AdapterMixin):
 
     def router(self, unit: Unit) -> LayerRouter:
         """Return the router that decides on ``unit``."""
-        return self.routers[str(unit[0] if self.by_head else unit)]
+        return cast(LayerRouter, self.routers[str(unit[0] if isinstance(unit, tuple) else unit)])
 
     def __repr__(self) -> str:
         return f"Routing({len(self.layers)} layers of {self.config.base_model.name}, {self.sparse})"
@@ -199,7 +199,7 @@ class Routing(ReportMixin, AdapterMixin):
         return replace(Settings(), **dict(itertools.chain.from_iterable(changes.items() for changes in mine)))
 
     @contextlib.contextmanager
-    def _set(self, **changes: Any):
+    def _set(self, **changes: Any) -> Iterator[Routing]:
         block = object()
         _settings.set((*_settings.get(), (block, id(self), changes)))
         try:
@@ -214,7 +214,7 @@ class Routing(ReportMixin, AdapterMixin):
                 "and use the handle that it returns"
             )
 
-    def force(self, routes: RouteSpec | None):
+    def force(self, routes: RouteSpec | None) -> AbstractContextManager[Routing]:
         """
         Force the routes of prefills of this thread within a ``with`` block; the routers are not run.
 
@@ -241,7 +241,7 @@ class Routing(ReportMixin, AdapterMixin):
         temperature: float | torch.Tensor,
         noise: torch.Tensor | None = None,
         budgets: torch.Tensor | None = None,
-    ):
+    ) -> AbstractContextManager[Routing]:
         """
         Decide by straight-through Gumbel-Softmax within a ``with`` block: for training, without a KV cache.
 

@@ -73,7 +73,7 @@ class Report:
         sparse = fmean(msr) * count
         mean = "" if len(set(msr)) == 1 else "on average "
         kept = "no KV cache kept"
-        if self.kv_bytes is not None:
+        if self.kv_bytes is not None and self.baseline_kv_bytes is not None:
             share = 100 * self.kv_bytes / self.baseline_kv_bytes
             kept = f"KV {share:.0f} % of dense ({_size(self.kv_bytes)} of {_size(self.baseline_kv_bytes)})"
         said = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -149,7 +150,7 @@ def _sample(model: nn.Module) -> tuple[float, ...] | None:
 
 def tensor_parallel_group(decoder: nn.Module) -> torch.distributed.ProcessGroup | None:
     """Return the processes that share the decoder's heads (``tp_plan``); None for a model of one process."""
-    for layer in decoder.layers:
+    for layer in cast(nn.ModuleList, decoder.layers):
         for parameter in layer.self_attn.parameters() if hasattr(layer, "self_attn") else ():
             if isinstance(parameter, DTensor):
                 mesh = parameter.device_mesh
