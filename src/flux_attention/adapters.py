@@ -6,6 +6,8 @@ They are ``flux_config.json``, where there are routers ``routers.safetensors``, 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +21,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flux_attention import __version__
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import AdapterError, FluxConfigError
 from flux_attention.files import replacing
 from flux_attention.names import GGUF_MARK, NAME, adapter_path, check_folder, unreachable
 from flux_attention.patterns import full_pattern, sparse_pattern
+from flux_attention.patterns.base import MAX_TOKENS
 from flux_attention.router import LayerRouter
 
 CONFIG_FILE = "flux_config.json"
 WEIGHTS_FILE = "routers.safetensors"
 CARD_FILE = "README.md"
+#: What stands in a card for the adapter's path or id, until it has one.
+PLACE = "path-or-hub-id"
 CARD_TEMPLATE = Path(__file__).with_name("adapter_card.md.jinja")
 
 
@@ -67,9 +73,9 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
         card(config).save(directory / CARD_FILE)
 
 
-def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> ModelCard:
+def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None, place: str = PLACE) -> ModelCard:
     """
-    Make the model card of an adapter: what it is for, its pattern and sizes, and how to use it.
+    Make the model card of an adapter: what it is for, its pattern and sizes, how to use it, and its limits.
 
     Parameters
     ----------
@@ -77,6 +83,8 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
         With ``base_model``, which ``attach`` fills in.
     model_arguments : dict, optional
         What the base model's ``from_pretrained`` takes besides its name, for example a longer context.
+    place : str
+        Where the adapter will be found.
 
     Raises
     ------
@@ -95,7 +103,8 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
     data = ModelCardData(
         base_model=base.name if on_hub else None,
         library_name="flux-attention",
-        tags=["flux-attention", "sparse-attention", "long-context"],
+        pipeline_tag="text-generation",
+        tags=["flux-attention", "adapter", "sparse-attention", "long-context", "kv-cache"],
     )
     own = base.name == NAME
     arguments = ["BACKBONE" if own else repr(base.name)]
@@ -110,14 +119,25 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
         shipped=own,
         gguf=base.name.endswith(GGUF_MARK),
         arguments=arguments,
+        place=place,
+        version=__version__,
+        kept=sparse_pattern(config).kept(MAX_TOKENS),
     )
 
 
 class AdapterMixin:
-    """Saves and uploads the adapter of an object with ``config`` and ``routers``."""
+    """
+    Saves and uploads the adapter of an object with ``config`` and ``routers``.
+
+    Attributes
+    ----------
+    source : Path or None
+        The folder that it was loaded from.
+    """
 
     config: FluxConfig
     routers: nn.ModuleDict
+    source: Path | None = None
 
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write the adapter; see ``adapters.save``."""
@@ -138,7 +158,9 @@ class AdapterMixin:
         """
         Upload the adapter to the Hugging Face Hub, making the repository if needed.
 
-        A model card that is there already stays. The parameters are those of transformers' ``push_to_hub``.
+        The card is that of the folder that the adapter was loaded from, with the files that it shows, as training and
+        calibration write them; of routers that are others by now it is a new one. A card that is on the Hub already
+        stays. The parameters are those of transformers' ``push_to_hub``.
 
         Returns
         -------
@@ -151,6 +173,7 @@ class AdapterMixin:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         described = api.file_exists(repo_id, CARD_FILE, revision=revision)
         with tempfile.TemporaryDirectory() as directory:
+            self._describe(Path(directory), repo_id)
             self.save_pretrained(directory)
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -162,6 +185,31 @@ class AdapterMixin:
                 ignore_patterns=CARD_FILE if described else None,
             )
         return str(commit)
+
+    def _describe(self, directory: Path, repo_id: str) -> None:
+        """Write the card into ``directory``, with what it shows."""
+        if self.source is None or not (self.source / CARD_FILE).is_file() or not self._is_as_in(self.source):
+            card(self.config, place=repo_id).save(directory / CARD_FILE)
+            return
+        text = (self.source / CARD_FILE).read_text(encoding="utf-8")
+        (directory / CARD_FILE).write_text(text.replace(PLACE, repo_id), encoding="utf-8")
+        for name in set(re.findall(r"\]\(([\w.-]+)\)", text)):
+            if (self.source / name).is_file():
+                shutil.copy(self.source / name, directory)
+
+    def _is_as_in(self, folder: Path) -> bool:
+        """Whether a folder holds this very adapter; ``base_model`` has the name that the model has here."""
+        try:
+            config = FluxConfig.from_json(folder / CONFIG_FILE)
+            weights = load_file(folder / WEIGHTS_FILE) if config.ranking is None else {}
+        except (FluxConfigError, SafetensorError, OSError):
+            return False
+        mine = self.routers.state_dict()
+        return (
+            replace(config, base_model=None) == replace(self.config, base_model=None)
+            and set(weights) == set(mine)
+            and all(torch.equal(weights[name].float(), mine[name].detach().float().cpu()) for name in mine)
+        )
 
 
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:

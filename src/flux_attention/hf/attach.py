@@ -127,9 +127,10 @@ def attach(
     attentions = full_attention_layers(model, decoder)
     base = base_model(model, decoder, attentions)
     if routers is None or isinstance(routers, FluxConfig):
-        config, modules = _fresh(routers or FluxConfig(), base)
+        source, (config, modules) = None, _fresh(routers or FluxConfig(), base)
     else:
-        config, modules = adapters.load(routers, base, revision)
+        source = adapters.resolve(routers, revision)
+        config, modules = adapters.load(source, base)
     config = with_options(config, budget, decide)
     if config.granularity == "head" and tensor_parallel_group(decoder) is not None:
         raise UnsupportedModelError("routers of granularity 'head' are not for tensor parallelism: use one process")
@@ -138,6 +139,7 @@ def attach(
         if str(index) in modules and weight is not None and weight.device.type != "meta":
             modules[str(index)].to(weight.device)
     routing = Routing(model, decoder, attentions, config, modules, keep_full_kv, cuda_graphs, compile, min_tokens)
+    routing.source = source
     try:
         _install(routing, model, decoder, attentions)
     except BaseException:
