@@ -34,6 +34,7 @@ collect_ignore_glob = [] if find_spec("vllm") else ["serving/test_vllm_*.py"]
 pytest_plugins = [
     "helpers.compiling",
     "helpers.decoding",
+    "helpers.hub",
     "helpers.kernels",
     "helpers.lm_tasks",
     "helpers.shipped",
