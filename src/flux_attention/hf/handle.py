@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from flux_attention import notebook
 from flux_attention.adapters import AdapterMixin
 from flux_attention.config import FluxConfig
 from flux_attention.decision import (
@@ -189,6 +190,17 @@ class Routing(ReportMixin, AdapterMixin):
 
     def __repr__(self) -> str:
         return f"Routing({len(self.layers)} layers of {self.config.base_model.name}, {self.sparse})"
+
+    def _repr_html_(self) -> str:
+        """Draw for notebooks what the last prefill of this thread decided, and what the last generation saved."""
+        report, routes = self._last_report, self.routes
+        parts = [notebook.line(f"{self!r}{'' if self.is_attached else ', detached: the model is the stock one'}")]
+        if routes is None:
+            return notebook.frame(*parts, notebook.line("no prompt was routed yet"))
+        if report is None:
+            said = "nothing was generated yet, so there is no report of what was saved"
+            return notebook.frame(*parts, routes.html(), notebook.line(said), notebook.legend())
+        return notebook.frame(*parts, notebook.line("the last generation:"), report.html(), notebook.legend())
 
     # What to decide.
 
