@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SERVING := .venv-serving
 DOCS := .venv-docs
+OLDEST := .venv-oldest
 # A pipe fails where any part of it fails.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-real test-serving docs docs-serve docs-links lint types format package notebooks gpu-test clean
+.PHONY: demo test test-real test-serving docs docs-serve docs-links lint types format package notebooks test-oldest gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
@@ -20,6 +21,12 @@ test: $(READY)
 # MODEL: folder, Hub id or GGUF file of a pretrained model; default: a small one from the Hub.
 test-real: $(READY)
 	MODEL="$(MODEL)" OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m real tests/test_real.py
+
+# With the oldest versions that pyproject.toml allows: PYTHON=python3.10 for the oldest Python, too. Where torch's oldest
+# release is only to be had as a large build for GPUs: TORCH=2.13.0 takes another.
+TORCH ?= $(shell sed -n 's/^torch==//p' tests/oldest.txt)
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -p no:cacheprovider
 
 # Those of examples/, on a CPU and without network; what they showed is then in build/notebooks.
 notebooks: $(VENV)/.notebooks
@@ -107,6 +114,14 @@ $(SERVING)/.ready: pyproject.toml constraints.txt tests/serving/vllm_cpu.py
 	@$(SERVING_PIP) --editable . $$(grep -E '^(pytest|pytest-timeout|hypothesis|accelerate)==' constraints.txt)
 	@touch $@
 
+$(OLDEST)/.ready: pyproject.toml tests/oldest.txt
+	@echo "Setting up $(OLDEST), once; a few minutes, most of them for PyTorch."
+	@$(PYTHON) -m venv $(OLDEST)
+	@sed 's/^torch==.*/torch==$(TORCH)/' tests/oldest.txt > $(OLDEST)/oldest.txt
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off -q \
+		--constraint $(OLDEST)/oldest.txt --editable '.[dev]'
+	@touch $@
+
 # The site's tools alone, in seconds: they read the sources and import none of them. They want Python 3.11 or newer.
 $(DOCS)/.ready: constraints.txt
 	@$(PYTHON) -m venv $(DOCS)
@@ -115,4 +130,4 @@ $(DOCS)/.ready: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVING) $(DOCS) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) $(DOCS) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis
