@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from helpers.decoding import routed
-from helpers.models import CONFIG, PATTERNS, ids, randomize, tiny_model
+from helpers.models import CONFIG, PATTERNS, VOCAB, ids, randomize, tiny_model
 
 from flux_attention import attach
 from flux_attention.notebook import DARK, LIGHT
@@ -102,6 +102,7 @@ def test_every_way_to_generate_is_reported(how, rows):
 
 def test_drafted_tokens_are_no_part_of_the_prompt():
     model = tiny_model("qwen3")
+    model.generation_config.eos_token_id = VOCAB - 1  # transformers 5.5 needs one here
     routing = attach(model, CONFIG, keep_full_kv=True)
     prompt = ids(1, 12).repeat(1, 3)  # of which drafts come
     model.generate(prompt, routes="sparse", max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=4)
