@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import CONFIG, FAMILIES, TRIANGLE, VOCAB, ids, packed, randomize, tiny_model
+from helpers.models import CONFIG, FAMILIES, IS_OLD, TRIANGLE, VOCAB, ids, packed, randomize, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -256,6 +256,8 @@ def test_what_decides_anew_comes_in_one_call():
     call = dict(attention_mask=torch.ones(1, 90, dtype=torch.long), past_key_values=cache, max_new_tokens=2)
     with pytest.raises(UnsupportedModelError, match=r"60 tokens have to come in one call: .* what re-routes"):
         model.generate(ids(1, 90), prefill_chunk_size=16, **call)
+    if IS_OLD:
+        pytest.skip("transformers 5.5 forgets the cache's tokens in chunked prefill, without routers too")
     model.generate(ids(1, 90), prefill_chunk_size=60, **call)
     assert routing.routes.lengths == (90,)
 

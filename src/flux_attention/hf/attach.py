@@ -37,6 +37,7 @@ from flux_attention.hf.mlp import in_chunks, mlps
 from flux_attention.hf.modules import replace_forward
 from flux_attention.hf.support import (
     base_model,
+    check_sharding,
     find_decoder,
     full_attention_layers,
     tensor_parallel_group,
@@ -124,6 +125,7 @@ def attach(
             "this model shares its config object with a model that has routers attached; detach those first, or give "
             "the model a config of its own (copy.deepcopy)"
         )
+    check_sharding(model, decoder)
     attentions = full_attention_layers(model, decoder)
     base = base_model(model, decoder, attentions)
     if routers is None or isinstance(routers, FluxConfig):

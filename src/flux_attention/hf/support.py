@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
@@ -50,6 +51,22 @@ def find_decoder(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no decoder with `layers`; routers need today's transformers layout"
         )
     return decoder
+
+
+def check_sharding(model: nn.Module, decoder: nn.Module) -> None:
+    """
+    Refuse tensor parallelism whose processes cannot be told from the weights: each would decide by its own heads.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With what to do.
+    """
+    if (getattr(model, "tp_size", None) or 1) > 1 and tensor_parallel_group(decoder) is None:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} shards weights without DTensor, so that the processes of tp_plan "
+            "cannot decide alike; update transformers, or load the model without tp_plan"
+        )
 
 
 def full_attention_layers(model: nn.Module, decoder: nn.Module) -> dict[int, nn.Module]:
