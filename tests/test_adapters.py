@@ -219,7 +219,7 @@ def test_the_cards_python_runs(saved, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "base")
     _, config = adapters.load_config(saved)
     text = adapters.card(replace(config, base_model=replace(config.base_model, name=str(tmp_path / "base")))).text
-    code = text.split("```python\n")[1].split("```")[0].replace("path or id of this adapter", str(saved))
+    code = text.split("```python\n")[1].split("```")[0].replace(adapters.PLACE, str(saved))
     found = {}
     exec(code, found)
     assert found["routing"].config.sparse["window"] == 9
@@ -231,51 +231,6 @@ def test_a_card_that_is_there_stays(saved):
     (saved / "README.md").write_text("by hand")
     routing.save_pretrained(saved)
     assert (saved / "README.md").read_text() == "by hand"
-
-
-class Hub:
-    """The Hub as ``HfApi`` shows it, on disk: repositories with branches."""
-
-    def __init__(self, root):
-        self.root, self.said = root, {}
-
-    def api(self, token=None):
-        self.said["token"] = token
-        return self
-
-    def create_repo(self, repo_id, *, private, exist_ok):
-        assert exist_ok
-        self.said["private"] = private
-        (self.root / "me" / repo_id.split("/")[-1] / "main").mkdir(parents=True, exist_ok=True)
-        return mock.Mock(repo_id=f"me/{repo_id.split('/')[-1]}")
-
-    def create_branch(self, repo_id, *, branch, exist_ok):
-        assert exist_ok
-        (self.root / repo_id / branch).mkdir(exist_ok=True)
-
-    def file_exists(self, repo_id, filename, *, revision=None):
-        return (self.root / repo_id / (revision or "main") / filename).exists()
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message, revision, ignore_patterns, **kwargs):
-        ignore = shutil.ignore_patterns(*([ignore_patterns] if ignore_patterns else []))
-        shutil.copytree(folder_path, self.root / repo_id / (revision or "main"), dirs_exist_ok=True, ignore=ignore)
-        self.said.update(message=commit_message, **kwargs)
-        return f"https://hub/{repo_id}/commit/{revision or 'main'}"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Stands for the Hub itself, which is out of reach in tests."""
-    hub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(adapters, "HfApi", hub.api)
-
-    def snapshot_download(repo_id, revision, allow_patterns):
-        assert set(allow_patterns) == {"flux_config.json", "routers.safetensors"}
-        return str(hub.root / repo_id / (revision or "main"))
-
-    monkeypatch.setattr(adapters, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(adapters, "unreachable", lambda *arguments: None)
-    return hub
 
 
 def test_what_was_pushed_can_be_attached(saved, hub):
@@ -306,6 +261,48 @@ def test_a_push_keeps_the_card_on_the_hub_and_makes_its_branch(saved, hub):
     assert routing.push_to_hub("me/routers", revision="v2", commit_message="v2", create_pr=True).endswith("/v2")
     assert {path.name for path in (hub.root / "me/routers/v2").iterdir()} == {path.name for path in saved.iterdir()}
     assert (hub.said["message"], hub.said["create_pr"]) == ("v2", True)
+
+
+def test_a_push_brings_the_card_of_the_folder_with_what_it_shows(saved, hub):
+    shown = "![Training](training.svg) [recipe](recipe.yaml) [none](no.svg)"
+    text = f"# Trained\n{shown}\nattach(model, '{adapters.PLACE}')\n"
+    (saved / "README.md").write_text(text)
+    (saved / "training.svg").write_text("<svg/>")
+    (saved / "checkpoint-20").mkdir()
+    (saved / "optimizer.pt").write_text("not shown")
+    routing = attach(tiny_model("qwen3"), saved)
+    routing.push_to_hub("me/trained")
+    pushed = hub.root / "me/trained/main"
+    assert (pushed / "README.md").read_text() == text.replace(adapters.PLACE, "me/trained")
+    assert {path.name for path in pushed.iterdir()} == {
+        "README.md",
+        "flux_config.json",
+        "routers.safetensors",
+        "training.svg",
+    }
+    randomize(routing)  # other routers than that card is of
+    routing.push_to_hub("me/changed")
+    assert "# Layer routers for" in (hub.root / "me/changed/main/README.md").read_text()
+
+
+def test_a_pushed_card_is_complete(saved, hub):
+    """What the Hub reads, and what a stranger needs: how to load it from there, and what it cannot do."""
+    _, config = adapters.load_config(saved)
+    routing = randomize(attach(tiny_model("qwen3"), saved))  # others than the folder's, whose card is not theirs
+    routing.config = replace(config, base_model=replace(config.base_model, name="org/model"))
+    routing.push_to_hub("me/routers")
+    card = ModelCard.load(hub.root / "me/routers/main/README.md")
+    assert (card.data.base_model, card.data.pipeline_tag) == ("org/model", "text-generation")
+    assert {"adapter", "kv-cache"} <= set(card.data.tags)
+    for words in (
+        'attach(model, "me/routers")',
+        "FLUX_ATTENTION_ROUTERS=me/routers vllm serve org/model",
+        "flux-attention eval org/model --routers me/routers",
+        "Prompts of up to 13 tokens",
+        "Licence",
+        'decide="ends"',
+    ):
+        assert words in card.text
 
 
 def test_push_takes_what_transformers_takes():

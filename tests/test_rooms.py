@@ -15,6 +15,7 @@ LEVELS = [
     "errors files validation config router",
     "kernels",
     "patterns",
+    "notebook",
     "decision routes adapters names sizes results",
     "hf | serving",
     "tasks calibration checkpoints",

@@ -6,6 +6,8 @@ They are ``flux_config.json``, where there are routers ``routers.safetensors``, 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +21,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flux_attention import __version__
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import AdapterError, FluxConfigError
 from flux_attention.files import replacing
 from flux_attention.names import GGUF_MARK, NAME, adapter_path, check_folder, unreachable
 from flux_attention.patterns import full_pattern, sparse_pattern
+from flux_attention.patterns.base import MAX_TOKENS
 from flux_attention.router import LayerRouter
 
 CONFIG_FILE = "flux_config.json"
 WEIGHTS_FILE = "routers.safetensors"
 CARD_FILE = "README.md"
+#: What stands in a card for the adapter's path or id, until it has one.
+PLACE = "path-or-hub-id"
 CARD_TEMPLATE = Path(__file__).with_name("adapter_card.md.jinja")
 
 
@@ -67,18 +73,27 @@ def save(directory: str | os.PathLike, config: FluxConfig, routers: nn.ModuleDic
         card(config).save(directory / CARD_FILE)
 
 
-def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> ModelCard:
+def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None, place: str = PLACE) -> ModelCard:
     """
-    Make the model card of an adapter: what it is for, its pattern and sizes, and how to use it.
+    Make the model card of an adapter: what it is for, its pattern and sizes, how to use it, and its limits.
 
     Parameters
     ----------
     config : FluxConfig
-        With ``base_model``.
+        With ``base_model``, which ``attach`` fills in.
     model_arguments : dict, optional
         What the base model's ``from_pretrained`` takes besides its name, for example a longer context.
+    place : str
+        Where the adapter will be found.
+
+    Raises
+    ------
+    AdapterError
+        Without ``base_model``.
     """
     base = config.base_model
+    if base is None:
+        raise AdapterError("a model card names the base model, and this configuration has none; attach() fills it in")
     try:
         validate_repo_id(base.name)
     except HFValidationError:  # a path, which the Hub refuses in a card's metadata
@@ -88,7 +103,8 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
     data = ModelCardData(
         base_model=base.name if on_hub else None,
         library_name="flux-attention",
-        tags=["flux-attention", "sparse-attention", "long-context"],
+        pipeline_tag="text-generation",
+        tags=["flux-attention", "adapter", "sparse-attention", "long-context", "kv-cache"],
     )
     own = base.name == NAME
     arguments = ["BACKBONE" if own else repr(base.name)]
@@ -103,14 +119,25 @@ def card(config: FluxConfig, model_arguments: dict[str, Any] | None = None) -> M
         shipped=own,
         gguf=base.name.endswith(GGUF_MARK),
         arguments=arguments,
+        place=place,
+        version=__version__,
+        kept=sparse_pattern(config).kept(MAX_TOKENS),
     )
 
 
 class AdapterMixin:
-    """Saves and uploads the adapter of an object with ``config`` and ``routers``."""
+    """
+    Saves and uploads the adapter of an object with ``config`` and ``routers``.
+
+    Attributes
+    ----------
+    source : Path or None
+        The folder that it was loaded from.
+    """
 
     config: FluxConfig
     routers: nn.ModuleDict
+    source: Path | None = None
 
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write the adapter; see ``adapters.save``."""
@@ -131,7 +158,9 @@ class AdapterMixin:
         """
         Upload the adapter to the Hugging Face Hub, making the repository if needed.
 
-        A model card that is there already stays. The parameters are those of transformers' ``push_to_hub``.
+        The card is that of the folder that the adapter was loaded from, with the files that it shows, as training and
+        calibration write them; of routers that are others by now it is a new one. A card that is on the Hub already
+        stays. The parameters are those of transformers' ``push_to_hub``.
 
         Returns
         -------
@@ -144,6 +173,7 @@ class AdapterMixin:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         described = api.file_exists(repo_id, CARD_FILE, revision=revision)
         with tempfile.TemporaryDirectory() as directory:
+            self._describe(Path(directory), repo_id)
             self.save_pretrained(directory)
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -156,6 +186,31 @@ class AdapterMixin:
             )
         return str(commit)
 
+    def _describe(self, directory: Path, repo_id: str) -> None:
+        """Write the card into ``directory``, with what it shows."""
+        if self.source is None or not (self.source / CARD_FILE).is_file() or not self._is_as_in(self.source):
+            card(self.config, place=repo_id).save(directory / CARD_FILE)
+            return
+        text = (self.source / CARD_FILE).read_text(encoding="utf-8")
+        (directory / CARD_FILE).write_text(text.replace(PLACE, repo_id), encoding="utf-8")
+        for name in set(re.findall(r"\]\(([\w.-]+)\)", text)):
+            if (self.source / name).is_file():
+                shutil.copy(self.source / name, directory)
+
+    def _is_as_in(self, folder: Path) -> bool:
+        """Whether a folder holds this very adapter; ``base_model`` has the name that the model has here."""
+        try:
+            config = FluxConfig.from_json(folder / CONFIG_FILE)
+            weights = load_file(folder / WEIGHTS_FILE) if config.ranking is None else {}
+        except (FluxConfigError, SafetensorError, OSError):
+            return False
+        mine = self.routers.state_dict()
+        return (
+            replace(config, base_model=None) == replace(self.config, base_model=None)
+            and set(weights) == set(mine)
+            and all(torch.equal(weights[name].float(), mine[name].detach().float().cpu()) for name in mine)
+        )
+
 
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """
@@ -166,7 +221,8 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     AdapterError
         If there is neither; the Hub is not asked about what can only be a path.
     """
-    path = Path(adapter_path(str(path_or_id))).expanduser()
+    name = str(path_or_id)
+    path = Path(adapter_path(name)).expanduser()
     if path.is_dir():
         return path
     try:
@@ -175,10 +231,10 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
         raise AdapterError(
             f"{error}; expected {CONFIG_FILE} there, and {WEIGHTS_FILE} unless that holds a ranking"
         ) from None
-    if reason := unreachable(path_or_id, CONFIG_FILE, revision):
+    if reason := unreachable(name, CONFIG_FILE, revision):
         raise AdapterError(f"{path_or_id!r} is neither a directory nor a Hub repository that can be reached ({reason})")
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterError(

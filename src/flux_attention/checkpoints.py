@@ -31,7 +31,7 @@ from flux_attention.hf.support import base_model, find_decoder, full_attention_l
 from flux_attention.names import check_folder, unreachable
 from flux_attention.patterns import FULL_PATTERNS, full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter
-from flux_attention.validation import NO_OTHER_KEYS, Positive, checked, expected, whole_number
+from flux_attention.validation import NO_OTHER_KEYS, Natural, Positive, checked, expected
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: Released architectures: the stock one's name, and its model type.
@@ -50,10 +50,6 @@ ROUTER = "model.layers.{}.self_attn.mask_allocator."
 ROUTER_PARTS = {"encoder": "cls_feat_extractor", "head": "cls_router_head_agnostic"}
 #: Parts of names of weights that only their training used.
 LEFT_OVERS = {"attn_mask_log_alphas", "sparsity_lambda1_task", "sparsity_lambda2_task", "log_temp"}
-
-
-def _one_of(*names: str):
-    return Annotated[Literal[names], expected(f"one of {list(names)}")]
 
 
 @checked(CheckpointError, within=CONFIG_FILE)
@@ -83,9 +79,11 @@ class Settings:
         For keys that are missing, and values that cannot be or that this version does not know.
     """
 
-    toggle_type: _one_of("streaming", "triangle", "xattn")
-    retrieval_mode: _one_of("full", "xattn")
-    sink_size: whole_number(0)
+    toggle_type: Annotated[
+        Literal["streaming", "triangle", "xattn"], expected("one of ['streaming', 'triangle', 'xattn']")
+    ]
+    retrieval_mode: Annotated[Literal["full", "xattn"], expected("one of ['full', 'xattn']")]
+    sink_size: Natural
     local_window_size: Positive
     pool_size: Positive
     pooling_mode: Annotated[
@@ -301,7 +299,8 @@ def _describe(model: Path, places: dict[str, _Place]) -> tuple[dict[str, torch.S
     shapes = {name: weight.shape for name, weight in empty.state_dict().items()}
     embeddings = empty.get_input_embeddings()
     name = next(name for name, module in empty.named_modules() if module is embeddings) + ".weight"
-    if name in places and places[name].shape == tuple(embeddings.weight.shape):  # else the check to come says so
+    stock = empty.get_parameter(name)
+    if name in places and places[name].shape == tuple(stock.shape):  # else the check to come says so
         embeddings.weight = nn.Parameter(places[name].read(name), requires_grad=False)
     tied = {"lm_head.weight"} if empty.config.tie_word_embeddings else set()  # the embeddings, stored once
     decoder = find_decoder(empty)

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
@@ -15,35 +15,31 @@ from pydantic.dataclasses import dataclass
 from flux_attention.errors import FluxConfigError
 from flux_attention.validation import (
     NO_OTHER_KEYS,
+    Class,
     Positive,
     Text,
     checked,
     expected,
     from_keys,
     text_keys,
-    whole_number,
 )
 
 #: Pooled tokens beyond this are a mistake.
 MAX_POOL = 2**28
 #: What one decision is about; heads are for comparison.
-GRANULARITIES = ("layer", "head")
+Granularity = Annotated[Literal["layer", "head"], expected("one of ['layer', 'head']")]
 #: When routers read a prompt: while it is computed, or its two ends beforehand.
+Decide = Annotated[Literal["prefill", "ends"], expected("one of ['prefill', 'ends']")]
 DECIDE = ("prefill", "ends")
 #: Keys that adapters of earlier versions do not have.
 LATER_KEYS = {"decide", "end_tokens", "ranking", "budget"}
 
 
-def _one_of(names: tuple[str, ...]):
-    return Annotated[Literal[names], expected(f"one of {list(names)}")]
-
-
 #: A share of sparse layers, Ω_MSR.
 Budget = Annotated[float, Strict(), Field(ge=0, le=1), expected("a share of sparse layers between 0 and 1")]
-
-
-def _numbers(kind: type):
-    return Annotated[tuple[Annotated[kind, Strict()], ...], expected("a list of numbers")]
+WholeNumbers = Annotated[tuple[Annotated[int, Strict()], ...], expected("a list of numbers")]
+Numbers = Annotated[tuple[Annotated[float, Strict()], ...], expected("a list of numbers")]
+PooledTokens = Annotated[Positive, Field(le=MAX_POOL), expected(f"at most {MAX_POOL} tokens")]
 
 
 @checked(FluxConfigError, within="base_model")
@@ -80,8 +76,8 @@ class BaseModel:
     num_kv_heads: Positive
     head_dim: Positive
     vocab_size: Positive
-    routed_layers: _numbers(int)
-    sample: _numbers(float) | None = None
+    routed_layers: WholeNumbers
+    sample: Numbers | None = None
 
     def differences(self, other: BaseModel) -> list[str]:
         """What differs from ``other``, one readable phrase each; empty if routers of one fit the other."""
@@ -115,7 +111,7 @@ def _sparse_by_keywords(
     return {"pattern": pattern, **{name: size if given[name] is None else given[name] for name, size in sizes.items()}}
 
 
-def _with_shorthand(cls: type) -> type:
+def _with_shorthand(cls: type[Class]) -> type[Class]:
     """Let ``FluxConfig`` take ``pattern``, ``sink``, ``window`` and ``last_n`` instead of ``sparse``."""
     init = cls.__init__
 
@@ -128,7 +124,7 @@ def _with_shorthand(cls: type) -> type:
             values["sparse"] = _sparse_by_keywords(**short)
         init(self, *args, **values)
 
-    cls.__init__ = __init__
+    setattr(cls, "__init__", __init__)  # noqa: B010 - see validation.checked
     return cls
 
 
@@ -176,13 +172,33 @@ class FluxConfig:
 
     sparse: PatternSettings = Field(default_factory=_sparse_by_keywords)
     full: PatternSettings = Field(default_factory=lambda: {"pattern": "full"})
-    pool_size: Annotated[whole_number(1), Field(le=MAX_POOL), expected(f"at most {MAX_POOL} tokens")] = 100
-    granularity: _one_of(GRANULARITIES) = "layer"
-    decide: _one_of(DECIDE) = "prefill"
-    end_tokens: Annotated[whole_number(1), Field(le=MAX_POOL), expected(f"at most {MAX_POOL} tokens")] = 128
-    ranking: _numbers(int) | None = None
+    pool_size: PooledTokens = 100
+    granularity: Granularity = "layer"
+    decide: Decide = "prefill"
+    end_tokens: PooledTokens = 128
+    ranking: WholeNumbers | None = None
     budget: Budget | None = None
     base_model: Annotated[BaseModel | None, from_keys(BaseModel), expected("an object or null")] = None
+
+    if TYPE_CHECKING:  # with the shorthand, which no checker sees in ``_with_shorthand``
+
+        def __init__(
+            self,
+            sparse: dict[str, Any] = ...,
+            full: dict[str, Any] = ...,
+            pool_size: int = ...,
+            granularity: Literal["layer", "head"] = ...,
+            decide: Literal["prefill", "ends"] = ...,
+            end_tokens: int = ...,
+            ranking: tuple[int, ...] | None = ...,
+            budget: float | None = ...,
+            base_model: BaseModel | None = ...,
+            *,
+            pattern: str = ...,
+            sink: int | None = ...,
+            window: int | None = ...,
+            last_n: int | None = ...,
+        ) -> None: ...
 
     def __post_init__(self):
         if self.decide == "ends" and self.end_tokens < self.pool_size:
@@ -221,6 +237,8 @@ class FluxConfig:
     @property
     def full_layers(self) -> tuple[int, ...]:
         """The layers that run full for every input, by ``ranking`` and ``budget``, in the model's order."""
+        if self.ranking is None or self.budget is None:
+            raise FluxConfigError("only a ranking says which layers run full for every input; routers read the input")
         count = len(self.ranking) - round(self.budget * len(self.ranking))
         return tuple(sorted(self.ranking[:count]))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed
@@ -142,9 +143,14 @@ class LayerRouter(nn.Module):
             nn.SiLU(),
             linear(head_dim, 2),
         )
-        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.last.weight)
         with torch.no_grad():
-            self.head[-1].bias.copy_(torch.tensor(INITIAL_BIAS, device="cpu"))
+            self.last.bias.copy_(torch.tensor(INITIAL_BIAS, device="cpu"))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The last linear layer, whose outputs are the logits."""
+        return cast(nn.Linear, self.head[-1])
 
     def forward(self, pooled_BD: torch.Tensor, budget_B: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -154,6 +160,7 @@ class LayerRouter(nn.Module):
         """
         x = pooled_BD.float()
         if self.takes_budget:
+            assert budget_B is not None
             x = torch.cat([x, budget_B[:, None]], dim=1)
         return self.head(self.encoder(x))
 
@@ -168,7 +175,7 @@ def bias_by_rank(routers: Sequence[LayerRouter]) -> None:
     """
     for place, router in enumerate(routers):
         share = 1 - 2 * place / max(1, len(routers) - 1)
-        router.head[-1].bias.copy_(torch.tensor(INITIAL_BIAS, device="cpu") * share)
+        router.last.bias.copy_(torch.tensor(INITIAL_BIAS, device="cpu") * share)
 
 
 def hard_route(logits_B2: torch.Tensor) -> torch.Tensor:
@@ -196,6 +203,6 @@ def soft_route(
         float32 ``gate_B``.
     """
     if noise_B2 is None:
-        return F.gumbel_softmax(logits_B2.float(), tau=temperature, hard=True)[..., 1]
+        return F.gumbel_softmax(logits_B2.float(), tau=cast(float, temperature), hard=True)[..., 1]
     soft_B = torch.softmax((logits_B2.float() + noise_B2.to(logits_B2.device)) / temperature, dim=-1)[..., 1]
     return (soft_B > 0.5).float() - soft_B.detach() + soft_B

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from rich.text import Text
 
+from flux_attention import notebook
 from flux_attention.patterns import Full, Pattern
 from flux_attention.patterns.base import MAX_TOKENS
 
-#: What ``Routing.force`` takes.
-RouteSpec = str | float | Sequence[int] | torch.Tensor
 #: What is decided on: a routed layer's index in the model, or (layer, KV head).
 Unit = int | tuple[int, int]
+#: What ``Routing.force`` takes.
+RouteSpec = str | float | Sequence[Unit] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,39 @@ class Routes:
     def __str__(self) -> str:
         return self.__rich__().plain
 
+    def _repr_html_(self) -> str:
+        """Draw the strips for notebooks; a pointer on a layer is told its number, route and the router's margin."""
+        return notebook.frame(self.html(), notebook.legend())
+
+    def html(self) -> str:
+        """Draw a strip of layers for each sequence, and what they hide, for a frame of ``notebook``."""
+        strips = []
+        for index, (row, words) in enumerate(zip(self.routes_BL.tolist(), self._words(), strict=True)):
+            titles = []
+            for place, (unit, full) in enumerate(zip(self.layers, row, strict=True)):
+                title = f"layer {unit_name(unit)}: {'full' if full else 'sparse'}"
+                if self.logits_BL2 is not None:
+                    sparse_logit, full_logit = self.logits_BL2[index, place].tolist()
+                    title += f", margin {full_logit - sparse_logit:+.2f}"
+                titles.append(title)
+            strips.append(notebook.strip(row, titles, words))
+        return "".join(strips) + (notebook.line(self.note) if self.note else "")
+
+    def _words(self) -> list[str]:
+        return [
+            f"{sum(row)}/{len(row)} layers full  Ω_MSR {msr:.2f}  Ω_ESR {esr:.2f}"
+            for row, msr, esr in zip(self.routes_BL.tolist(), self.msr, self.esr, strict=True)
+        ]
+
     def __rich__(self) -> Text:
         """Draw a strip of layers for each sequence: █ full attention, ░ sparse; ``print`` draws it too, uncoloured."""
         text = Text()
-        for index, (row, msr, esr) in enumerate(zip(self.routes_BL, self.msr, self.esr, strict=True)):
+        for index, (row, words) in enumerate(zip(self.routes_BL, self._words(), strict=True)):
             if index:
                 text.append("\n")
             for full in row.tolist():
                 text.append("█" if full else "░", style="bold red" if full else "cyan")
-            text.append(f"  {int(row.sum())}/{len(row)} layers full  Ω_MSR {msr:.2f}  Ω_ESR {esr:.2f}")
+            text.append(f"  {words}")
         return text
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, ValidationError, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 #: For ``pydantic.dataclasses.dataclass(config=…)``: unknown keys are errors.
 NO_OTHER_KEYS = ConfigDict(extra="forbid")
+Class = TypeVar("Class")
 
 
 def expected(words: str) -> WrapValidator:
@@ -23,7 +24,7 @@ def expected(words: str) -> WrapValidator:
         except ValidationError as error:
             if error.errors()[0]["type"] in ("expected", "value_error"):  # said already, and more exactly
                 raise
-            raise PydanticCustomError("expected", f"expected {words}") from None
+            raise PydanticCustomError("expected", "expected {words}", {"words": words}) from None
 
     return WrapValidator(check)
 
@@ -38,23 +39,14 @@ def text_keys(values: dict[Any, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def whole_number(minimum: int) -> Any:
-    """Make the type of an ``int`` that is no ``bool`` and not below ``minimum``."""
-    return Annotated[int, Strict(), Field(ge=minimum), expected(f"a whole number, at least {minimum}")]
-
-
-Positive = whole_number(1)
-
-
-def nonempty_text(words: str = "text") -> Any:
-    """Make the type of a ``str`` that is not empty."""
-    return Annotated[str, Strict(), Field(min_length=1), expected(words)]
-
-
+#: Whole numbers that are no ``bool``.
+Positive = Annotated[int, Strict(), Field(ge=1), expected("a whole number, at least 1")]
+Natural = Annotated[int, Strict(), Field(ge=0), expected("a whole number, at least 0")]
 Text = Annotated[str, Strict(), expected("text")]
+NonemptyText = Annotated[str, Strict(), Field(min_length=1), expected("text")]
 
 
-def checked(error: type[ValueError], within: str = "") -> Callable[[type], type]:
+def checked(error: type[ValueError], within: str = "") -> Callable[[type[Class]], type[Class]]:
     """
     Make a class decorator over pydantic's ``dataclass`` that turns its ``ValidationError`` into an ``error``.
 
@@ -66,7 +58,7 @@ def checked(error: type[ValueError], within: str = "") -> Callable[[type], type]
         The key that holds such objects in others.
     """
 
-    def decorate(cls: type) -> type:
+    def decorate(cls: type[Class]) -> type[Class]:
         init = cls.__init__
 
         @functools.wraps(init)
@@ -81,13 +73,13 @@ def checked(error: type[ValueError], within: str = "") -> Callable[[type], type]
                 raise problems[0]["ctx"]["error"]
             raise error(_explained(problems, cls, within))
 
-        cls.__init__ = __init__
+        setattr(cls, "__init__", __init__)  # noqa: B010 - of a class that type checkers know, no other name may be set
         return cls
 
     return decorate
 
 
-def _explained(problems: list[dict[str, Any]], cls: type, within: str) -> str:
+def _explained(problems: list[ErrorDetails], cls: type[Any], within: str) -> str:
     """Say what is wrong with the values of a ``cls``: unknown keys before missing ones, and those before values."""
     where, known = within or cls.__name__, [field.name for field in fields(cls)]
     kinds: dict[str, list[str]] = {}

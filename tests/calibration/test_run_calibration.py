@@ -46,6 +46,7 @@ def test_the_command_writes_an_adapter_and_says_what_it_found(calibrated, base, 
     assert f"default budget {config.budget:.3g}: {full} of {len(config.ranking)} layers full" in said
     assert "<svg" in (folder / "calibration.svg").read_text()
     card = (folder / "README.md").read_text()
+    assert "## What calibration measured" in card and "| task class | layers sparse |" in card
     assert "same" in card and "budget" in card
     again = flux("calibrate", base, "--output", folder, "--text", text, *options, "--json")
     found = json.loads(again.stdout)

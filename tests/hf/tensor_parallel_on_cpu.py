@@ -12,7 +12,7 @@ import torch
 from helpers.models import CONFIG, ids, randomize
 from transformers import AutoModelForCausalLM
 
-from flux_attention import attach
+from flux_attention import UnsupportedModelError, attach
 from flux_attention.hf.generation.step import unsupported
 
 
@@ -42,4 +42,9 @@ def main(folder):
 
 
 for folder in sys.argv[1:]:
-    main(folder)
+    try:
+        main(folder)
+    except UnsupportedModelError as error:
+        if "without DTensor" not in str(error):
+            raise
+        Path(folder, "refused").write_text(str(error))

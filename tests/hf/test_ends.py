@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import CONFIG, FAMILIES, TRIANGLE, ids, packed, randomize, tiny_model
+from helpers.models import CONFIG, FAMILIES, IS_OLD, TRIANGLE, VOCAB, ids, packed, randomize, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -113,6 +113,7 @@ def test_chunks_of_a_batch_that_is_padded_on_the_right():
 
 def test_drafted_tokens_and_beams_are_no_prompt():
     model = tiny_model("llama")
+    model.generation_config.eos_token_id = VOCAB - 1  # transformers 5.5 needs one here
     routing = randomize(attach(model, ENDS, keep_full_kv=True))
     prompt = torch.tensor([[5, 6, 7, 8] * 10])
     arguments = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -255,6 +256,8 @@ def test_what_decides_anew_comes_in_one_call():
     call = dict(attention_mask=torch.ones(1, 90, dtype=torch.long), past_key_values=cache, max_new_tokens=2)
     with pytest.raises(UnsupportedModelError, match=r"60 tokens have to come in one call: .* what re-routes"):
         model.generate(ids(1, 90), prefill_chunk_size=16, **call)
+    if IS_OLD:
+        pytest.skip("transformers 5.5 forgets the cache's tokens in chunked prefill, without routers too")
     model.generate(ids(1, 90), prefill_chunk_size=60, **call)
     assert routing.routes.lengths == (90,)
 

@@ -4,13 +4,15 @@ import json
 import re
 import threading
 import time
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from helpers.decoding import routed
-from helpers.models import CONFIG, PATTERNS, ids, randomize, tiny_model
+from helpers.models import CONFIG, PATTERNS, VOCAB, ids, randomize, tiny_model
 
 from flux_attention import attach
+from flux_attention.notebook import DARK, LIGHT
 from flux_attention.patterns import full_pattern, sparse_pattern
 
 ROUTES = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 0]])
@@ -100,6 +102,7 @@ def test_every_way_to_generate_is_reported(how, rows):
 
 def test_drafted_tokens_are_no_part_of_the_prompt():
     model = tiny_model("qwen3")
+    model.generation_config.eos_token_id = VOCAB - 1  # transformers 5.5 needs one here
     routing = attach(model, CONFIG, keep_full_kv=True)
     prompt = ids(1, 12).repeat(1, 3)  # of which drafts come
     model.generate(prompt, routes="sparse", max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=4)
@@ -188,6 +191,39 @@ def test_reports_belong_to_threads():
     assert routing.report() is latest
 
 
+def drawn(html):
+    """The routes that a notebook shows, by colour, as strings of F and S."""
+    strips = re.findall(r'<span role="img"[^>]*>(.*?)</span> ', html)
+    return ["".join(name[0].upper() for name in re.findall(r"background:var\(--flux-(\w+)", strip)) for strip in strips]
+
+
+def test_a_handle_in_a_notebook_shows_routes_and_what_was_saved():
+    model = tiny_model("qwen3")
+    routing = attach(model, CONFIG)
+    assert "no prompt was routed yet" in routing._repr_html_() and drawn(routing._repr_html_()) == []
+    model(ids(2, 40))
+    html = routing._repr_html_()
+    assert drawn(html) == ["FFF", "FFF"] and "nothing was generated yet" in html
+    assert html.count('title="layer 1: full, margin +4.50"') == 2  # as a fresh router decides
+    model.generate(ids(1, 40), routes=[1], max_new_tokens=2)
+    html = routing._repr_html_()
+    assert drawn(html) == ["SFS"] and routing.report().lines()[0] in html and ", margin" not in html
+    assert 'title="layer 1: full"' in html and html.count("<style>") == 1
+    routing.detach()
+    assert "detached" in routing._repr_html_() and drawn(routing._repr_html_()) == ["SFS"]
+
+
+def test_what_a_notebook_draws_is_well_formed():
+    model = tiny_model("qwen3")
+    model.config.name_or_path = "<b>&"
+    routing = attach(model, CONFIG)
+    model.generate(ids(1, 40), routes=[1], max_new_tokens=2)
+    for shown in (routing, routing.routes, routing.report()):
+        html = shown._repr_html_()
+        ElementTree.fromstring(f"<p>{html.replace('&emsp;', ' ')}</p>")
+        assert all(colour in html for colours in (LIGHT, DARK) for colour in colours)
+
+
 def test_a_report_for_people_notebooks_and_programs():
     model = tiny_model("qwen3")
     routing = attach(model, CONFIG)
@@ -199,8 +235,10 @@ def test_a_report_for_people_notebooks_and_programs():
     assert f"), {computed} % of the prompt's query-key pairs computed (Ω_ESR " in first
     assert re.fullmatch(r"40 tokens in [\d.]+ m?s", second) and words == "words: docs/glossary.md"
     html = report._repr_html_()
-    assert html.count("background:currentColor") == 1 and html.count("<span") == 3 and first in html
-    assert not re.search(r"https?:|<script|<link|color:(?!#)(?!current)", html.replace("currentColor", "current"))
+    assert drawn(html) == ["SFS"] and first in html
+    assert not re.search(r"https?:|<script|<link|url\(", html)
+    assert f"width:{100 * report.kv_bytes / report.baseline_kv_bytes:.1f}%" in html
+    assert f"width:{100 * report.pairs / report.baseline_pairs:.1f}%" in html
     facts = json.loads(json.dumps(report.to_dict()))
     assert facts["sequences"][0]["routes"] == "SFS" and facts["kv_bytes"] == report.kv_bytes
 

@@ -276,3 +276,13 @@ def test_a_prompt_beyond_a_window_that_was_none_is_refused():
         pytest.raises(UnsupportedModelError, match="129 tokens, more than the model's slid"),
     ):
         model(ids(1, 129))
+
+
+def test_sharding_that_cannot_be_told_from_the_weights_is_refused():
+    """As of transformers 5.5: each process would decide by the heads that it has."""
+    model = tiny_model("qwen3")
+    model._tp_size = 2
+    with pytest.raises(UnsupportedModelError, match=r"without DTensor.*update transformers"):
+        attach(model)
+    model._tp_size = None
+    attach(model).detach()

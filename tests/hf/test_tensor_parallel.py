@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from helpers.models import tiny_model
+from helpers.models import IS_OLD, tiny_model
 
 SCRIPT = Path(__file__).with_name("tensor_parallel_on_cpu.py")
 #: Queries by a projection, by a norm of each head's, and of all heads', which every process then has.
@@ -23,6 +24,10 @@ def test_two_processes_decide_as_one(tmp_path):
     command += map(str, folders.values())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SCRIPT.parents[1]}:{':'.join(sys.path)}"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    refused = [folder / "refused" for folder in folders.values() if (folder / "refused").exists()]
+    if refused and IS_OLD:
+        pytest.skip(refused[0].read_text())
+    assert not refused
     assert result.returncode == 0, result.stderr[-2000:]
     for family, folder in folders.items():
         check(family, *[json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)])

@@ -112,9 +112,11 @@ class Calibrator:
     def settings(self) -> dict[str, Any]:
         """Facts that the rows depend on."""
         model, config = self.routing.model, self.routing.config
+        base = config.base_model
+        assert base is not None  # ``attach`` filled it in
         return {
-            "model": config.base_model.name,
-            "sample": config.base_model.sample and list(config.base_model.sample),
+            "model": base.name,
+            "sample": base.sample and list(base.sample),
             "dtype": str(model.dtype).removeprefix("torch."),
             "sparse": config.sparse,
             "full": config.full,

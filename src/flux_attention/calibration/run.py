@@ -21,6 +21,7 @@ from flux_attention.calibration.calibrator import (
     answered,
     choose_budget,
 )
+from flux_attention.calibration.card import card
 from flux_attention.calibration.plot import plot
 from flux_attention.calibration.samples import check_length, generated_samples, given_samples, text_samples
 from flux_attention.config import FluxConfig
@@ -130,7 +131,7 @@ def calibrate(
     config = replace(routing.config, ranking=ranking, budget=budget)
     if folder is not None:
         adapters.save(folder, config, nn.ModuleDict())
-        adapters.card(config).save(folder / adapters.CARD_FILE)  # also over that of a former run
+        card(config, rows, answered(rows)).save(folder / adapters.CARD_FILE)  # also over that of a former run
         plot(rows, answered(rows), budget, tolerance, folder / PLOT_FILE)
     return config
 

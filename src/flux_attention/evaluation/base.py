@@ -15,6 +15,7 @@ import torch
 from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.methods import check_adapters, count_kinds, routed_method
+from flux_attention.evaluation.progress import Progress, silent
 from flux_attention.hf.handle import Routing
 from flux_attention.patterns import Full
 from flux_attention.routes import RouteSpec, parse_routes, read_spec
@@ -89,15 +90,20 @@ class AdapterEvaluation:
         }
         return facts if self.adapters else {**facts, "sparse": self.config.sparse, "full": self.config.full}
 
+    def rows(self, done: Sequence[dict[str, Any]] = (), progress: Progress = silent) -> Iterator[dict]:
+        """Yield result rows as they are measured; see ``quality.Evaluation.rows``."""
+        raise NotImplementedError
+
     @property
     def model_name(self) -> str:
         """The model's name in rows: the last part of its path or Hub id, in small letters."""
         return Path(getattr(self.model.config, "_name_or_path", "")).name.lower()
 
     @property
-    def subjects(self) -> list[tuple[str | None, str | FluxConfig]]:
+    def subjects(self) -> list[tuple[str | None, str | FluxConfig | None]]:
         """What is attached, one after the other, with its name in rows."""
-        return [(adapter, adapter) for adapter in self.adapters] or [(None, self.config)]
+        named: list[tuple[str | None, str | FluxConfig | None]] = [(adapter, adapter) for adapter in self.adapters]
+        return named or [(None, self.config)]
 
     @cached_property
     def deciding(self) -> dict[str, str | None]:

@@ -255,13 +255,14 @@ class TaskEvaluation(AdapterEvaluation):
         samples: int = 100,
         batch_size: int = 1,
         choose: Callable[[Any, int, Progress], list[int] | torch.Tensor] | None = None,
-        include_path: str | None = None,
+        include_path: str | os.PathLike | None = None,
         **shared: Any,
     ):
         if unknown := sorted(set(methods) - set(DEFAULT_METHODS)):
             raise ValueError(f"methods {unknown} are not for lm-eval's tasks, expected some of {list(DEFAULT_METHODS)}")
         super().__init__(model, tokenizer, adapters, methods, samples, batch_size, **shared)
-        self.manager = TaskManager(include_path=include_path)
+        # lm-eval 0.4.10 takes text alone.
+        self.manager = TaskManager(include_path=None if include_path is None else str(include_path))
         if missing := sorted(set(tasks) - set(self.manager.match_tasks(list(tasks)))):
             raise ValueError(f"lm-eval has no tasks {missing}; `lm_eval ls tasks` lists them")
         self.tasks, self.choose = list(tasks), choose

@@ -12,10 +12,10 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from flux_attention import adapters
 from flux_attention.config import BaseModel, FluxConfig, with_options
@@ -37,6 +37,7 @@ from flux_attention.hf.mlp import in_chunks, mlps
 from flux_attention.hf.modules import replace_forward
 from flux_attention.hf.support import (
     base_model,
+    check_sharding,
     find_decoder,
     full_attention_layers,
     tensor_parallel_group,
@@ -124,12 +125,14 @@ def attach(
             "this model shares its config object with a model that has routers attached; detach those first, or give "
             "the model a config of its own (copy.deepcopy)"
         )
+    check_sharding(model, decoder)
     attentions = full_attention_layers(model, decoder)
     base = base_model(model, decoder, attentions)
     if routers is None or isinstance(routers, FluxConfig):
-        config, modules = _fresh(routers or FluxConfig(), base)
+        source, (config, modules) = None, _fresh(routers or FluxConfig(), base)
     else:
-        config, modules = adapters.load(routers, base, revision)
+        source = adapters.resolve(routers, revision)
+        config, modules = adapters.load(source, base)
     config = with_options(config, budget, decide)
     if config.granularity == "head" and tensor_parallel_group(decoder) is not None:
         raise UnsupportedModelError("routers of granularity 'head' are not for tensor parallelism: use one process")
@@ -138,6 +141,7 @@ def attach(
         if str(index) in modules and weight is not None and weight.device.type != "meta":
             modules[str(index)].to(weight.device)
     routing = Routing(model, decoder, attentions, config, modules, keep_full_kv, cuda_graphs, compile, min_tokens)
+    routing.source = source
     try:
         _install(routing, model, decoder, attentions)
     except BaseException:
@@ -198,7 +202,8 @@ def _hook(routing: Routing, register: Callable, hook: Callable, **options: Any) 
 
 
 def _use_attention(undo, decoder: nn.Module) -> None:
-    config, before = decoder.config, decoder.config._attn_implementation
+    config = cast(PreTrainedConfig, decoder.config)
+    before = config._attn_implementation
     if before == NAME:  # copied from an attached model's
         before = "sdpa"
     config._attn_implementation = NAME

@@ -206,6 +206,6 @@ class _EndsGraph:
         with kernels.on_device(tokens):
             self.tokens.copy_(tokens)
             if self.budget_B is not None:
-                self.budget_B.fill_(budget)
+                self.budget_B.fill_(float(budget))
             self.graph.replay()
             return self.logits_BU2.cpu()

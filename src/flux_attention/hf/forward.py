@@ -5,7 +5,7 @@ Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class _RefuseGradients(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, *gradients):
         raise UnsupportedModelError(
             "gradients do not flow through a routed KV cache: call the model on the whole sequence with use_cache=False"
         )
@@ -77,7 +77,8 @@ class ForwardPass:
         self.batch, self.is_prompt, self.contexts = len(inputs.layout.lengths), inputs.is_prompt, inputs.contexts
         self.decision, self.units, self.shapes, self.sparse, self.full = decision, units, shapes, sparse, full
         self.reads_queries = decision is not None and decision.reads_queries
-        self.routed, self.is_packed = shapes.keys(), inputs.layout.starts is not None
+        self.routed: Collection[int] = shapes.keys()
+        self.is_packed = inputs.layout.starts is not None
         lengths = inputs.layout.lengths
         # A single sequence goes the way of a batch of one.
         is_pack = self.is_packed and len(lengths) > 1

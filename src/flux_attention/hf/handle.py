@@ -9,16 +9,17 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from flux_attention import notebook
 from flux_attention.adapters import AdapterMixin
 from flux_attention.config import FluxConfig
 from flux_attention.decision import (
@@ -186,10 +187,21 @@ class Routing(ReportMixin, AdapterMixin):
 
     def router(self, unit: Unit) -> LayerRouter:
         """Return the router that decides on ``unit``."""
-        return self.routers[str(unit[0] if self.by_head else unit)]
+        return cast(LayerRouter, self.routers[str(unit[0] if isinstance(unit, tuple) else unit)])
 
     def __repr__(self) -> str:
         return f"Routing({len(self.layers)} layers of {self.config.base_model.name}, {self.sparse})"
+
+    def _repr_html_(self) -> str:
+        """Draw for notebooks what the last prefill of this thread decided, and what the last generation saved."""
+        report, routes = self._last_report, self.routes
+        parts = [notebook.line(f"{self!r}{'' if self.is_attached else ', detached: the model is the stock one'}")]
+        if routes is None:
+            return notebook.frame(*parts, notebook.line("no prompt was routed yet"))
+        if report is None:
+            said = "nothing was generated yet, so there is no report of what was saved"
+            return notebook.frame(*parts, routes.html(), notebook.line(said), notebook.legend())
+        return notebook.frame(*parts, notebook.line("the last generation:"), report.html(), notebook.legend())
 
     # What to decide.
 
@@ -200,7 +212,7 @@ class Routing(ReportMixin, AdapterMixin):
         return replace(Settings(), **dict(itertools.chain.from_iterable(changes.items() for changes in mine)))
 
     @contextlib.contextmanager
-    def _set(self, **changes: Any):
+    def _set(self, **changes: Any) -> Iterator[Routing]:
         block = object()
         _settings.set((*_settings.get(), (block, id(self), changes)))
         try:
@@ -215,7 +227,7 @@ class Routing(ReportMixin, AdapterMixin):
                 "and use the handle that it returns"
             )
 
-    def force(self, routes: RouteSpec | None):
+    def force(self, routes: RouteSpec | None) -> AbstractContextManager[Routing]:
         """
         Force the routes of prefills of this thread within a ``with`` block; the routers are not run.
 
@@ -242,7 +254,7 @@ class Routing(ReportMixin, AdapterMixin):
         temperature: float | torch.Tensor,
         noise: torch.Tensor | None = None,
         budgets: torch.Tensor | None = None,
-    ):
+    ) -> AbstractContextManager[Routing]:
         """
         Decide by straight-through Gumbel-Softmax within a ``with`` block: for training, without a KV cache.
 

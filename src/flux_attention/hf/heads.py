@@ -18,7 +18,7 @@ class HeadForwardPass(ForwardPass):
     """A forward pass in which a layer's KV heads take turns, each by its own route."""
 
     def _heads(self, layer: int) -> list[tuple[int, int]]:
-        return [unit for unit in self.units if unit[0] == layer]
+        return [unit for unit in self.units if isinstance(unit, tuple) and unit[0] == layer]
 
     def _show(self, layer: int, query_BSHD: torch.Tensor) -> None:
         heads = self._heads(layer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -148,7 +148,7 @@ class InputReader:
         else:
             cache = self._cache(kwargs, keeps_cache)
             layout = self._layout(mask, batch, width, seen, inputs.device)
-        layers = {} if cache is None else {index: cache.layers[index] for index in self.routed}
+        layers = {} if cache is None else {index: cast(RoutedLayer, cache.layers[index]) for index in self.routed}
         if seen and len(layers[self.routed[0]].lengths) != batch:
             raise ValueError(f"the KV cache holds {len(layers[self.routed[0]].lengths)} sequences, the input {batch}")
         if self.window and seen + width > self.window:
@@ -372,7 +372,7 @@ class InputReader:
                 raise ValueError("past_key_values was filled before routers were attached; start from an empty cache")
             else:
                 cache.layers[index] = RoutedLayer(self.pattern, self.keep_full_kv)
-        if len({cache.layers[index].seen for index in self.routed}) > 1:
+        if len({cast(RoutedLayer, cache.layers[index]).seen for index in self.routed}) > 1:
             raise ValueError(
                 "this KV cache was left half-filled by a call that failed or was interrupted; start from a new cache"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -45,7 +45,7 @@ def load_config(model: str, **options: Any) -> PreTrainedConfig:
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; raises as ``load_config``."""
     if not names.is_gguf(model):
-        return AutoTokenizer.from_pretrained(names.model_path(model))
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(names.model_path(model)))
     file = read_gguf(model)
     tokenizer = _from_file(AutoTokenizer, file)
     mend_tokenizer(tokenizer, file)

@@ -32,7 +32,7 @@ class PackedAttention:
         self.pack = kernels.Pack(lengths, bounds, max(sink, *(span[2] for some in spans for span in some)))
         self._sparse_N2 = [span[2:] for some in spans for span in some if span[0] < span[1]]
         self._full_2 = (sink, window)
-        self._sizes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sizes: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     def __call__(self, full_B: torch.Tensor, query_1HSD, key_1KSD, value_1KSD, scale: float) -> torch.Tensor:
         """Return attention output (1, H, S, D); ``full_B`` is bool on the queries' device, True = full attention."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from flux_attention import notebook
 from flux_attention.hf.cache.layer import RoutedLayer
 from flux_attention.hf.cache.size import dense_kv_bytes, kv_bytes
 from flux_attention.hf.context import AttachedModel
@@ -73,7 +74,7 @@ class Report:
         sparse = fmean(msr) * count
         mean = "" if len(set(msr)) == 1 else "on average "
         kept = "no KV cache kept"
-        if self.kv_bytes is not None:
+        if self.kv_bytes is not None and self.baseline_kv_bytes is not None:
             share = 100 * self.kv_bytes / self.baseline_kv_bytes
             kept = f"KV {share:.0f} % of dense ({_size(self.kv_bytes)} of {_size(self.baseline_kv_bytes)})"
         said = [
@@ -94,12 +95,17 @@ class Report:
         return "\n".join(self.lines())
 
     def _repr_html_(self) -> str:
-        """Draw routes and report for notebooks, in the page's own colours, light or dark."""
-        cell = "display:inline-block;width:.8em;height:1em;margin-right:1px;border:1px solid currentColor"
-        cells = {True: f'<span style="{cell};background:currentColor"></span>', False: f'<span style="{cell}"></span>'}
-        strips = ["".join(cells[full] for full in row) for row in self.routes.routes_BL.tolist()]
-        text = "".join(f"<div>{line}</div>" for line in [*strips, *self.lines()])
-        return f'<div style="font-variant-numeric:tabular-nums" title="filled: full attention">{text}</div>'
+        """Draw routes and report for notebooks."""
+        return notebook.frame(self.html(), notebook.legend())
+
+    def html(self) -> str:
+        """Draw routes, what was kept and what was computed beside dense, for a frame of ``notebook``."""
+        bars = ""
+        if self.kv_bytes is not None and self.baseline_kv_bytes:
+            words = f"{_size(self.kv_bytes)} of {_size(self.baseline_kv_bytes)}"
+            bars += notebook.bar("KV cache, of dense", self.kv_bytes / self.baseline_kv_bytes, words)
+        bars += notebook.bar("pairs, of dense", 1 - self.esr, f"{100 * (1 - self.esr):.0f} %")
+        return self.routes.html() + bars + "".join(notebook.line(words) for words in self.lines())
 
 
 class ReportMixin:
@@ -107,6 +113,10 @@ class ReportMixin:
 
     _published: threading.local
     _latest_report: Report | None = None
+
+    @property
+    def _last_report(self) -> Report | None:
+        return getattr(self._published, "report", self._latest_report)
 
     def report(self) -> Report:
         """
@@ -119,7 +129,7 @@ class ReportMixin:
         RuntimeError
             If nothing was generated yet.
         """
-        report = getattr(self._published, "report", self._latest_report)
+        report = self._last_report
         if report is None:
             raise RuntimeError(
                 "there is nothing to report: nothing was generated yet while routers were attached; call "

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
@@ -49,6 +51,22 @@ def find_decoder(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no decoder with `layers`; routers need today's transformers layout"
         )
     return decoder
+
+
+def check_sharding(model: nn.Module, decoder: nn.Module) -> None:
+    """
+    Refuse tensor parallelism whose processes cannot be told from the weights: each would decide by its own heads.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With what to do.
+    """
+    if (getattr(model, "tp_size", None) or 1) > 1 and tensor_parallel_group(decoder) is None:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} shards weights without DTensor, so that the processes of tp_plan "
+            "cannot decide alike; update transformers, or load the model without tp_plan"
+        )
 
 
 def full_attention_layers(model: nn.Module, decoder: nn.Module) -> dict[int, nn.Module]:
@@ -149,7 +167,7 @@ def _sample(model: nn.Module) -> tuple[float, ...] | None:
 
 def tensor_parallel_group(decoder: nn.Module) -> torch.distributed.ProcessGroup | None:
     """Return the processes that share the decoder's heads (``tp_plan``); None for a model of one process."""
-    for layer in decoder.layers:
+    for layer in cast(nn.ModuleList, decoder.layers):
         for parameter in layer.self_attn.parameters() if hasattr(layer, "self_attn") else ():
             if isinstance(parameter, DTensor):
                 mesh = parameter.device_mesh

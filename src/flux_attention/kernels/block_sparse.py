@@ -155,7 +155,7 @@ def block_sparse(
     length, keys = query_BHSD.shape[2], key_BKTD.shape[2]
     offset, total = keys - length, -(-keys // BLOCK)
     first_block = offset // BLOCK
-    most = max(1, min(ROWS, MASK_SIZE // (query_BHSD.shape[:2].numel() * BLOCK * keys)))
+    most = max(1, min(ROWS, MASK_SIZE // (math.prod(query_BHSD.shape[:2]) * BLOCK * keys)))
     outputs = []
     for row in range(0, total - first_block, most):
         count = min(most, total - first_block - row)

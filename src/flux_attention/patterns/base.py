@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from flux_attention.errors import FluxConfigError
 MAX_TOKENS = 2**28
 
 
+@dataclass(frozen=True)
 class Pattern(ABC):
     """
     Says which keys each query of a layer sees; subclasses are frozen dataclasses whose fields are the pattern's sizes.

@@ -196,7 +196,7 @@ class PageCoordinator:
 
     def take_returned(self) -> list[int]:
         """Return the pages that were given back since the last call."""
-        found, self.returned = self.returned, []
+        found, self.returned = self.returned or [], []
         return found
 
     def _note(self, blocks: Sequence[Any]) -> None:

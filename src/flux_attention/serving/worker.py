@@ -136,6 +136,7 @@ class RequestRouter:
         if started:
             first_RL = torch.tensor([[groups[place][0] for place in self.groups] for _, groups in started])
             first_RL = to_device(first_RL, self.device)
+            assert self.routes_LN is not None
             self.routes_LN[self.place_L, first_RL] = torch.stack([self.known[request] for request, _ in started])
             if self.in_prefill is not None:
                 self._ask([request for request, _ in started], first_RL, asked if unknown else {})

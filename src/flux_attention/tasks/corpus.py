@@ -12,8 +12,10 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from email.message import Message
 from functools import lru_cache
 from importlib import metadata
+from typing import cast
 
 from flux_attention.tasks import text
 from flux_attention.tasks.documents import Document, debian_packages, functions, python_packages
@@ -119,7 +121,7 @@ def _read() -> dict[str, Corpus]:
     for document in (*debian_packages(), *python_packages()):
         add(document.origin, document.text).documents.append(document)
     for found in sorted(metadata.distributions(), key=lambda found: found.name.lower()):
-        add(found.name.lower(), str(found.metadata.get_payload() or ""))
+        add(found.name.lower(), str(cast(Message, found.metadata).get_payload() or ""))
     corpora = {}
     for split, material in splits.items():
         random.Random(split).shuffle(material.prose)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email.message import Message
 from email.parser import HeaderParser
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 DPKG = Path("/var/lib/dpkg/status")
 FUNCTION = re.compile(r'^ *(?:def|class) +([A-Za-z]\w*)[^\n]*?:\n\s+r?"""(.+?)"""', re.DOTALL | re.MULTILINE)
@@ -123,7 +125,7 @@ def debian_packages(status: Path | None = None) -> Iterator[Document]:
 def python_packages() -> Iterator[Document]:
     """Yield the installed distributions."""
     for found in sorted(metadata.distributions(), key=lambda found: found.name.lower()):
-        fields = found.metadata
+        fields = cast(Message, found.metadata)
         licence = fields.get("License-Expression") or fields.get("License") or ""
         facts = {"version": found.version, "licence": licence if len(licence) < 40 and "\n" not in licence else ""}
         facts = {key: value for key, value in facts.items() if value}

@@ -91,7 +91,7 @@ class Generated(Sequence):
         """Return the task class of a sequence."""
         return self.tasks[self.families[index % len(self.families)]]
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # ty: ignore[incompatible-method-override]
         sample = self.make(self.families[index % len(self.families)], self.lengths[index], self.first + index)
         prompt = len(sample.prompt_ids)
         return Example(sample.input_ids, prompt, prompt, self.task(index))

@@ -21,12 +21,12 @@ from flux_attention.files import replacing
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.validation import (
     NO_OTHER_KEYS,
+    NonemptyText,
     Positive,
     Text,
     checked,
     expected,
     from_keys,
-    nonempty_text,
     text_keys,
 )
 
@@ -97,6 +97,7 @@ _PLAIN = BeforeValidator(lambda value: json.loads(json.dumps(value, default=str)
 _Keys = Annotated[dict[str, Any], _PLAIN, expected("keys and values")]
 _Number = Annotated[float, Strict(), Field(ge=0), expected("a number, at least 0")]
 _Ratio = Annotated[float, Strict(), Field(ge=0, le=1), expected("a ratio between 0 and 1")]
+_Adapter = Annotated[str, Strict(), Field(min_length=1), expected("an adapter's directory or Hub id")]
 _Sources = Annotated[list[dict[str, Any]], _PLAIN, expected("a list of sources, each with `path` or `generated`")]
 
 
@@ -194,11 +195,11 @@ class Recipe:
         Any argument of transformers' ``TrainingArguments`` that has no key above.
     """
 
-    model: nonempty_text()
-    output: nonempty_text()
+    model: NonemptyText
+    output: NonemptyText
     data: _Sources
     routers: _Keys = field(default_factory=dict)
-    start: nonempty_text("an adapter's directory or Hub id") | None = None
+    start: _Adapter | None = None
     decide: Annotated[Literal["prefill", "ends"] | None, expected("prefill or ends")] = None
     budget: Annotated[bool, Strict(), expected("true or false")] = False
     targets: Annotated[dict[str, _Ratio], _PLAIN, expected("keys and values")] = field(

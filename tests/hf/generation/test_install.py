@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers.models import CONFIG, FAMILIES, PATTERNS, TRIANGLE, VOCAB, ids, randomize, tiny_model
+from helpers.models import CONFIG, FAMILIES, IS_OLD, PATTERNS, TRIANGLE, VOCAB, ids, randomize, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TextStreamer, pipeline
 
@@ -198,6 +198,8 @@ def test_drafted_tokens_are_no_prompt(config):
             tokens = model.generate(prompt, max_new_tokens=12, do_sample=False, **more)
             hook.remove()
             drafted += widths[0] > 40
+            if IS_OLD:  # with drafts transformers 5.5 may generate one token more than asked for, without routers too
+                tokens = tokens[:, : 40 + 12]
             found.append((tokens.tolist(), routing.routes.lengths, routing.routes.routes_BL.tolist()))
         assert found[0] == found[1] and found[0][1] == (40,)
     assert drafted  # so that the first call held more than the prompt

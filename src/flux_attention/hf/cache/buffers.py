@@ -96,6 +96,7 @@ class KVBuffer:
             )
             return
         self.reserve(max(p + n for p, n in zip(past, new, strict=True)), key_RKSD, value_RKSD)
+        assert self.key_RKCD is not None and self.value_RKCD is not None
         if self.key_RKCD.is_inference() and not torch.is_inference_mode_enabled():
             # Filled under torch.inference_mode, whose tensors cannot be written outside of it.
             self.key_RKCD, self.value_RKCD = self.key_RKCD.clone(), self.value_RKCD.clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from flux_attention.hf.cache.layer import RoutedLayer
 
@@ -47,7 +47,7 @@ def dense_kv_bytes(cache: Cache) -> int:
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):
             buffer = next(iter(layer.buffers.values()), None)
-            if layer.seen and buffer is not None:
+            if layer.seen and buffer is not None and buffer.key_RKCD is not None:
                 _, heads, _, dim = buffer.key_RKCD.shape
                 total += 2 * sum(layer.lengths) * heads * dim * buffer.key_RKCD.element_size()
         else:
@@ -55,6 +55,6 @@ def dense_kv_bytes(cache: Cache) -> int:
     return total
 
 
-def _stock_bytes(layer: CacheLayerMixin) -> int:
+def _stock_bytes(layer: object) -> int:
     held = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(states.numel() * states.element_size() for states in held if states is not None)

@@ -43,7 +43,7 @@ def install_generation(model: PreTrainedModel, routing: AttachedModel) -> Callab
 
     names: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "__module__": stock.__module__, "__doc__": stock.__doc__}
     if isinstance(model, GenerationMixin):
-        names["generate"] = _generate(stock.generate, routing, is_ours)
+        names["generate"] = _generate(stock.generate, routing, is_ours)  # ty: ignore[missing-attribute]
         for name in DECODING_METHODS:
             method = getattr(stock, name, None)
             if method is not None:

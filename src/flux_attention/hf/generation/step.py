@@ -13,6 +13,7 @@ import functools
 import itertools
 import threading
 import time
+from typing import cast
 
 import torch
 from transformers import DynamicCache
@@ -22,6 +23,7 @@ from flux_attention.hf.cache.layer import RoutedLayer
 from flux_attention.hf.capture import captured_state, capturing
 from flux_attention.hf.context import CONTEXT, AttachedModel
 from flux_attention.kernels.split_table import FULL, split_table
+from flux_attention.patterns import Streaming
 
 #: Batch sizes whose steps are kept.
 MAX_STEPS = 8
@@ -61,7 +63,7 @@ class DecodeStep:
 
         began = time.perf_counter()
         self.routing, self.batch, self.routed = routing, batch, routing.layers
-        self._attend, pattern = triton_decode.attend, routing.sparse.later
+        self._attend, pattern = triton_decode.attend, cast(Streaming, routing.sparse.later)
         self.lock = threading.Lock()  # one generation at a time: they share the places in memory
         base, device = routing.config.base_model, routing.model.device
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -137,7 +139,7 @@ class DecodeStep:
             found = f"{tuple(key_BK1D.shape)}, {key_BK1D.dtype}"
             raise ValueError(f"layer {layer} has keys of {found}, expected {shape}, {dtype}")
         self.attended.add(layer)
-        pattern = self.routing.sparse.later
+        pattern = cast(Streaming, self.routing.sparse.later)
         states = [states[:, :, 0] for states in (query_BH1D, key_BK1D, value_BK1D)]
         table, workspace = self.table_LW7[self._places[layer]], self._workspace
         output = self._attend(*states, table, self.lengths_B, workspace, pattern.sink, pattern.window, scale)
@@ -145,7 +147,7 @@ class DecodeStep:
 
     def load(self, cache: DynamicCache, more: int) -> None:
         """Continue the sequences of ``cache``, after making room for ``more`` tokens each."""
-        layers = [cache.layers[layer] for layer in self.routing.layers]
+        layers = cast(list[RoutedLayer], [cache.layers[layer] for layer in self.routing.layers])
         for layer in layers:
             layer.reserve(more)
         lengths = [length + more for length in layers[0].lengths]
