@@ -78,7 +78,7 @@ def pages():
             "layers": show_real.route_table(),
             "lengths": show_real.length_tables(),
         },
-        "docs/serving.md": {"speed": show_serving.speed_table()},
+        "docs/serving.md": {"speed": show_serving.speed_table(), "many": show_serving.many_table()},
         "docs/training.md": {
             "quick start": show_shipped.quickstart_table(),
             "speed": show_speed.training_table(),

@@ -1,4 +1,4 @@
-"""Makes the table of docs/serving.md, from serving.json."""
+"""Makes the tables of docs/serving.md, from serving.json."""
 
 from show_tables import load, table
 
@@ -26,3 +26,26 @@ def speed_table():
             name = {"prefill": "prompt", "decode": "decode step behind"}[phase]
             lines.append([f"{name} {length:,}, {unit}", *(_cell(found.get(engine), scale) for engine in engines)])
     return table(["tokens", "stock vLLM", "routed, Ω_MSR 0.75", "all layers forced full"], lines)
+
+
+def many_table():
+    """Return what many requests that are asked for at once get, with routes and without."""
+    rows = [row for row in load("serving")["rows"] if row.get("measure") == "throughput"]
+    lines = []
+    for prompt, answer in sorted({(row["prompt_tokens"], row["output_tokens"]) for row in rows}):
+        mine = [row for row in rows if (row["prompt_tokens"], row["output_tokens"]) == (prompt, answer)]
+        found = {row["engine"]: row for row in mine}
+        cells = [found.get(engine) for engine in ("vllm", "flux-vllm")]
+        lines.append([f"{prompt:,} + {answer:,}", *map(_many, cells), *(_at_once(cell) for cell in cells)])
+    columns = ["prompt + answer", "stock vLLM, requests/s", "routed, Ω_MSR 0.75", "stock, most at once", "routed"]
+    return table(columns, lines)
+
+
+def _many(row):
+    if row is None:
+        return "not measured"
+    return f"{row['requests_per_s']:.3f}" + (f" (× {row['speedup']:.2f})" if "speedup" in row else "")
+
+
+def _at_once(row):
+    return "–" if row is None else str(row["concurrency"])

@@ -58,6 +58,7 @@ class AttachedModel(Protocol):
     model: Any
     config: FluxConfig
     layers: tuple[int, ...]
+    units: tuple[Any, ...]
     sparse: Pattern
     cuda_graphs: bool
     steps: Any

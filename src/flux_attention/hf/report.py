@@ -171,7 +171,7 @@ def make_report(
         # Of a further turn they were decided in an earlier one, maybe in another thread: the cache knows them.
         rows = [layer.routes for layer in cache.layers if isinstance(layer, RoutedLayer)]
         routes_BL = torch.tensor(rows, device="cpu").T
-        routes = Routes(routes_BL, None, tuple(routing.units), tuple(lengths), routing.sparse, routing.full)
+        routes = Routes(routes_BL, None, routing.units, tuple(lengths), routing.sparse, routing.full)
         kept = kv_bytes(cache), dense_kv_bytes(cache)
     return Report(routes, new_tokens, *kept, *_pairs(routes, past), prefill_s, token_s)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from flux_attention.kernels import block_sparse as blocks
 from flux_attention.kernels import dense, reference
+from flux_attention.kernels.block_sparse import block_sparse as plain_block_sparse
 from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, to_device
 from flux_attention.kernels.packs import Pack
 
@@ -101,7 +101,7 @@ def block_sparse(
 
         run = triton_block_sparse.block_sparse
         return run(query_BHSD, key_BKTD, value_BKTD, scale, select == "mass", share, stride, correct)
-    return blocks.block_sparse(query_BHSD, key_BKTD, value_BKTD, scale, select, share, stride, correct)
+    return plain_block_sparse(query_BHSD, key_BKTD, value_BKTD, scale, select, share, stride, correct)
 
 
 def packed(

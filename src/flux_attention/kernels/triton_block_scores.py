@@ -160,12 +160,11 @@ def select_blocks(
     keys, per_block = key_BKTD.shape[2], BLOCK // stride
     total, tiles = triton.cdiv(keys, BLOCK), count * per_block
     sizes, options = score_tile(dim)
-    made = dict(device=query_BHSD.device)
-    lse = torch.empty(batch * heads, tiles, total, dtype=torch.float32, **made)
-    shape = batch, heads, count, total
-    lists, counts = torch.empty(shape, dtype=torch.int32, **made), torch.empty(shape[:3], dtype=torch.int32, **made)
-    chosen = torch.empty(shape, dtype=torch.uint8, **made) if masks else None
-    score = torch.empty(shape, dtype=torch.float32, **made) if scores else None
+    new, shape = query_BHSD.new_empty, (batch, heads, count, total)
+    lse = new(batch * heads, tiles, total, dtype=torch.float32)
+    lists, counts = new(shape, dtype=torch.int32), new(shape[:3], dtype=torch.int32)
+    chosen = new(shape, dtype=torch.uint8) if masks else None
+    score = new(shape, dtype=torch.float32) if scores else None
     columns = triton.cdiv((first + count) * per_block, sizes["N"])  # to the last query's own
     constants = dict(H=heads, STRIDE=stride, PER=per_block)
     with on_device(query_BHSD):

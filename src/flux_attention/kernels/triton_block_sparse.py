@@ -112,7 +112,7 @@ def attend_tile(dim: int, capability: tuple[int, int], shared: int) -> dict[str,
 def rows_at_once(query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, stride: int) -> int:
     """Count the blocks of queries whose scores may be held at a time."""
     blocks = triton.cdiv(key_BKTD.shape[2], BLOCK)
-    return max(1, SCRATCH // (query_BHSD.shape[:2].numel() * (BLOCK // stride) * blocks * 4))
+    return max(1, SCRATCH // (len(query_BHSD) * query_BHSD.shape[1] * (BLOCK // stride) * blocks * 4))
 
 
 def _means(states_BKTD: torch.Tensor) -> torch.Tensor:

@@ -183,7 +183,7 @@ def _decode(
     stride_kn, stride_kp, stride_kk, stride_kd, stride_vn, stride_vp, stride_vk, stride_vd,
     sink, window, scale_log2,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
-    AHEAD: tl.constexpr = 8,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     # long: one launch does it all, as a step is bound by launches and reads
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -312,5 +312,5 @@ def decode(
             *key_NPKD.stride(), *value_NPKD.stride(),
             sink, window, scale * LOG2E.value,
             G=heads // kv_heads, GROUP=workspace.group, D=dim, P=key_NPKD.shape[1],
-            SPLITS=splits, **sizes, **options,
+            SPLITS=splits, AHEAD=8, **sizes, **options,
         )  # fmt: skip

@@ -50,7 +50,8 @@ class Card:
 
 def reach(pattern: Pattern) -> str:
     """Say in words what a sparse layer sees."""
-    return f"only the first {pattern.later.sink:,} and the latest {pattern.later.window:,}"
+    sizes = pattern.later.to_dict()
+    return f"only the first {sizes['sink']:,} and the latest {sizes['window']:,}"
 
 
 def legend(pattern: Pattern) -> str:
