@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 SERVING := .venv-serving
 DOCS := .venv-docs
 OLDEST := .venv-oldest
+QUANTISED := .venv-quantised
 # A pipe fails where any part of it fails.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .PHONY: demo test test-real test-playground test-serving docs docs-serve docs-links lint types format package notebooks \
-	test-oldest gpu-test clean
+	test-oldest test-quantised gpu-test clean
 
 demo: $(READY)
 	$(BIN)/flux-attention demo
@@ -32,6 +33,10 @@ test-playground: $(VENV)/.playground
 TORCH ?= $(shell sed -n 's/^torch==//p' tests/oldest.txt)
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -p no:cacheprovider
+
+# Models that torchao and bitsandbytes quantised.
+test-quantised: $(QUANTISED)/.ready
+	PYTHONPATH=src $(QUANTISED)/bin/python -m pytest -q -p no:cacheprovider tests/hf/test_quantised.py tests/docs/test_ecosystem.py
 
 # Those of examples/, on a CPU and without network; what they showed is then in build/notebooks.
 notebooks: $(VENV)/.notebooks
@@ -101,6 +106,15 @@ $(VENV)/.playground: $(READY)
 	@$(PIP) -q --constraint constraints.txt --editable '.[dev,playground]' playwright
 	@touch $@
 
+# An environment that sees all of $(VENV): both packages print at each import, which nobody else should read.
+$(QUANTISED)/.ready: $(READY)
+	@echo "Setting up $(QUANTISED), once; less than a minute."
+	@$(PYTHON) -m venv $(QUANTISED)
+	@echo $(CURDIR)/$(VENV)/lib/python*/site-packages > $$(echo $(QUANTISED)/lib/python*/site-packages)/shared.pth
+	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --root-user-action ignore --progress-bar off -q \
+		--no-deps --constraint constraints.txt torchao bitsandbytes
+	@touch $@
+
 # What notebooks need, on top: `make test` stays without it.
 $(VENV)/.notebooks: $(READY)
 	@echo "Adding Jupyter's kernel to $(VENV), once; less than a minute."
@@ -141,4 +155,4 @@ $(DOCS)/.ready: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVING) $(DOCS) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) $(DOCS) $(OLDEST) $(QUANTISED) build dist .pytest_cache .ruff_cache .hypothesis

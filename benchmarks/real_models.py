@@ -1,13 +1,15 @@
 """Merges evaluations of one pretrained model, run in parts, into one result file.
 
 Run: ``python benchmarks/real_models.py FOLDER... --weights TEXT``. Folders are what ``flux-attention eval`` wrote, and
-the adapters that it judged: rows then say what an adapter is, not where it lay. Writes
-benchmarks/results/quality_real.json, with what the runs say about device, versions and commit. A method that has not
-answered all samples of all families of a length is left out there. Nothing is measured.
+the adapters that it judged: rows then say what an adapter is, not where it lay; ``NAME=FOLDER`` says it in words of
+one's own. Writes benchmarks/results/quality_real.json, with what the runs say about device, versions and commit; rows
+of other commits than the file's name theirs. A method that has not answered all samples of all families of a length is
+left out there. Nothing is measured.
 """
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
@@ -22,22 +24,22 @@ from flux_attention.results import write_results
 OWN = ("adapters", "lengths", "samples")
 
 
-def describe(folder):
+def describe(folder, given=None):
     """Return an adapter's hash, its name, and what it is."""
     _, config = load_config(folder)
     if config.ranking is not None:
         name, facts = "calibrated", {"ranking": list(config.ranking), "budget": config.budget}
     else:
         name, facts = {"prefill": "trained", "ends": "trained for ends"}[config.decide], {"decide": config.decide}
-    return adapter_hash(folder), name, {**facts, "sparse": config.sparse, "full": config.full}
+    return adapter_hash(folder), given or name, {**facts, "sparse": config.sparse, "full": config.full}
 
 
 def read_adapters(folders):
-    """Return {hash: name} and {name: what it is} of adapters, each name once."""
+    """Return {hash: name} and {name: what it is} of adapters, {folder: name or None}, each name once."""
     digests, about = {}, {}
-    for digest, name, facts in map(describe, folders):
+    for digest, name, facts in (describe(folder, given) for folder, given in folders.items()):
         if digests.setdefault(name, digest) != digest:
-            raise ValueError(f"two adapters are {name}: merge evaluations of one")
+            raise ValueError(f"two adapters are {name}: merge evaluations of one, or name them, as NAME=FOLDER")
         about[name] = facts
     return {digest: name for name, digest in digests.items()}, about
 
@@ -55,8 +57,9 @@ def read(folder, names, about):
     facts = {fact: value for fact, value in {**data["meta"], **settings}.items() if fact not in apart}
     for name in known.values():  # the pattern is the adapter's, where there is one
         facts |= {fact: about[name][fact] for fact in ("sparse", "full")}
-    rows = [{**row, "routers": row["routers"] and known[row["routers"]]} for row in data["rows"]]
-    return rows, facts, dict.fromkeys(settings["lengths"], settings["samples"]), data["meta"]["date"]
+    commit = facts.pop("commit")
+    rows = [{"commit": commit, **row, "routers": row["routers"] and known[row["routers"]]} for row in data["rows"]]
+    return rows, facts, dict.fromkeys(settings["lengths"], settings["samples"]), (data["meta"]["date"], commit)
 
 
 def check_same(folder, facts, first, others):
@@ -92,6 +95,11 @@ def slim(row):
     return row if row["method"] in ROUTED else {fact: value for fact, value in row.items() if fact != "fa_rate"}
 
 
+def without(row, commit):
+    """Leave out the commit, if it is the file's."""
+    return {fact: value for fact, value in row.items() if fact != "commit" or value != commit}
+
+
 def merge(folders):
     """
     Merge evaluations.
@@ -108,9 +116,10 @@ def merge(folders):
     ValueError
         Where samples or conditions differ, an adapter is not there, or two folders have a row each.
     """
-    is_adapter = {folder: (folder / CONFIG_FILE).exists() for folder in folders}
-    names, about = read_adapters([folder for folder in folders if is_adapter[folder]])
-    parts = {folder: read(folder, names, about) for folder in folders if not is_adapter[folder]}
+    folders = dict(named(folder) for folder in folders)
+    adapters = {folder: name for folder, name in folders.items() if (folder / CONFIG_FILE).exists()}
+    names, about = read_adapters(adapters)
+    parts = {folder: read(folder, names, about) for folder in folders if folder not in adapters}
     if not parts:
         raise ValueError("no folder was named that flux-attention eval wrote")
     (first, (_, facts, *_)), rows, samples = next(iter(parts.items())), {}, {}
@@ -127,8 +136,14 @@ def merge(folders):
                 raise ValueError(f"{folder} has {row['task']} by {row['method']} a second time")
     kept, unfinished = complete(list(rows.values()), facts["families"], samples)
     used = {row["routers"] for row in kept}
-    machine = ("device", "torch", "triton", "transformers", "commit")
-    meta = {fact: facts[fact] for fact in machine} | {"date": max(part[-1] for part in parts.values())}
+    machine = ("device", "torch", "triton", "transformers")
+    commits = Counter(row["commit"] for row in kept)
+    commit = max(commits, key=commits.get) if kept else next(iter(parts.values()))[-1][1]
+    kept = [without(row, commit) for row in kept]
+    meta = {fact: facts[fact] for fact in machine} | {
+        "commit": commit,
+        "date": max(part[-1][0] for part in parts.values()),
+    }
     settings = {fact: value for fact, value in facts.items() if fact not in machine}
     return (
         kept,
@@ -141,9 +156,15 @@ def merge(folders):
     )
 
 
+def named(text):
+    """Read ``NAME=FOLDER``, or a folder alone."""
+    name, _, folder = str(text).rpartition("=")
+    return Path(folder), name or None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="+")
     parser.add_argument("--weights", required=True, help="what weights the model had, in words")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/quality_real.json")
     args = parser.parse_args()
