@@ -101,6 +101,8 @@ def test_an_example_runs_from_end_to_end(visit):
     visitor = visit(color_scheme="light")
     assert visitor.routes() == ["undecided"] * 10 and visitor.answers() == [""] * 3
     visitor.page.click("text=One fact")
+    filled = "text => document.querySelector('#question textarea').value == text"
+    visitor.page.wait_for_function(filled, arg=EXAMPLES[1].question)
     visitor.ask()
     visitor.page.wait_for_selector(".layer.latest")  # they light up one by one
     assert "undecided" in visitor.routes()
