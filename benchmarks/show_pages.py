@@ -34,6 +34,7 @@ FILES = {
     "two_prompts": ("routes of two prompts: README's picture", "python benchmarks/two_prompts.py"),
     "quickstart": ("what the quick start's routers answer", "flux-attention eval shipped --routers runs/quickstart"),
     "quality_real": ("what a real model answers, calibrated and trained", "python benchmarks/real_models.py"),
+    "quality_real_small": ("the same of a smaller real model", "python benchmarks/real_models.py"),
     "quality": ("the study: routed, fixed and random layers", "python recipes/study/run.py evaluate"),
 }
 
@@ -77,6 +78,9 @@ def pages():
             "aims": show_real.aims(),
             "layers": show_real.route_table(),
             "lengths": show_real.length_tables(),
+            "aims of the small one": show_real.aims(show_real.SMALLER),
+            "layers of the small one": show_real.route_table(show_real.SMALLER),
+            "lengths of the small one": show_real.length_tables(show_real.SMALLER),
         },
         "docs/serving.md": {"speed": show_serving.speed_table(), "many": show_serving.many_table()},
         "docs/training.md": {

@@ -1,4 +1,4 @@
-"""Makes pages and plot of benchmarks/results/quality_real.json: what a real model answers, calibrated and trained.
+"""Makes pages and plot of what real models answer, calibrated and trained: a result file for each model.
 
 Run by ``python benchmarks/show_pages.py``.
 """
@@ -13,12 +13,16 @@ from flux_attention.evaluation.figures import COLOURS
 
 LOOK_UPS = ("look_up", "several_keys", "all_values", "place", "several_queries")
 #: Sets of layers have equal Ω_MSR if they differ by less; of 24 layers one is 0.042.
-EQUAL = 0.03
+EQUAL = 0.045
+#: Sets of full layers of a method that are listed one by one.
+FEW = 4
+#: Result files.
+LARGER, SMALLER = "quality_real", "quality_real_small"
 
 
-def result():
+def result(name=LARGER):
     """Return rows by length, as the file has them, and what it says about them."""
-    found, data = {}, load("quality_real")
+    found, data = {}, load(name)
     for row in data["rows"]:
         found.setdefault(row["seq_len"], []).append(row)
     return found, data["meta"]
@@ -88,10 +92,10 @@ def notes(rows):
     return f"{text} Kinds that dense hardly answers: {scores or 'none'}."
 
 
-def length_tables():
+def length_tables(name=LARGER):
     """Make quality by class and differences of each length."""
     parts = []
-    for length, rows in result()[0].items():
+    for length, rows in result(name)[0].items():
         count = rows[0]["n"]
         parts += [
             f"### {length:,} tokens, {count} samples of each kind",
@@ -115,9 +119,9 @@ AIMS = (
 )
 
 
-def aims():
+def aims(name=LARGER):
     """Make a line for each aim, with what was reached at each length."""
-    by_length, _ = result()
+    by_length, _ = result(name)
     lines = zip(AIMS, *map(reached, by_length.values()), strict=True)
     return table(["aimed at", *(f"{length:,} tokens" for length in by_length)], lines)
 
@@ -127,12 +131,16 @@ def reached(rows):
     pairs, every = {}, questions(rows)
     for some, others in compared(rows):
         pairs.setdefault((some[0]["method"], others[0]["method"]), []).append((some, others))
-    half = [pair for pair in pairs.get(("static-nll", "dense"), ()) if pair[0][0]["budget"] >= 0.5]
-    best = max(half, key=lambda pair: points(*pair, every), default=None)
-    yield cell(best, every, lambda change, _: change >= -1)
-    yield cell(*pairs.get(("routed", "dense"), [None]), every, lambda change, ratio: change >= -1 and ratio >= 0.65)
-    yield cell(*pairs.get(("routed", "static-nll"), [None]), LOOK_UPS, lambda change, _: change >= 5)
-    (pair,) = pairs.get(("routed-ends", "routed"), [None])
+
+    def best(method, other, kinds, least=0.0):
+        found = [pair for pair in pairs.get((method, other), ()) if round(sparsity(pair[0]), 2) >= least]
+        return max(found, key=lambda pair: points(*pair, kinds), default=None)
+
+    yield cell(best("static-nll", "dense", every, 0.5), every, lambda change, _: change >= -1)
+    trained = best("routed", "dense", every, 0.65) or best("routed", "dense", every)
+    yield cell(trained, every, lambda change, ratio: change >= -1 and round(ratio, 2) >= 0.65)
+    yield cell(best("routed", "static-nll", LOOK_UPS), LOOK_UPS, lambda change, _: change >= 5)
+    pair = best("routed-ends", "routed", every)
     text = cell(pair, every, lambda change, _: abs(change) <= 0.5)
     if pair:
         scores = [[score for row in rows for score in row["scores"]] for rows in pair]
@@ -161,18 +169,16 @@ def kept(ratio, length, pattern):
     return 1 - ratio + ratio * min(1, (pattern["sink"] + pattern["window"]) / length)
 
 
-def route_table():
+def route_table(name=LARGER):
     """Make a line for each method and the layers that it runs full: of all inputs, or of which kinds and lengths."""
-    by_length, meta = result()
+    by_length, meta = result(name)
     rows = [row for some in by_length.values() for row in some]
     names, found = compare.short_names(rows), {}
     for row in sorted(rows, key=lambda row: row["sparsity"]):
-        routes = found.setdefault(compare.label(row, names), {})
-        routes.setdefault(full_layers(row), []).append(row)
+        found.setdefault(compare.label(row, names), []).append(row)
     lines = []
-    for name, routes in found.items():
-        for layers, some in routes.items():
-            inputs = "all" if len(routes) == 1 else by_kind(some)
+    for name, mine in found.items():
+        for inputs, layers, some in routes(mine):
             shares = [f"{kept(sparsity(some), length, meta['settings']['sparse']):.2f}" for length in by_length]
             lines.append([name, inputs, layers, *shares])
     calibrated = meta["adapters"]["calibrated"]
@@ -184,6 +190,26 @@ def route_table():
     return table(columns, lines) + f"\n{prose(ranking)}\n"
 
 
+def routes(rows):
+    """Yield the inputs that run alike, which layers they run full, and their rows; by class, if that is many."""
+    alike = {}
+    for row in rows:
+        alike.setdefault(full_layers(row), []).append(row)
+    if len(alike) == 1:
+        yield "all", *next(iter(alike.items()))
+    elif len(alike) <= FEW:
+        for layers, some in alike.items():
+            yield by_kind(some), layers, some
+    else:
+        classes = {}
+        for row in rows:
+            classes.setdefault(row["task_class"], []).append(row)
+        for name, some in classes.items():
+            layers = some[0]["fa_rate"]
+            mean = {layer: round(fmean(row["fa_rate"][layer] for row in some), 2) for layer in layers}
+            yield name, full_layers({"fa_rate": mean}), some
+
+
 def by_kind(rows):
     """Say which lengths and families rows are of."""
     found = {}
@@ -193,8 +219,12 @@ def by_kind(rows):
 
 
 def pages():
-    """Return {name of the result file: text} of the page by kind of question."""
-    by_length, meta = result()
+    """Return {name of the result file: text} of the pages by kind of question."""
+    return {name: _page(name) for name in (LARGER, SMALLER)}
+
+
+def _page(name):
+    by_length, meta = result(name)
     parts = [
         f"""
         {meta["settings"]["model"]}, {meta["settings"]["dtype"]}, weights: {meta["weights"]}. What the model generated,
@@ -206,7 +236,7 @@ def pages():
         for title, *cells in tables.tables(rows):
             if title.startswith("Accuracy at"):
                 parts += [f"## {title}", table(*cells)]
-    return {"quality_real": page("quality_real", "A real model, by kind of question", *parts)}
+    return page(name, "A real model, by kind of question", *parts)
 
 
 def score_points(rows):
@@ -219,26 +249,42 @@ def score_points(rows):
     return found
 
 
+#: How methods are drawn: a marker, and their name.
+LOOKS = {
+    "dense": ("o", "dense"),
+    "sparse": ("o", "sparse"),
+    "static-nll": ("o", "calibrated layers"),
+    "routed": ("D", "trained"),
+    "routed-ends": ("x", "trained, by the ends"),
+}
+
+
 def images():
-    """Plot mean score over Ω_MSR, a panel a length."""
+    """Plot mean score over Ω_MSR: a row for each model, a panel for each length."""
     import matplotlib.pyplot as plt
 
-    by_length, _ = result()
-    size = (4.2 * len(by_length), 3.8)
-    figure, panels = plt.subplots(1, len(by_length), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    looks = {"dense": ("o", "dense"), "sparse": ("o", "sparse"), "static-nll": ("o", "calibrated layers")}
-    looks |= {"routed": ("D", "trained"), "routed-ends": ("x", "trained, by the ends")}
-    for axes, (length, rows) in zip(panels[0], by_length.items(), strict=True):
-        found = score_points(rows)
-        line = sorted(point[:2] for method in ("dense", "static-nll", "sparse") for point in found[method])
-        axes.plot(*zip(*line, strict=True), color=COLOURS["static-nll"], zorder=1)
-        for method, (marker, name) in looks.items():
-            if method in found:
-                ratios, means, widths = zip(*found[method], strict=True)
-                axes.errorbar(ratios, means, widths, fmt=marker, color=COLOURS[method], label=name, capsize=3)
-        axes.set(xlabel="mean Ω_MSR", xlim=(-0.03, 1.03), ylim=(0, None))
-        axes.set_title(f"{length:,} tokens", size=11)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("mean score of generated answers")
+    models = [result(name) for name in (LARGER, SMALLER)]
+    columns = max(len(by_length) for by_length, _ in models)
+    size = (3.6 * columns, 3.4 * len(models))
+    figure, panels = plt.subplots(len(models), columns, figsize=size, layout="constrained", sharey="row", squeeze=False)
+    for row, (by_length, meta) in zip(panels, models, strict=True):
+        for axes in row[len(by_length) :]:
+            axes.set_visible(False)
+        for axes, (length, rows) in zip(row, by_length.items(), strict=False):
+            draw(axes, score_points(rows))
+            axes.set_title(f"{meta['settings']['model'].split('/')[-1]}, {length:,} tokens", size=9)
+        row[0].set_ylabel("mean score of generated answers")
     panels[0][0].legend(frameon=False, fontsize=9, loc="lower left")
     save(figure, "real_models")
+
+
+def draw(axes, found):
+    """Draw the methods of one length, and a line through fixed layers."""
+    line = sorted(point[:2] for method in ("dense", "static-nll", "sparse") for point in found[method])
+    axes.plot(*zip(*line, strict=True), color=COLOURS["static-nll"], zorder=1)
+    for method, (marker, name) in LOOKS.items():
+        if method in found:
+            ratios, means, widths = zip(*found[method], strict=True)
+            axes.errorbar(ratios, means, widths, fmt=marker, color=COLOURS[method], label=name, capsize=3)
+    axes.set(xlabel="mean Ω_MSR", xlim=(-0.03, 1.03), ylim=(0, None))
+    axes.grid(alpha=0.3)

@@ -12,11 +12,13 @@ import torch
 from helpers.models import CONFIG, TRIANGLE, ids, randomize, tiny_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import PushToHubMixin
 
 from flux_attention import AdapterError, FluxConfig, adapters, attach
-from flux_attention.names import BACKBONE, ROUTERS
+from flux_attention.adapters import load_config
+from flux_attention.names import BACKBONE, RANKINGS, ROUTERS, known_rankings
+from flux_attention.sizes import SHAPES
 
 
 @pytest.fixture
@@ -316,3 +318,24 @@ def test_the_adapter_that_comes_along_has_a_name():
     routing = attach(AutoModelForCausalLM.from_pretrained(BACKBONE), "shipped")
     assert routing.config.sparse == adapters.load_config(ROUTERS)[1].sparse
     assert adapters.resolve("shipped") == ROUTERS
+
+
+@pytest.mark.parametrize("name", known_rankings())
+def test_rankings_that_come_along_fit_the_models_that_they_are_called_after(name, monkeypatch):
+    sizes = next(sizes for shape, sizes in SHAPES.items() if name.lower().startswith(shape))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**sizes, "intermediate_size": 8}))
+    with pytest.raises(AdapterError, match="its shape fits, but its embedding weights are others"):
+        attach(model, name)
+    monkeypatch.setattr("flux_attention.hf.support._sample", lambda model: load_config(name)[1].base_model.sample)
+    routing = attach(model, name, budget=0.5)
+    assert len(routing.config.full_layers) == len(routing.layers) / 2
+
+
+def test_a_model_in_a_folder_of_that_name_is_no_adapter(tmp_path, monkeypatch):
+    name = known_rankings()[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert load_config(name)[0].parent == RANKINGS
+    (tmp_path / name / "flux_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="missing keys"):
+        load_config(name)

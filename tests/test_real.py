@@ -16,6 +16,7 @@ from flux_attention import AdapterError, FluxConfig, attach
 from flux_attention.calibration.calibrator import Calibrator
 from flux_attention.calibration.samples import generated_samples
 from flux_attention.hf.loading import load_config, load_model, load_tokenizer
+from flux_attention.names import known_rankings
 from flux_attention.patterns import sparse_pattern
 from flux_attention.tasks.scoring import evaluate
 
@@ -179,3 +180,14 @@ def test_routes_by_the_ends_are_the_same_in_chunks(model, prompt):
         assert torch.equal(routing.routes.logits_BL2, routes.logits_BL2)
     finally:
         routing.detach()
+
+
+def test_the_ranking_that_comes_along_is_this_models(model):
+    """Of whatever precision its weights are: the fingerprint is compared loosely."""
+    name = next((name for name in known_rankings() if name.lower() in MODEL.lower()), None)
+    name = name or ("SmolLM2-135M-Instruct" if "smollm2" in MODEL.lower() else None)
+    if name is None:
+        pytest.skip("no ranking of this model comes along")
+    routing = attach(model, name, budget=0.5)
+    assert len(routing.config.full_layers) == len(routing.layers) / 2
+    routing.detach()

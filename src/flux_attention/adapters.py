@@ -25,7 +25,7 @@ from flux_attention import __version__
 from flux_attention.config import BaseModel, FluxConfig
 from flux_attention.errors import AdapterError, FluxConfigError
 from flux_attention.files import replacing
-from flux_attention.names import GGUF_MARK, NAME, adapter_path, check_folder, unreachable
+from flux_attention.names import GGUF_MARK, NAME, adapter_path, check_folder, known_rankings, unreachable
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.patterns.base import MAX_TOKENS
 from flux_attention.router import LayerRouter
@@ -214,7 +214,8 @@ class AdapterMixin:
 
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    Find the local directory of an adapter: the path itself, that of ``shipped``, or a download of the Hub repository.
+    Find the local directory of an adapter: the path itself, that of one that comes along, or a download of the Hub
+    repository.
 
     Raises
     ------
@@ -232,7 +233,10 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
             f"{error}; expected {CONFIG_FILE} there, and {WEIGHTS_FILE} unless that holds a ranking"
         ) from None
     if reason := unreachable(name, CONFIG_FILE, revision):
-        raise AdapterError(f"{path_or_id!r} is neither a directory nor a Hub repository that can be reached ({reason})")
+        raise AdapterError(
+            f"{path_or_id!r} is neither a directory nor a Hub repository that can be reached ({reason}); these come "
+            f"along: shipped, {', '.join(known_rankings())}"
+        )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

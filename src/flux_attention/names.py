@@ -1,4 +1,4 @@
-"""Tells what the name of a model or an adapter stands for: ``shipped``, a folder or a Hub repository."""
+"""Tells what the name of a model or an adapter stands for: one that comes along, a folder or a Hub repository."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ GGUF_MARK = " (GGUF)"
 BACKBONE = Path(__file__).parent / "shipped" / "backbone"
 #: Router adapter for it.
 ROUTERS = Path(__file__).parent / "shipped" / "routers"
+#: Calibrated adapters of the Hub's models, in folders that are called as those are, without their owner.
+RANKINGS = Path(__file__).parent / "shipped" / "rankings"
 
 
 def model_path(model: str) -> str:
@@ -32,8 +34,18 @@ def model_name(model: str) -> str:
 
 
 def adapter_path(adapter: str) -> str:
-    """Say where the adapter called ``shipped`` lies; any other name as it is."""
-    return str(ROUTERS) if adapter == "shipped" else adapter
+    """Say where an adapter that comes along lies, ``shipped`` or one of ``RANKINGS``; any other name as it is."""
+    if adapter == "shipped":
+        return str(ROUTERS)
+    # A folder here of that name is most likely the model: only an adapter goes before ours.
+    if adapter in known_rankings() and not (Path(adapter) / "flux_config.json").exists():
+        return str(RANKINGS / adapter)
+    return adapter
+
+
+def known_rankings() -> list[str]:
+    """List the models whose calibrated adapters come along."""
+    return sorted(folder.name for folder in RANKINGS.iterdir())
 
 
 def looks_like_path(name: str) -> bool:

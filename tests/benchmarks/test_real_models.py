@@ -141,7 +141,6 @@ def test_parts_become_one_file(merger, parts, write, adapters):
         ({"text": "2e"}, "differ in text"),
         ({"chat": False}, "differ in chat"),
         ({"families": FAMILIES[:2]}, "differ in families"),
-        ({"commit": "def"}, "differ in commit"),
         ({"sparse": {**PATTERN["sparse"], "window": 16}}, "differ in sparse"),
         ({"samples": 12}, "has 12 samples of 4,096 tokens, but 10 are expected"),
         ({}, "look_up by dense a second time"),
@@ -150,6 +149,14 @@ def test_parts_become_one_file(merger, parts, write, adapters):
 def test_parts_of_other_samples_are_refused(merger, parts, write, changes, complaint):
     with pytest.raises(ValueError, match=complaint):
         merger.merge([*parts, write("other", rows_of("dense", 10), **changes)])
+
+
+def test_rows_of_another_commit_name_it_and_adapters_have_names_of_ones_own(merger, parts, write, adapters):
+    later = write("later", rows_of("static-nll", 4, budget=0.33, full_layers=[2, 0]), "one", commit="def")
+    rows, meta, _ = merger.merge([*parts[1:-1], f"by need={adapters / 'one'}", later, parts[-1]])
+    assert meta["commit"] == "abc" and "by need" in meta["adapters"]
+    commits = {(row["method"], row.get("budget")): row.get("commit") for row in rows}
+    assert commits["static-nll", 0.33] == "def" and commits["static-nll", 0.67] is commits["dense", None] is None
 
 
 def test_an_adapter_has_to_be_there(merger, parts):
