@@ -4,6 +4,7 @@ Run: ``python benchmarks/show_pages.py``. Writes a page beside each result file,
 ``<!-- … -->`` marks in README and docs/, and docs/images/. Nothing is measured.
 """
 
+import show_blocks
 import show_how
 import show_idea
 import show_quality
@@ -24,6 +25,9 @@ FILES = {
     "attention_prefill": ("one layer's prefill, by engine", "flux-attention bench attention"),
     "attention_decode": ("one layer's decode step, by engine", "flux-attention bench attention"),
     "serving": ("vLLM with routes beside stock vLLM", "python benchmarks/serving.py"),
+    "e2e_blocks": ("prefill of whole models, block-sparse", "flux-attention bench blocks"),
+    "blocks": ("one layer's block-sparse prefill", "flux-attention bench blocks"),
+    "block_quality": ("what block-sparse prefill loses on a real model", "python benchmarks/block_quality.py"),
     "profile": ("where the time of a prompt and a step goes", "python benchmarks/profile_speed.py --compile"),
     "memory": ("bytes of KV caches, by arithmetic", "flux-attention bench memory"),
     "training": ("speed and memory of router training", "flux-attention bench training"),
@@ -72,7 +76,12 @@ def pages():
         "README.md": {"key figures": key_figures()},
         "docs/comparison.md": {"heads": show_quality.heads()},
         "docs/guide.md": {"ends": show_speed.ends_table()},
-        "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
+        "docs/performance.md": {
+            "at a glance": show_speed.at_a_glance(),
+            "blocks, whole models": show_blocks.whole_table(),
+            "blocks, one layer": show_blocks.layer_table(),
+            "blocks, quality": show_blocks.quality_table(),
+        },
         "docs/quality.md": {"in short": show_quality.brief()},
         "docs/real-models.md": {
             "aims": show_real.aims(),

@@ -24,7 +24,7 @@ from speed.model import ENGINES, random_model
 from speed.timing import DTYPE, PATTERN, measure_graphs, measure_in_turn, require_gpu, row
 
 #: Tokens of a run of one topic, topics, and how much louder than noise they are.
-RUN, TOPICS, LOUD = 512, 48, 1.5
+RUN, TOPICS, LOUD = 512, 48, 0.7
 
 
 def states_of_topics(heads: int, kv_heads: int, length: int, dim: int) -> list[torch.Tensor]:
@@ -134,7 +134,7 @@ def block_prefill(
             routing.detach()
             gc.collect()
             torch.cuda.empty_cache()
-            pattern = {"pattern": "full"} if full == "full" else BlockSparse(threshold=density).to_dict()
+            pattern = {"pattern": "full"} if full == "full" else BlockSparse(threshold=density, select="mass").to_dict()
             config = FluxConfig(sink=PATTERN.sink, window=PATTERN.window, full=pattern)
             routing = attach(model, config, compile=compile)
             mine = [kind for kind in kinds if kind[0] == full]

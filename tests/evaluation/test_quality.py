@@ -92,7 +92,7 @@ def test_rows_are_what_forcing_by_hand_gives(setting):
 
 def test_dense_is_exact_whatever_full_layers_compute(setting):
     model, tokenizer, haystack, _ = setting
-    blocks = FluxConfig(full={"pattern": "block_sparse", "threshold": 0.05}, **SPARSE)
+    blocks = FluxConfig(full={"pattern": "block_sparse", "threshold": 0.05, "select": "mass"}, **SPARSE)
     rows = {}
     for name, config in (("exact", FluxConfig(**SPARSE)), ("blocks", blocks)):
         made = dict(families=["plain"], lengths=[2048], samples=2, methods=["dense", "forced"], force=["full"])

@@ -32,6 +32,8 @@ def naive_scores(query_SD, key_TD, stride, scale):
 
 
 def naive_mass(row, place, share):
+    if share >= 1:  # all, however small the last ones are
+        return set(range(place + 1))
     chosen = {0, place}
     mass, total = sum(row[n] for n in chosen), sum(row)
     for n in sorted(set(range(place + 1)) - chosen, key=lambda n: -row[n]):

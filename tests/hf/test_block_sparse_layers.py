@@ -11,7 +11,7 @@ from flux_attention.errors import RecipeError
 from flux_attention.training.recipe import Recipe
 
 SHARE, SINK, WINDOW = 0.4, 8, 40
-BLOCKS = {"pattern": "block_sparse", "threshold": SHARE}
+BLOCKS = {"pattern": "block_sparse", "threshold": SHARE, "select": "mass"}
 CONFIG = FluxConfig(full=BLOCKS, sparse={**BLOCKS, "threshold": 0.2, "sink": SINK, "window": WINDOW}, pool_size=6)
 
 

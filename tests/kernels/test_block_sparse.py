@@ -114,6 +114,11 @@ def test_long_prompts_are_computed_in_smaller_parts(keys):
         torch.testing.assert_close(BlockSparse(0.5, correct=True).prefill(query, key, value, 0.25), expected)
 
 
+def test_thresholds_that_are_not_given():
+    assert BlockSparse() == BlockSparse(0.03, "maximum") and BlockSparse(select="mass").threshold == 0.95
+    assert build(BlockSparse().to_dict(), FULL_PATTERNS) == BlockSparse()
+
+
 def test_what_it_keeps_and_says():
     full, sparse = BlockSparse(threshold=[0.5, 0.7]), SparseBlocks(0.8, sink=64, window=256)
     assert build(full.to_dict(), FULL_PATTERNS) == full and build(sparse.to_dict(), SPARSE_PATTERNS) == sparse

@@ -1,0 +1,86 @@
+"""Makes the tables of block-sparse prefill in docs/performance.md: its speed, and what it loses.
+
+Run by ``python benchmarks/show_pages.py``.
+"""
+
+from statistics import fmean
+
+from show_real import points, shown
+from show_tables import load, table
+
+from flux_attention.evaluation import compare
+
+#: What the columns of whole models are: the full layers' pattern, and whether three of four layers are sparse.
+KINDS = {
+    ("full", False): "all layers exact",
+    ("full", True): "three of four sparse, others exact",
+    ("block_sparse", True): "three of four sparse, others block-sparse",
+    ("block_sparse", False): "all block-sparse",
+}
+
+
+def whole_table():
+    """Return prompts of whole models, by what full layers do."""
+    rows = load("e2e_blocks")["rows"]
+    lines = []
+    for length in sorted({row["seq_len"] for row in rows}):
+        found = {(row["full"], row["sparsity"] > 0): row for row in rows if row["seq_len"] == length}
+        density = found["block_sparse", True]["density"]
+        cells = [f"{found[kind]['ms'] / 1000:.1f} (× {found[kind]['speedup']:.2f})" for kind in KINDS]
+        lines.append([f"{length // 1024} K", f"{density:.0%}", *cells])
+    return table(["tokens", "blocks selected", *(f"{name}, s" for name in KINDS.values())], lines)
+
+
+def layer_table():
+    """Return one layer's search and attention."""
+    lines = [
+        [
+            f"{row['seq_len'] // 1024} K", f"{row['density']:.1%}", f"{row['baseline_ms']:.0f}",
+            f"{row['search_ms']:.1f}", f"{row['search_share']:.1%}", f"{row['attend_ms']:.1f}", f"{row['tflops']:.0f}",
+        ]
+        for row in load("blocks")["rows"]
+    ]  # fmt: skip
+    columns = [
+        "tokens",
+        "blocks selected",
+        "cuDNN, causal, ms",
+        "search, ms",
+        "of cuDNN's time",
+        "attention, ms",
+        "TFLOP/s",
+    ]
+    return table(columns, lines)
+
+
+def quality_table():
+    """Return what selections lose on a real model, beside exact attention."""
+    groups = {}
+    for row in load("block_quality")["rows"]:
+        groups.setdefault((row["seq_len"], row.get("select"), row.get("threshold")), []).append(row)
+    lines = []
+    for (length, select, threshold), rows in sorted(groups.items(), key=lambda item: (item[0][0], density(item[1]))):
+        exact = groups[length, None, None]
+        asked = [row["task"] for row in rows if "accuracy" in row]
+        if select is None:
+            continue
+        ratio, width = compare.difference(rows, exact)[1]
+        lines.append([
+            f"{select}, {threshold:g}", f"{density(rows):.1%}", f"{fmean(row['recall'] for row in rows):.3f}",
+            f"{fmean(row['output_error'] for row in rows):.3f}", shown(points(rows, exact, asked)),
+            shown(worst(rows, exact, asked)), f"{ratio:.4f} ± {width:.4f}",
+        ])  # fmt: skip
+    columns = [
+        "rule, threshold", "blocks selected", "attention in them", "error of outputs", "look-ups, points beside exact",
+        "the worst kind", "perplexity of prose, ratio",
+    ]  # fmt: skip
+    return table(columns, lines)
+
+
+def density(rows):
+    """Return the mean share of selected blocks over the look-ups; 0 of exact attention."""
+    return fmean(row.get("density", 0) for row in rows if "accuracy" in row)
+
+
+def worst(rows, exact, families):
+    """Return the difference of the family that loses most."""
+    return min((points(rows, exact, [family]) for family in families), key=lambda found: found[0])
