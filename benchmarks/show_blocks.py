@@ -1,4 +1,4 @@
-"""Makes the tables of block-sparse prefill in docs/performance.md: its speed, and what it loses.
+"""Makes the tables of block-sparse prefill in docs/block-sparse.md: its speed, and what it loses.
 
 Run by ``python benchmarks/show_pages.py``.
 """

@@ -76,8 +76,8 @@ def pages():
         "README.md": {"key figures": key_figures()},
         "docs/comparison.md": {"heads": show_quality.heads()},
         "docs/guide.md": {"ends": show_speed.ends_table()},
-        "docs/performance.md": {
-            "at a glance": show_speed.at_a_glance(),
+        "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
+        "docs/block-sparse.md": {
             "blocks, whole models": show_blocks.whole_table(),
             "blocks, one layer": show_blocks.layer_table(),
             "blocks, quality": show_blocks.quality_table(),

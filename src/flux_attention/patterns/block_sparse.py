@@ -13,9 +13,7 @@ from flux_attention.patterns.base import Pattern
 from flux_attention.patterns.full import Full
 from flux_attention.patterns.streaming import Streaming, rows_by_length
 
-
-#: Thresholds that kept the answers of a real model at 16,384 tokens: docs/performance.md. Of these two the first selects
-#: fewer blocks.
+#: Thresholds that kept a real model's answers at 16,384 tokens (docs/block-sparse.md); the first selects fewer blocks.
 THRESHOLDS = {"maximum": 0.03, "mass": 0.95}
 
 
