@@ -70,7 +70,7 @@ types: $(READY)
 
 # Wheel and sdist, in dist; each is installed beside this environment's packages, and tried there.
 package: $(READY)
-	rm -rf dist
+	rm -rf dist build/docs  # whose links hatchling would follow, and then take their folders for seen
 	$(BIN)/python -m hatchling build -d dist
 	$(BIN)/python tests/installed_package.py dist/*.whl dist/*.tar.gz
 

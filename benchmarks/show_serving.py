@@ -35,17 +35,23 @@ def many_table():
     for prompt, answer in sorted({(row["prompt_tokens"], row["output_tokens"]) for row in rows}):
         mine = [row for row in rows if (row["prompt_tokens"], row["output_tokens"]) == (prompt, answer)]
         found = {row["engine"]: row for row in mine}
-        cells = [found.get(engine) for engine in ("vllm", "flux-vllm")]
-        lines.append([f"{prompt:,} + {answer:,}", *map(_many, cells), *(_at_once(cell) for cell in cells)])
-    columns = ["prompt + answer", "stock vLLM, requests/s", "routed, Ω_MSR 0.75", "stock, most at once", "routed"]
+        for engine, name in (("vllm", "stock vLLM"), ("flux-vllm", "routed, Ω_MSR 0.75")):
+            lines.append([f"{prompt:,} + {answer:,}", name, *_many(found.get(engine))])
+    columns = [
+        "prompt + answer",
+        "engine",
+        "requests",
+        "requests/s",
+        "most at once",
+        "first token, s",
+        "then a token, ms",
+    ]
     return table(columns, lines)
 
 
 def _many(row):
     if row is None:
-        return "not measured"
-    return f"{row['requests_per_s']:.3f}" + (f" (× {row['speedup']:.2f})" if "speedup" in row else "")
-
-
-def _at_once(row):
-    return "–" if row is None else str(row["concurrency"])
+        return ["not measured", "–", "–", "–", "–"]
+    rate = f"{row['requests_per_s']:.3f}" + (f" (× {row['speedup']:.2f})" if "speedup" in row else "")
+    waits = f"{row['ttft_ms'] / 1000:.0f}", f"{row['tpot_ms']:.0f}"
+    return [row["requests"], rate, row["concurrency"], *waits]

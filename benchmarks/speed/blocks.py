@@ -69,9 +69,7 @@ def threshold_of(query, key, mass: bool, stride: int, density: float) -> tuple[t
     return share, found
 
 
-def blocks(
-    shape: str, lengths: Sequence[int], densities: Sequence[float], select: str = "mass", stride: int = 16
-) -> Iterator[dict[str, Any]]:
+def blocks(shape: str, lengths: Sequence[int], densities: Sequence[float]) -> Iterator[dict[str, Any]]:
     """
     Measure one layer's block-sparse prefill, in CUDA graphs, against cuDNN's causal call.
 
@@ -82,7 +80,7 @@ def blocks(
         rest; ``tflops`` counts the attention to what is selected, over ``attend_ms``.
     """
     require_gpu()
-    heads, kv_heads, dim = _sizes(shape)
+    (heads, kv_heads, dim), select, stride = _sizes(shape), BlockSparse().select, BlockSparse().stride
     for length in lengths:
         torch.cuda.empty_cache()
         query, key, value = states_of_topics(heads, kv_heads, length, dim)

@@ -11,6 +11,10 @@ from flux_attention.playground.player import Player
 from flux_attention.shipped import load_shipped
 
 if __name__ == "__main__":
-    _, address = launch(Player(*load_shipped(), "shipped", "shipped"))
+    player = Player(*load_shipped(), "shipped", "shipped")
+    _, address = launch(player)
     print(f"The playground is at {address}", flush=True)
-    threading.Event().wait()
+    try:
+        threading.Event().wait()
+    finally:
+        player.close()

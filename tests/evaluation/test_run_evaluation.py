@@ -54,7 +54,7 @@ def test_static_layers_of_tasks_are_chosen_on_questions(shipped, tmp_path, monke
     monkeypatch.setattr(quality.Evaluation, "static_layers", chooser("layers"))
     monkeypatch.setattr(quality.Evaluation, "static_heads", chooser("heads"))
     monkeypatch.setattr(quality, "run", lambda evaluation, *_, **__: evaluation.choose(routing, 3, print))
-    monkeypatch.setattr(run, "write_report", lambda results, folder, baseline: (folder / "report.html", None))
+    monkeypatch.setattr(run, "write_report", lambda results, folder, baseline, command: (folder / "report.html", None))
     rows, _ = run_evaluation(
         *shipped,
         ["adapter"],

@@ -75,3 +75,26 @@ def test_other_threads_are_not_watched(routing):
         thread.start()
         thread.join()
     assert not told
+
+
+def test_blocks_may_end_in_another_order_than_they_began(routing):
+    told = {name: [] for name in "ab"}
+
+    def opened(name):
+        with watching(lambda *what: told[name].append(what)):
+            yield
+
+    first, second = opened("a"), opened("b")
+    next(first), next(second)
+    first.close()
+    prefill(routing, ids(1, 30))
+    second.close()
+    prefill(routing, ids(1, 30))
+    assert len(told["b"]) == len(routing.units) and not told["a"]
+
+
+def test_pins_of_what_is_not_routed_are_refused_before_anything_is_computed(routing):
+    told = []
+    with watching(lambda *what: told.append(what), {99: True}), pytest.raises(ValueError, match=r"cannot pin \[99\]"):
+        prefill(routing, ids(1, 30))
+    assert not told

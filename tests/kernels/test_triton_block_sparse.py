@@ -26,7 +26,9 @@ def inputs(data, device):
     """Draw queries, keys and values with structure, on a device, and their length and number of keys."""
     length, keys = data.draw(st.sampled_from(SIZES))
     kv_heads, group, dim = data.draw(st.sampled_from(SHAPES[device]))
-    states = structured(length, keys, kv_heads * group, kv_heads, dim, data.draw(st.integers(0, 99)), batch=1)
+    states = structured(
+        length, keys, kv_heads * group, kv_heads, dim, data.draw(st.integers(0, 99)), batch=data.draw(st.integers(1, 2))
+    )
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     # Heads inside positions, as projections leave them.
     return [part.transpose(1, 2).contiguous().transpose(1, 2).to(device, dtype) for part in states]
@@ -37,7 +39,7 @@ def inputs(data, device):
 @given(data=st.data())
 def test_scores_are_those_of_the_definition(device, data):
     query, key, _ = inputs(data, device)
-    stride = data.draw(st.sampled_from([8, 16]))
+    stride = data.draw(st.sampled_from([4, 8, 16, 32, 64]))
     length, keys, scale = query.shape[2], key.shape[2], query.shape[3] ** -0.5
     first, total = (keys - length) // BLOCK, -(-keys // BLOCK)
     start = data.draw(st.integers(first, total - 1))

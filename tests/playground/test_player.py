@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from flux_attention import FluxConfig, attach
 from flux_attention.hf.report import Report
 from flux_attention.names import BACKBONE
+from flux_attention.patterns import BlockSparse
 from flux_attention.playground.examples import EXAMPLES, FACTS, example_text, right_answer
 from flux_attention.playground.player import WAYS, LayerDecided, Player, PromptError
 from flux_attention.shipped import load_shipped
@@ -45,6 +46,21 @@ def test_layers_come_first_then_text_then_the_report(player):
             tokens = player.model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, pad_token_id=0)
         text = player.tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)
         assert "".join(events[10:-1]) == text and report.new_tokens == 4
+
+
+def test_dense_is_exact_whatever_the_adapters_full_layers_compute():
+    model, tokenizer, routing = load_shipped()
+    blocks = {"pattern": "block_sparse", "threshold": 0.05, "select": "mass"}
+    routing.detach()
+    routing = attach(model, FluxConfig(full=blocks, sink=64, window=448))
+    player = Player(model, tokenizer, routing, "shipped")
+    seen, prefill = [], BlockSparse.prefill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockSparse, "prefill", lambda self, *states: seen.append(1) or prefill(self, *states))
+        asked(player, player.encode(SHORT, ""), "dense")
+        assert not seen
+        asked(player, player.encode(SHORT, ""), "routed")
+        assert seen
 
 
 def test_pinned_layers_run_so_and_the_others_are_decided(player):

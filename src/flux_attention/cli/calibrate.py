@@ -80,7 +80,7 @@ def calibrate(
         list[Path] | None, asked("Your own text instead, scored by loss; repeatable.", metavar=FILE)
     ] = None,
     families: Annotated[
-        str | None, asked("Of generated questions, as eval --help lists them; default: all.", metavar=NAMES)
+        str | None, asked("Of generated questions, those in words that eval --help lists; default: all.", metavar=NAMES)
     ] = None,
     length: Annotated[str, asked("Tokens of a sample; of a record, at most.", metavar=NUMBER)] = "4K",
     samples: Annotated[

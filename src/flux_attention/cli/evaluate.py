@@ -177,7 +177,7 @@ def evaluate(
     routers: Annotated[
         list[str] | None, about_routes("Adapter; repeatable; 'shipped' has its own.", metavar="ADAPTER")
     ] = None,
-    methods: Annotated[str | None, about_routes("As below; default: those that take no search.", metavar=NAMES)] = None,
+    methods: Annotated[str | None, about_routes("As below; default: the usual ones.", metavar=NAMES)] = None,
     force: Annotated[
         list[str] | None,
         about_routes("Also judge a ratio (0.75) or full layers (3,7); repeatable.", metavar="ROUTES"),

@@ -32,7 +32,9 @@ def model_of(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return meta.get("settings", {}).get("model") or rows[0].get("model") or "a model"
 
 
-def write_report(results: str | Path, folder: str | Path, baseline: str = "dense") -> tuple[Path, Path]:
+def write_report(
+    results: str | Path, folder: str | Path, baseline: str = "dense", command: str | None = None
+) -> tuple[Path, Path]:
     """
     Write ``report.html`` and ``report.md`` of a quality.json.
 
@@ -44,6 +46,8 @@ def write_report(results: str | Path, folder: str | Path, baseline: str = "dense
         Where the report goes.
     baseline : str
         The method that all others are set beside, see ``compare.find_baseline``.
+    command : str, optional
+        The command that asks for the report; default: that by which the results were measured.
 
     Returns
     -------
@@ -63,7 +67,7 @@ def write_report(results: str | Path, folder: str | Path, baseline: str = "dense
     made, glances = tables(rows, baseline), len(lengths(rows))
     shown = {
         "title": model_of(data["meta"], rows),
-        "command": data["meta"].get("command"),
+        "command": command or data["meta"].get("command"),
         "notes": [note for note in (nothing_saved(rows), MARKED if has_marked(rows) else None, GLANCE) if note],
         "about": " ".join(
             text

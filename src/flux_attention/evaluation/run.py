@@ -103,5 +103,12 @@ calibration, batch_size
     else:
         evaluation = generated()
     rows = quality.run(evaluation, folder, restart, progress, **({} if command is None else {"command": command}))
-    page, _ = write_report(folder / "quality.json", folder, baseline)
+    results = folder / "quality.json"
+    try:
+        page, _ = write_report(results, folder, baseline, command)
+    except ValueError as error:
+        if baseline == "dense":
+            raise
+        page, _ = write_report(results, folder, command=command)
+        raise ValueError(f"{error}; what was measured is in {folder}, with a report beside dense") from None
     return rows, page

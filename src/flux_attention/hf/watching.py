@@ -28,8 +28,8 @@ class Watch:
     pins: Mapping[Unit, bool] = field(default_factory=dict)
 
 
-#: Of this thread or task, as ``Routing.force`` is.
-_watch: ContextVar[Watch | None] = ContextVar("flux_watch", default=None)
+#: Of this thread or task, as ``Routing.force`` is; the last one counts.
+_watches: ContextVar[tuple[Watch, ...]] = ContextVar("flux_watches", default=())
 
 
 @contextlib.contextmanager
@@ -45,24 +45,29 @@ def watching(tell: Tell, pins: Mapping[Unit, bool] | None = None) -> Iterator[No
     pins : mapping of Unit to bool, optional
         Units that run full (True) or sparse (False) whatever is decided. Unlike ``Routing.force`` it leaves the others
         to the routers, which read what the pinned layers make of the prompt; routers of pinned layers are read, too.
+
+    The forward call raises ValueError for pins of units that are not routed.
     """
-    token = _watch.set(Watch(tell, dict(pins or {})))
+    watch = Watch(tell, dict(pins or {}))
+    _watches.set((*_watches.get(), watch))
     try:
         yield
-    finally:
-        _watch.reset(token)
+    finally:  # blocks of generators may end in another order than they began
+        _watches.set(tuple(other for other in _watches.get() if other is not watch))
 
 
 def watched(decision: Decision) -> Decision:
     """Return the decision as it is, or, within ``watching``, one that tells and pins."""
-    watch = _watch.get()
-    return decision if watch is None else _Watched(decision, watch)
+    watches = _watches.get()
+    return _Watched(decision, watches[-1]) if watches else decision
 
 
 class _Watched(Decision):
     """Passes a decision's routes on: tells of them, and puts pinned ones in their place."""
 
     def __init__(self, decision: Decision, watch: Watch):
+        if unknown := [unit for unit in watch.pins if unit not in decision.units]:
+            raise ValueError(f"cannot pin {unknown}, expected some of {list(decision.units)}")
         self.decision, self.watch = decision, watch
         self.units, self.reads_queries = decision.units, decision.reads_queries
         self._told: set[Unit] = set()
@@ -75,7 +80,7 @@ class _Watched(Decision):
         """See ``Decision.routes``."""
         routes = self.decision.routes(unit)
         if unit in self.watch.pins:
-            routes = [self.watch.pins[unit]] * len(routes)
+            routes = [bool(self.watch.pins[unit])] * len(routes)
         if unit not in self._told:
             self._told.add(unit)
             self.watch.tell(unit, routes, self.decision.logits(unit))

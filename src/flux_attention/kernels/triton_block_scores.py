@@ -62,9 +62,9 @@ def _tile_scores(
         tl.store(lse_ptr + place[:, None] * blocks + block[None, :], lse, mask=there)
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "total"])
+@triton.jit(do_not_specialize=["offset", "T", "first", "blocks"])
 def _select(
-    lse_ptr, share_ptr, list_ptr, count_ptr, chosen_ptr, score_ptr, offset, T, first, blocks, total, share_h,
+    lse_ptr, share_ptr, list_ptr, count_ptr, chosen_ptr, score_ptr, offset, T, first, blocks, share_h,
     H: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, MASS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """List the blocks of keys that a block of queries of a head sees, in order: its own is the last."""
@@ -96,7 +96,7 @@ def _select(
         low = tl.where(held < wanted, low, float("inf"))
         chosen = forced | (others > tl.where(share < 1.0, low, -1.0))
     else:
-        always = (n < FIRST_BLOCKS) | (n > row - LAST_BLOCKS) | (row >= total - ALL_ROWS)
+        always = (n < FIRST_BLOCKS) | (n > row - LAST_BLOCKS) | (row >= blocks - ALL_ROWS)
         chosen = (score >= share * tl.max(score, 0)) | always
     chosen &= seen
     if chosen_ptr is not None:
@@ -174,7 +174,7 @@ def select_blocks(
             G=heads // key_BKTD.shape[1], D=dim, **constants, **sizes, **options,
         )  # fmt: skip
         _select[(count, batch * heads)](
-            lse, share, lists, counts, chosen, score, keys - length, keys, first, total, total,
+            lse, share, lists, counts, chosen, score, keys - length, keys, first, total,
             0 if share.numel() == 1 else 1, MASS=mass, NP=triton.next_power_of_2(first + count), **constants,
             num_warps=8,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """The playground's page: what stands on it, and what its buttons do."""
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -50,8 +51,10 @@ class Visit:
         Layers that the visitor forces.
     stop : threading.Event
         Ends what runs for this visitor.
-    is_running, is_asked : bool
-        Whether something does; whether it has yet to begin.
+    is_running : bool
+        Whether something does, or waits for its turn.
+    asked : deque of bool
+        Of each click that has yet to reach ``ask``, whether it is to be answered.
     """
 
     def __init__(self):
@@ -60,7 +63,7 @@ class Visit:
         self.cards = {way: Card(way) for way in WAYS}
         self.pins: dict[int, bool] = {}
         self.answer = self.notice = ""
-        self.stop, self.is_running, self.is_asked = threading.Event(), False, False
+        self.stop, self.is_running, self.asked = threading.Event(), False, deque[bool]()
 
 
 class Page:
@@ -80,7 +83,7 @@ class Page:
 
     def visit(self, request: gr.Request) -> Visit:
         """Return what the visitor who sent a request sees."""
-        return self.visits.setdefault(request.session_hash, Visit())
+        return self.visits.setdefault(str(request.session_hash), Visit())
 
     # What stands on the page.
 
@@ -203,18 +206,22 @@ class Page:
     def begin(self, request: gr.Request):
         """Show at once that answers are to come, as other visitors may be first; once, however often it is asked."""
         visit = self.visit(request)
-        if not visit.is_running:
-            visit.stop, visit.is_running, visit.is_asked = threading.Event(), True, True
+        is_new = not visit.is_running or visit.stop.is_set()
+        if is_new:  # what was stopped before its turn came is not answered any more
+            visit.asked = deque([False] * len(visit.asked))
+            visit.stop, visit.is_running = threading.Event(), True
+        visit.asked.append(is_new)
+        if is_new:
             visit.cards = {way: card.changed(state="waiting for its turn") for way, card in visit.cards.items()}
         return self._drawn(visit)
 
     def ask(self, text: str, question: str, budget: float, request: gr.Request) -> Iterator[tuple]:
         """Answer by every way; again by those only that pins and budget change, where the prompt is as before."""
-        visit, error = self.visit(request), ""
-        if not visit.is_asked:
+        visit, error = self.visits.get(str(request.session_hash)), ""
+        if visit is None or not (visit.asked and visit.asked.popleft()):  # the visitor has left, or asked otherwise
             yield (gr.skip(),) * 3
             return
-        visit.is_asked = False
+        stop = visit.stop
         try:
             prompt = self.player.encode(text, question)
             todo = ORDER[:1] if prompt == visit.prompt and all(card.report for card in visit.cards.values()) else ORDER
@@ -222,7 +229,7 @@ class Page:
             for way, card in visit.cards.items():
                 visit.cards[way] = Card(way, "waiting for its turn") if way in todo else card.changed(state="")
             for way in todo:
-                if visit.stop.is_set():
+                if stop.is_set():
                     break
                 yield from self._answer(visit, way, budget, is_question=bool(question.strip()))
         except PromptError as problem:
@@ -230,9 +237,11 @@ class Page:
         except Exception as problem:  # such as too little memory: the page lives on
             error = f"The model failed, {type(problem).__name__}: {problem}. Try a shorter text."
         finally:
-            visit.is_running, visit.notice = False, ""
-        for way, card in visit.cards.items():
-            visit.cards[way] = card.changed(state="stopped" if visit.stop.is_set() and not card.report else "")
+            if visit.stop is stop:  # else another question waits already
+                visit.is_running, visit.notice = False, ""
+        if visit.stop is stop:
+            for way, card in visit.cards.items():
+                visit.cards[way] = card.changed(state="stopped" if stop.is_set() and not card.report else "")
         yield self._drawn(visit, error)
 
     def _answer(self, visit: Visit, way: str, budget: float, is_question: bool) -> Iterator[tuple]:
@@ -267,7 +276,7 @@ class Page:
 
     def leave(self, request: gr.Request) -> None:
         """End what runs for a visitor who closed the page, and forget it."""
-        if visit := self.visits.pop(request.session_hash, None):
+        if visit := self.visits.pop(str(request.session_hash), None):
             visit.stop.set()
 
     def pin(self, request: gr.Request, event: gr.EventData):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from flux_attention.evaluation.base import exact_dense
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.report import Report
 from flux_attention.hf.support import max_positions
@@ -176,7 +177,12 @@ class Player:
                         raise Stopped
                     if budget is not None:
                         self.routing.budget = budget
-                    with torch.no_grad(), self.routing.force(WAYS[way]), watching(tell, pins):
+                    with (
+                        torch.no_grad(),
+                        exact_dense(self.routing, way),
+                        self.routing.force(WAYS[way]),
+                        watching(tell, pins),
+                    ):
                         self._generate(ids, events, _End(is_over, self.tokenizer if one_line else None), new_tokens)
                 if not is_over():
                     events.text_queue.put(self.routing.report())  # this thread's
@@ -232,8 +238,10 @@ class _End(StoppingCriteria):
     """Ends a generation that nobody waits for, or, where ``tokenizer`` is given, with the line."""
 
     def __init__(self, is_over: Callable[[], bool], tokenizer):
-        self.is_over, self.tokenizer = is_over, tokenizer
+        self.is_over, self.tokenizer, self.has_begun = is_over, tokenizer, False
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        ends = self.is_over() or (self.tokenizer is not None and "\n" in self.tokenizer.decode(input_ids[0, -1:]))
+        text = "" if self.tokenizer is None else self.tokenizer.decode(input_ids[0, -1:])
+        self.has_begun |= bool(text.strip())
+        ends = self.is_over() or (self.has_begun and "\n" in text)
         return torch.full((len(input_ids),), ends, device=input_ids.device)
