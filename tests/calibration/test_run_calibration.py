@@ -272,7 +272,7 @@ def test_records_that_are_left_out_are_told(base, tmp_path):
 
 
 def test_every_family_ranks(tokenizer):
-    with pytest.raises(CalibrationError, match="2 samples cannot rank layers by 3 families"):
+    with pytest.raises(CalibrationError, match="2 samples in all cannot rank layers by 3 families"):
         generated_samples(tokenizer, ["look_up", "place", "prose"], 512, 2, 1)
     made = generated_samples(tokenizer, ["look_up", "prose"], 512, 4, 1)
     assert [sample.family for sample in made.ranked] == ["look_up", "prose"] * 2

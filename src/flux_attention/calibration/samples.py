@@ -76,7 +76,10 @@ def generated_samples(
     """
     check_known("families", families, NATURAL)
     if samples < len(families):
-        raise CalibrationError(f"{samples} samples cannot rank layers by {len(families)} families: use one of each")
+        raise CalibrationError(
+            f"{samples} samples in all cannot rank layers by {len(families)} families: expected at least one of each, "
+            f"{len(families)}, or name fewer families"
+        )
     ranked = [Wanted(families[index % len(families)], length, index) for index in range(samples)]
     judging = [Wanted(family, length, JUDGED_SEED + index) for family in families for index in range(judged)]
     made = make_samples([*ranked, *judging], "calibration", tokenizer, chat)

@@ -25,6 +25,9 @@ from flux_attention.cli.arguments import (
 from flux_attention.cli.console import Bars, UserError, out, print_table, working
 from flux_attention.cli.subject import Subject, check_precision
 
+#: Answers that tell little.
+FEW = 20
+
 
 def _print_points(points: list[dict], key: str, title: str) -> None:
     """Print a table with a row for each class of task and a column for each budget."""
@@ -57,6 +60,10 @@ def _tell(config, output: Path, as_json: bool) -> None:
         _print_points(points, "accuracy", "score of generated answers")
     if left_out:
         out.print(f"{left_out} records left out: sparse layers would see more than half of them", highlight=False)
+    if told:
+        count = sum(row["n"] for row in rows if row["method"] == "dense" and row["task"] in told)
+        few = ": so few that luck decides, --judged takes more" if count < FEW else ""
+        out.print(f"each budget is judged by {count} answers of {len(told)} families{few}", highlight=False)
     if untold:
         out.print(f"not judged, as dense does not answer it either: {', '.join(untold)}", highlight=False)
     if not any(row["accuracy"] is not None for row in rows):

@@ -75,6 +75,9 @@ def inspect(
         return
     out.print(routing.routes)
     out.print(f"{ids.shape[1]:,} tokens; {report}", highlight=False, soft_wrap=True)
+    if not subject.adapters and force is None:
+        text = "no adapter was named: fresh routers leave every layer full; flux-attention calibrate makes one"
+        out.print(text, highlight=False, soft_wrap=True)
     if html is not None:
         out.print(f"the page is {html}", highlight=False, markup=False, soft_wrap=True)
 

@@ -173,6 +173,7 @@ def write_prompt_page(
         "text": text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]}\n…\n{text[-SHOWN:]}",
         "tokens": routes.lengths[0],
         "layers": layers,
+        "decided": any(layer.margin is not None for layer in layers),
         "widest": max((abs(layer.margin) for layer in layers if layer.margin is not None), default=0.0) or 1.0,
         "report": report,
         "reads": fmean(layer.reads for layer in layers),

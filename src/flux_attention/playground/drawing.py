@@ -17,6 +17,10 @@ TITLES = {
 }
 
 
+#: New tokens from which their speed says something.
+TIMED = 8
+
+
 @dataclass(frozen=True)
 class Card:
     """
@@ -170,7 +174,8 @@ def _facts(report: Report | None) -> str:
         share = 100 * report.kv_bytes / report.baseline_kv_bytes
         of_dense = f"{share:.0f} % of dense"
         prompt = f"{report.prefill_s:.2f} s"
-        speed = f"{1 / report.token_s:.0f} tokens/s" if report.token_s else "one token"
+        few = not report.token_s or report.new_tokens < TIMED
+        speed = "too few tokens to time" if few else f"{1 / report.token_s:.0f} tokens/s"
     return (
         f"<dl><div><dt>KV cache</dt><dd>{held} <small>{of_dense}</small></dd></div>"
         f'<div class="meter" aria-hidden="true"><i style="width:{share:.1f}%"></i></div>'

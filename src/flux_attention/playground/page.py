@@ -204,15 +204,12 @@ class Page:
         return drawing.message(error or visit.notice), strip + summary, drawing.cards(visit.cards, self.source)
 
     def begin(self, request: gr.Request):
-        """Show at once that answers are to come, as other visitors may be first; once, however often it is asked."""
+        """Show at once that answers are to come, as other visitors may be first; what runs makes way."""
         visit = self.visit(request)
-        is_new = not visit.is_running or visit.stop.is_set()
-        if is_new:  # what was stopped before its turn came is not answered any more
-            visit.asked = deque([False] * len(visit.asked))
-            visit.stop, visit.is_running = threading.Event(), True
-        visit.asked.append(is_new)
-        if is_new:
-            visit.cards = {way: card.changed(state="waiting for its turn") for way, card in visit.cards.items()}
+        visit.stop.set()
+        visit.stop, visit.is_running = threading.Event(), True
+        visit.asked = deque([False] * len(visit.asked) + [True])
+        visit.cards = {way: card.changed(state="waiting for its turn") for way, card in visit.cards.items()}
         return self._drawn(visit)
 
     def ask(self, text: str, question: str, budget: float, request: gr.Request) -> Iterator[tuple]:

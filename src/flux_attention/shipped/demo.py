@@ -159,8 +159,8 @@ def run_demo(
         model, tokenizer, routing = workers.loaded[0]
         haystack = Haystack(local_texts(held_out=True, max_chars=400_000), tokenizer)
         console.print(
-            f"A {model.num_parameters() / 1e6:.0f} M-parameter model with {len(routing.layers)} routed layers reads "
-            f"source code that it was not trained on.\nFull attention sees all {length} tokens, sparse attention "
+            f"A model of {model.num_parameters() / 1e6:.0f} M parameters with {len(routing.layers)} routed layers "
+            f"reads source code that it was not trained on.\nFull attention sees all {length} tokens, sparse attention "
             f"{routing.sparse.kept(length)}. Layers: [bold red]█[/] full, [cyan]░[/] sparse. Seed {seed}.",
             highlight=False,
         )
