@@ -4,9 +4,7 @@ import threading
 from importlib.util import find_spec
 from typing import Annotated
 
-import typer
-
-from flux_attention.cli.arguments import Device, Dtype, Model, Routers
+from flux_attention.cli.arguments import NUMBER, Device, Dtype, Model, Routers, about_result
 from flux_attention.cli.console import UserError, err, out
 from flux_attention.cli.subject import Subject, check_precision
 
@@ -16,7 +14,10 @@ def playground(
     routers: Routers = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
+    port: Annotated[
+        int | None,
+        about_result("The page's; default: the first free from 7860.", min=1, max=65535, metavar=NUMBER),
+    ] = None,
 ):
     """Open a page to ask a model dense, routed and sparse: its layers light up as they are decided."""
     if find_spec("gradio") is None:
