@@ -114,12 +114,18 @@ class Routes:
             titles = []
             for place, (unit, full) in enumerate(zip(self.layers, row, strict=True)):
                 title = f"layer {unit_name(unit)}: {'full' if full else 'sparse'}"
-                if self.logits_BL2 is not None:
-                    sparse_logit, full_logit = self.logits_BL2[index, place].tolist()
-                    title += f", margin {full_logit - sparse_logit:+.2f}"
+                if (margin := self.margin(index, place)) is not None:
+                    title += f", margin {margin:+.2f}"
                 titles.append(title)
             strips.append(notebook.strip(row, titles, words))
         return "".join(strips) + (notebook.line(self.note) if self.note else "")
+
+    def margin(self, row: int, place: int) -> float | None:
+        """Return a router's output for full attention less that for sparse; None where no router ran."""
+        if self.logits_BL2 is None:
+            return None
+        sparse, full = self.logits_BL2[row, place].tolist()
+        return full - sparse
 
     def _words(self) -> list[str]:
         return [

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
+from flux_attention.hf.report import in_bytes
+from flux_attention.notebook import DARK, LIGHT
+
 #: What full and sparse layers are drawn in everywhere, on light and dark ground.
-FULL, SPARSE = {"light": "#d1480d", "dark": "#f47d43"}, {"light": "#9ec5ea", "dark": "#2f5f8f"}
+FULL, SPARSE = ({"light": light, "dark": dark} for light, dark in zip(LIGHT, DARK, strict=True))
 
 
 def in_units(value: float, unit: str) -> str:
@@ -16,12 +19,6 @@ def in_units(value: float, unit: str) -> str:
     prefix = {12: "T", 9: "G", 6: "M", 3: "k", 0: ""}[power]
     number = value / 10**power
     return f"{number:.0f} {prefix}{unit}" if number >= 100 or power == 0 else f"{number:.3g} {prefix}{unit}"
-
-
-def in_bytes(count: int) -> str:
-    """Write bytes as reports do: 1.2 MiB."""
-    power, unit = (30, "GiB") if count >= 2**30 else (20, "MiB") if count >= 2**20 else (10, "KiB")
-    return f"{count / 2**power:.1f} {unit}"
 
 
 TEMPLATES = Environment(

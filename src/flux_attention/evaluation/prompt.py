@@ -97,13 +97,9 @@ def layers_of(routes: Routes, cache: DynamicCache) -> list[Layer]:
     for place, unit in enumerate(routes.layers):
         is_full = bool(routes.routes_BL[0, place])
         pattern = routes.full if is_full else routes.sparse
-        margin = None
-        if routes.logits_BL2 is not None:
-            sparse, full = routes.logits_BL2[0, place].tolist()
-            margin = full - sparse
         kept = pattern.kept(length)
         shares = pattern.pairs(length) / dense, kept / length
-        found.append(Layer(unit_name(unit), is_full, margin, *shares, kept, held[unit]))
+        found.append(Layer(unit_name(unit), is_full, routes.margin(0, place), *shares, kept, held[unit]))
     return found
 
 

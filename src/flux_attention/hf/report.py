@@ -76,7 +76,7 @@ class Report:
         kept = "no KV cache kept"
         if self.kv_bytes is not None and self.baseline_kv_bytes is not None:
             share = 100 * self.kv_bytes / self.baseline_kv_bytes
-            kept = f"KV {share:.0f} % of dense ({_size(self.kv_bytes)} of {_size(self.baseline_kv_bytes)})"
+            kept = f"KV {share:.0f} % of dense ({in_bytes(self.kv_bytes)} of {in_bytes(self.baseline_kv_bytes)})"
         said = [
             f"{mean}{sparse:.3g} of {count} layers sparse (Ω_MSR {fmean(msr):.2f}), {kept}, "
             f"{100 * (1 - self.esr):.0f} % of the prompt's query-key pairs computed (Ω_ESR {self.esr:.2f})"
@@ -102,7 +102,7 @@ class Report:
         """Draw routes, what was kept and what was computed beside dense, for a frame of ``notebook``."""
         bars = ""
         if self.kv_bytes is not None and self.baseline_kv_bytes:
-            words = f"{_size(self.kv_bytes)} of {_size(self.baseline_kv_bytes)}"
+            words = f"{in_bytes(self.kv_bytes)} of {in_bytes(self.baseline_kv_bytes)}"
             bars += notebook.bar("KV cache, of dense", self.kv_bytes / self.baseline_kv_bytes, words)
         bars += notebook.bar("pairs, of dense", 1 - self.esr, f"{100 * (1 - self.esr):.0f} %")
         return self.routes.html() + bars + "".join(notebook.line(words) for words in self.lines())
@@ -189,7 +189,8 @@ def _pairs(routes: Routes, past: Sequence[int]) -> tuple[int, int]:
     return computed, dense
 
 
-def _size(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """Write bytes as reports do: 1.2 MiB."""
     power, unit = (30, "GiB") if count >= 2**30 else (20, "MiB") if count >= 2**20 else (10, "KiB")
     return f"{count / 2**power:.1f} {unit}"
 
