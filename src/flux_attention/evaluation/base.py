@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ class Choice:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class AdapterEvaluation:
+class AdapterEvaluation(ABC):
     """
     Describes an evaluation of one model with some adapters and methods, which ``run`` runs once it has ``rows``.
 
@@ -90,9 +91,9 @@ class AdapterEvaluation:
         }
         return facts if self.adapters else {**facts, "sparse": self.config.sparse, "full": self.config.full}
 
+    @abstractmethod
     def rows(self, done: Sequence[dict[str, Any]] = (), progress: Progress = silent) -> Iterator[dict]:
         """Yield result rows as they are measured; see ``quality.Evaluation.rows``."""
-        raise NotImplementedError
 
     @property
     def model_name(self) -> str:
