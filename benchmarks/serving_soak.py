@@ -6,8 +6,8 @@ way for others, and stops it at the end; ``--url URL --pid PID`` asks a server t
 nonsense. ``--restart-every N`` kills the server after each N requests and starts it again.
 
 It fails if a request is lost, if nonsense is not refused by 4xx, if an answer holds another request's code or differs
-from what the same request got alone, if pages are still in use at the end, if the server's processes still grow, and,
-with ``--serve``, if no request made way for another. What follows ``--`` goes to ``vllm serve``; on a CPU:
+from what the same request got alone, if pages are still in use at the end, if the processes of the server still grow
+(of the last one, if some were killed), and, with ``--serve``, if no request made way for another. What follows ``--`` goes to ``vllm serve``; on a CPU:
 ``--dtype float32 -- --enforce-eager``.
 """
 
@@ -97,7 +97,7 @@ class Soak:
     def __init__(self, args, server):
         self.args, self.server, self.began = args, server, time.monotonic()
         self.faults, self.preemptions, self.restarts, self.told, self.dead = [], 0, 0, 0.0, False
-        self.client, self.memory = None, []
+        self.client, self.memory, self.half_way = None, [], args.requests // 2
 
     def say(self, text):
         print(f"[{time.monotonic() - self.began:5.0f} s] {text}", flush=True)
@@ -174,7 +174,7 @@ class Soak:
     async def progress(self, done):
         """Do as ``tell``, and kill the server now and then."""
         every, client = self.args.restart_every, self.client
-        if done == self.args.requests // 2:
+        if done == self.half_way:
             self.memory.append(await asyncio.to_thread(self.server.memory))
         if not every or done % every or done >= self.args.requests:
             return await self.tell(done)
@@ -185,6 +185,7 @@ class Soak:
         self.restarts += 1
         seconds = await asyncio.to_thread(self.server.start)
         self.say(f"killed the server after {done} were done, started it again in {seconds:.0f} s")
+        self.memory, self.half_way = [self.server.memory()], (done + self.args.requests) // 2
         client.up.set()
         return True
 
@@ -202,8 +203,8 @@ class Soak:
     def judge_memory(self):
         """Compare the memory of the server's processes with what it was half-way: until then they fill buffers."""
         self.memory.append(self.server.memory())
-        if len(self.memory) < 3 or None in self.memory or self.restarts or self.dead:
-            self.say("memory is not judged: the server is another one, or there is no --pid, or too little was asked")
+        if len(self.memory) < 3 or None in self.memory or self.dead:
+            self.say("memory is not judged: there is no --pid, or too little was asked")
             return
         self.say("memory of the server's processes at the start, half-way and in the end"
                  + "".join(map(_megabytes, self.memory)))  # fmt: skip
