@@ -12,7 +12,7 @@ import flux_attention
 PACKAGE = Path(flux_attention.__path__[0])
 #: Rooms, from the lowest level to the highest. Those of a level may know each other, unless a bar keeps them apart.
 LEVELS = [
-    "errors files validation config router",
+    "errors files validation progress config router",
     "kernels",
     "patterns",
     "notebook",

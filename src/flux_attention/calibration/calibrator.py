@@ -19,6 +19,7 @@ from typing import Any
 from flux_attention.calibration.samples import CalibrationSet
 from flux_attention.errors import CalibrationError
 from flux_attention.hf.handle import Routing
+from flux_attention.progress import Progress, silent
 from flux_attention.results import begun_rows, write_results
 from flux_attention.tasks.generation import generate_answers, score_answers, with_answers
 from flux_attention.tasks.samples import Sample
@@ -36,9 +37,6 @@ MAX_LOST = 0.02
 MIN_DENSE = {"match": 0.5, "rouge-l": 0.1, "edit": 0.1}
 #: Files in the output folder, besides the adapter's.
 ROWS_FILE, PLOT_FILE = "calibration.json", "calibration.svg"
-
-#: Told what is being done, how many parts of it are done, and how many there are.
-Progress = Callable[[str, int, int], None]
 
 
 def _left(layers: int, rounds: int) -> list[int]:
@@ -87,7 +85,7 @@ class Calibrator:
         Keeps figures in ``calibration.json``, and has those of a run that stopped.
     restart : bool
         Measure all anew.
-    progress : callable
+    progress : Progress
     """
 
     def __init__(
@@ -98,7 +96,7 @@ class Calibrator:
         batch_size: int = 1,
         folder: Path | None = None,
         restart: bool = False,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = silent,
     ):
         self.routing, self.tokenizer, self.samples = routing, tokenizer, samples
         self.batch_size, self.folder, self.progress = batch_size, folder, progress

@@ -17,7 +17,6 @@ from flux_attention.calibration.calibrator import (
     ROWS_FILE,
     TOLERANCE,
     Calibrator,
-    Progress,
     answered,
     choose_budget,
 )
@@ -29,6 +28,7 @@ from flux_attention.errors import CalibrationError
 from flux_attention.files import check_writable
 from flux_attention.hf.attach import attach
 from flux_attention.hf.support import check_head, max_positions
+from flux_attention.progress import Progress, silent
 from flux_attention.tasks.questions import NATURAL, Question
 from flux_attention.validation import check_known
 
@@ -53,7 +53,7 @@ def calibrate(
     chat: bool | None = None,
     batch_size: int = 1,
     restart: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> FluxConfig:
     """
     Find, without training, which layers of a model need full attention, and how many of them.
@@ -92,8 +92,7 @@ def calibrate(
         Samples a forward.
     restart : bool
         Measure all anew.
-    progress : callable
-        Told what is being done, how many parts of it are done, and how many there are.
+    progress : Progress
 
     Returns
     -------

@@ -42,7 +42,8 @@ class Bars:
     """
     Shows how far a command is: a bar for each thing that it does, or where there is no terminal a line now and then.
 
-    It is what ``progress`` of calibrations and evaluations takes, within a ``with`` block.
+    It is what ``progress`` of calibrations, training and evaluations takes, within a ``with`` block. Nothing is drawn
+    before the first call: of processes that train together one tells, and the others have the same terminal.
     """
 
     def __init__(self) -> None:
@@ -54,14 +55,14 @@ class Bars:
         self._told = time.monotonic()
 
     def __enter__(self) -> Bars:
-        self._progress.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
 
     def __call__(self, what: str, done: int, total: int, now: str = "", share: float | None = None) -> None:
-        """See ``evaluation.progress.Progress``."""
+        """See ``flux_attention.progress.Progress``."""
+        self._progress.start()
         share = done / max(1, total) if share is None else share
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=1.0, now="", count="")

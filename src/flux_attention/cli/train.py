@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flux_attention.cli.arguments import FOLDER, about_result
-from flux_attention.cli.console import UserError, err, out, working
+from flux_attention.cli.console import Bars, UserError, err, out, working
 
 
 def _say(text: str) -> None:
@@ -45,13 +45,17 @@ def train(
         if output is not None:
             loaded = replace(loaded, output=output)
         try:
+            from transformers.utils import logging
+
             from flux_attention.training import run
             from flux_attention.training.interrupt import Interrupted
         except ImportError as error:
             raise UserError(f"training needs more packages ({error}): pip install 'flux-attention[train]'") from None
     if not dry_run:
+        logging.disable_progress_bar()  # of loading weights
         try:
-            run.train(loaded, restart, _say)
+            with Bars() as bars:
+                run.train(loaded, restart, _say, bars)
         except Interrupted as stopped:
             if os.environ.get("RANK", "0") == "0":
                 go_on = f"{stopped}; to go on: {_go_on(recipe, output)}"

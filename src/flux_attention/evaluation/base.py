@@ -16,9 +16,9 @@ import torch
 from flux_attention.adapters import CONFIG_FILE, WEIGHTS_FILE, load_config
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.methods import check_adapters, count_kinds, routed_method
-from flux_attention.evaluation.progress import Progress, silent
 from flux_attention.hf.handle import Routing
 from flux_attention.patterns import Full
+from flux_attention.progress import Progress, silent
 from flux_attention.routes import RouteSpec, parse_routes, read_spec
 
 

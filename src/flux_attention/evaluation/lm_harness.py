@@ -28,9 +28,10 @@ from flux_attention import __version__
 from flux_attention.config import FluxConfig
 from flux_attention.evaluation.base import AdapterEvaluation, exact_dense
 from flux_attention.evaluation.methods import DEFAULT_METHODS
-from flux_attention.evaluation.progress import Progress, Tally, silent
+from flux_attention.evaluation.progress import Tally
 from flux_attention.evaluation.savings import mean_kv
 from flux_attention.hf.attach import attach
+from flux_attention.progress import Progress, silent
 from flux_attention.routes import RouteSpec, parse_routes, read_spec, unit_name
 from flux_attention.tasks.scoring import Scores
 

@@ -1,23 +1,10 @@
-"""Tells how far an evaluation is: what is being done, how many samples of it, and which share of the work that is."""
+"""Counts the samples of an evaluation, and which share of its work they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
-
-class Progress(Protocol):
-    """
-    Takes what is being done, how much of it is done and how much there is.
-
-    ``now`` says more of what is at work, ``share`` which part of the work is done, where that is not ``done / total``.
-    """
-
-    def __call__(self, what: str, done: int, total: int, now: str = "", share: float | None = None) -> object: ...
-
-
-def silent(what: str, done: int, total: int, now: str = "", share: float | None = None) -> None:
-    """Show nothing."""
+from flux_attention.progress import Progress
 
 
 class Tally:

@@ -30,12 +30,13 @@ from flux_attention.evaluation.base import AdapterEvaluation, exact_dense
 from flux_attention.evaluation.material import CALIBRATION_SEED, Material, Records
 from flux_attention.evaluation.measures import answer_measures, token_measures
 from flux_attention.evaluation.methods import DEFAULT_METHODS, METHODS, SIZED, check_lengths
-from flux_attention.evaluation.progress import Progress, Tally, silent
+from flux_attention.evaluation.progress import Tally
 from flux_attention.evaluation.savings import mean_esr, mean_kv
 from flux_attention.evaluation.selection import best_layers, greedy_order, liked_routes, random_routes
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import check_head, max_positions
+from flux_attention.progress import Progress, silent
 from flux_attention.results import begun_rows, write_results
 from flux_attention.routes import unit_name
 from flux_attention.tasks.families import EVERY_FAMILY

@@ -10,8 +10,8 @@ from flux_attention.config import FluxConfig
 from flux_attention.evaluation import quality
 from flux_attention.evaluation.base import AdapterEvaluation
 from flux_attention.evaluation.methods import DEFAULT_METHODS
-from flux_attention.evaluation.progress import Progress, silent
 from flux_attention.evaluation.report import write_report
+from flux_attention.progress import Progress, silent
 from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.questions import Question
 from flux_attention.tasks.samples import Haystack

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flux_attention.evaluation.progress import Progress, silent
+from flux_attention.progress import Progress, silent
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.scoring import evaluate
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flux_attention.evaluation.progress import Progress, silent
 from flux_attention.hf.cache.size import kv_bytes
+from flux_attention.progress import Progress, silent
 from flux_attention.shipped import load_shipped
 from flux_attention.tasks.families import FAMILIES
 from flux_attention.tasks.samples import Haystack, Sample, make_sample

@@ -22,6 +22,7 @@ from flux_attention.hf import loading
 from flux_attention.hf.attach import attach
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import max_positions
+from flux_attention.progress import Progress, silent
 from flux_attention.router import bias_by_rank
 from flux_attention.routes import unit_name
 from flux_attention.sizes import SHAPES
@@ -152,7 +153,12 @@ def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:
         )
 
 
-def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str], None] = print) -> RouterTrainer:
+def train(
+    recipe: Recipe | str | Path,
+    restart: bool = False,
+    say: Callable[[str], object] = print,
+    progress: Progress = silent,
+) -> RouterTrainer:
     """
     Train routers by a recipe; a run that was interrupted goes on from its last checkpoint.
 
@@ -168,6 +174,8 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
         Begin anew even if the output folder holds checkpoints.
     say : callable
         Takes the lines that tell what is going on.
+    progress : Progress
+        Told of each step.
 
     Returns
     -------
@@ -200,10 +208,12 @@ def train(recipe: Recipe | str | Path, restart: bool = False, say: Callable[[str
         raise RecipeError(f"batch_size is {recipe.batch_size}, but the data makes {len(data)} packs only")
     if main and (note := loading.dequantising(recipe.model, recipe.dtype, args.device)):
         say(note)
+    if main:
+        say(f"loading {recipe.model}")
     torch.manual_seed(args.seed)  # of the routers' initial weights
     routing = load_model(recipe, args.device)
     interrupt = SaveOnInterrupt()
-    trainer = RouterTrainer(routing, recipe, data, args, callbacks=[interrupt])
+    trainer = RouterTrainer(routing, recipe, data, args, say=say, progress=progress, callbacks=[interrupt])
     trainer.accelerator.wait_for_everyone()
     checkpoint, digest = None if restart else last_checkpoint(folder), data.hash()
     if checkpoint is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +29,13 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from flux_attention.hf.handle import Routing
+from flux_attention.progress import Progress, silent
 from flux_attention.routes import unit_name
 from flux_attention.training.checkpoints import SHARDED, WEIGHTS, whole
 from flux_attention.training.module import RoutedTraining, budgets_of, keep_attention, noise_of
 from flux_attention.training.objective import SparsityObjective, temperature
 from flux_attention.training.packing import PackedExamples, Steps, collate
-from flux_attention.training.progress import Progress
+from flux_attention.training.progress import TellProgress
 from flux_attention.training.recipe import BUDGETS, Recipe
 
 
@@ -51,6 +53,10 @@ class RouterTrainer(Trainer):
         See ``data.load_data``.
     args : TrainingArguments, optional
         Default: those of the recipe.
+    say : callable
+        Takes a line of loss and classes now and then.
+    progress : Progress
+        Told of each step.
     **kwargs
         To ``Trainer``: callbacks, optimizers and so on.
     """
@@ -61,6 +67,9 @@ class RouterTrainer(Trainer):
         recipe: Recipe,
         train_dataset: PackedExamples,
         args: TrainingArguments | None = None,
+        *,
+        say: Callable[[str], object] = print,
+        progress: Progress = silent,
         **kwargs,
     ):
         self.recipe, self.routing = recipe, routing
@@ -90,7 +99,7 @@ class RouterTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         for callback in (PrinterCallback, ProgressCallback):
             if self.pop_callback(callback):
-                self.add_callback(Progress(list(objective.classes)))
+                self.add_callback(TellProgress(list(objective.classes), say, progress))
 
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)
