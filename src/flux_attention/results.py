@@ -6,8 +6,10 @@ import datetime
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,9 +61,13 @@ def earlier_rows(path: str | Path) -> list[dict[str, Any]]:
     return before["rows"]
 
 
-def begun_rows(path: str | Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def begun_rows(
+    path: str | Path, settings: dict[str, Any], reasons: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """
     Read the rows that a run with these settings has left, if any; those of another commit name it.
+
+    ``reasons`` say of settings that do not explain themselves why they may have changed.
 
     Raises
     ------
@@ -78,8 +84,9 @@ def begun_rows(path: str | Path, settings: dict[str, Any]) -> list[dict[str, Any
         raise ValueError(f"{path} is damaged ({error}): use another folder, or --restart") from None
     changed = sorted(key for key in settings if before["meta"].get("settings", {}).get(key) != settings[key])
     if changed:
+        why = "".join(f". {key}: {reasons[key]}" for key in changed if key in reasons)
         raise ValueError(
-            f"{path} holds results of other settings ({', '.join(changed)}): use another folder, or --restart"
+            f"{path} holds results of other settings ({', '.join(changed)}): use another folder, or --restart{why}"
         )
     commit = before["meta"].get("commit")
     if commit != environment()["commit"]:  # the file's will be this one

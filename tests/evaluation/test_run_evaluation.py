@@ -1,13 +1,17 @@
 """A whole evaluation: rows and report of questions; of tasks, where static layers come from."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flux_attention.evaluation import quality, run
+from flux_attention import FluxConfig
+from flux_attention.evaluation import material, quality, run
 from flux_attention.evaluation.run import run_evaluation
 from flux_attention.shipped import load_shipped
+from flux_attention.tasks.corpus import local_corpus
 
 TEXT = "def f(x):\n    return x\n" * 400
 
@@ -31,6 +35,31 @@ def test_questions_are_measured_once_and_reported(shipped, short_adapter, tmp_pa
     assert told[-1][3:] == ("256 tokens, plain: routed", 1.0)
     monkeypatch.setattr(quality, "evaluate", None)  # nothing is measured again
     assert run_evaluation(*shipped, [short_adapter], tmp_path, **sizes)[0] == rows
+
+
+def test_other_packages_make_other_questions_which_is_said(base, tmp_path, monkeypatch):
+    """In words, made of a corpus, and hidden in text: a run does not go on with either, and says what has happened."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    pattern = FluxConfig(sink=8, window=24)
+    sizes = dict(families=["prose", "plain"], lengths=[64], methods=["dense"], samples=2, config=pattern)
+
+    def judge(**more):
+        return run_evaluation(model, tokenizer, [], tmp_path, **sizes, **more)[0]
+
+    monkeypatch.setattr(run, "local_texts", lambda *_, **__: (TEXT,))
+    rows = judge()
+    assert judge() == rows
+    refusal = r"other settings \(text\): use another folder, or --restart. text: .* packages are installed or removed"
+    installed = replace(local_corpus("test"), prose=(*local_corpus("test").prose, ("A paragraph of a new package.",)))
+    with monkeypatch.context() as changed:
+        changed.setattr(material, "local_corpus", lambda split: installed)
+        with pytest.raises(ValueError, match=refusal):
+            judge()
+    monkeypatch.setattr(run, "local_texts", lambda *_, **__: (TEXT, "import new_package\n" * 99))
+    with pytest.raises(ValueError, match=refusal):
+        judge()
+    assert judge(text=TEXT) == rows
+    assert len(judge(restart=True)) == 2
 
 
 @pytest.mark.parametrize("granularity, chosen", [("layer", "layers"), ("head", "heads")])

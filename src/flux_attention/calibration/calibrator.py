@@ -24,6 +24,7 @@ from flux_attention.results import begun_rows, write_results
 from flux_attention.tasks.generation import generate_answers, score_answers, with_answers
 from flux_attention.tasks.samples import Sample
 from flux_attention.tasks.scoring import evaluate
+from flux_attention.tasks.text import OTHER_TEXT
 
 #: Shares of sparse layers that are judged.
 BUDGETS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -104,7 +105,7 @@ class Calibrator:
         self.counted: set[str] = {sample.family for sample in samples.ranked}
         self.rows: list[dict[str, Any]] = []
         if folder is not None and not restart:
-            self.rows = begun_rows(folder / ROWS_FILE, self.settings)
+            self.rows = begun_rows(folder / ROWS_FILE, self.settings, {"tokens": OTHER_TEXT})
 
     @cached_property  # written with every row, and hashes the samples and weights
     def settings(self) -> dict[str, Any]:

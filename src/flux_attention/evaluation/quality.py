@@ -44,6 +44,7 @@ from flux_attention.tasks.generation import score_answers
 from flux_attention.tasks.questions import NATURAL, PROSE, Question
 from flux_attention.tasks.samples import Haystack, Sample
 from flux_attention.tasks.scoring import evaluate
+from flux_attention.tasks.text import OTHER_TEXT
 from flux_attention.validation import check_known
 
 
@@ -308,7 +309,7 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, settings = folder / "quality.json", evaluation.settings
-    done = [] if restart else begun_rows(path, settings)
+    done = [] if restart else begun_rows(path, settings, {"text": OTHER_TEXT})
     rows: list[dict[str, Any]] = []
     for row in evaluation.rows(done, progress):
         rows.append(row)

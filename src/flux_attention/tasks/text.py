@@ -19,6 +19,11 @@ MAX_LINE_CHARS = 200  # longer lines are data tables, not text
 HELD_OUT_FRACTION = 0.04
 LONG_LINE_CHARS = 40  # shorter lines are the same everywhere: `return None`
 MAX_SHARED_LINES = 0.1  # of a held-out file's long lines: licences and idioms
+#: What is said where a run that stopped cannot go on, as its questions are others now.
+OTHER_TEXT = (
+    "the text that questions are made of is not what it was: another file, or that of this machine, which changes when "
+    "packages are installed or removed; a file of your own stays the same"
+)
 
 
 def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:

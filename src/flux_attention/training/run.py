@@ -26,6 +26,7 @@ from flux_attention.progress import Progress, silent
 from flux_attention.router import bias_by_rank
 from flux_attention.routes import unit_name
 from flux_attention.sizes import SHAPES
+from flux_attention.tasks.text import OTHER_TEXT
 from flux_attention.training.card import card, plot
 from flux_attention.training.checkpoints import last_checkpoint
 from flux_attention.training.data import check_sources, load_data
@@ -221,7 +222,8 @@ def train(
             say(f"going on from {checkpoint}")
         kept = folder / "data.sha256"
         if kept.exists() and kept.read_text().strip() != digest:
-            raise RecipeError(f"the data is not what {folder} was begun with: use another output, or --restart")
+            why = f". Generated: {OTHER_TEXT}" if any("generated" in source for source in recipe.data) else ""
+            raise RecipeError(f"the data is not what {folder} was begun with: use another output, or --restart{why}")
     trainer.accelerator.wait_for_everyone()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
