@@ -310,6 +310,30 @@ def test_methods_stand_beside_the_baseline_that_was_chosen():
     assert find_baseline(budgets()[1:], "dense") is None
 
 
+def test_what_dense_hardly_answers_is_no_matter_of_the_frontier(tmp_path):
+    """Of two families, sparse answers only the one that dense does not; at another length dense answers neither."""
+    rows = []
+    for length, dense in ((4096, [1, 1]), (8192, [0, 0])):
+        for task, method, scores in (
+            ("copying", "dense", [0, 0]),
+            ("look_up", "dense", dense),
+            ("copying", "sparse", [1, 1]),
+            ("look_up", "sparse", [0, 1]),
+        ):
+            more = dict(length=length, sparsity=float(method == "sparse"))
+            rows.append(natural(task, method, scores, "synthetic", **more))
+    heading, lines = at_a_glance(rows[:4])
+    assert [dict(zip(heading, line, strict=True))["accuracy"] for line in lines] == ["1.000", "0.500"]
+    assert lines[1][3].startswith("-50.0") and [line[-1] for line in lines] == ["●", "●"]
+    heading, lines = at_a_glance(rows[4:])  # as before, but without a dot
+    assert "●" not in heading and [line[2] for line in lines] == ["0.000", "0.750"]
+    path = tmp_path / "quality.json"
+    path.write_text(json.dumps({"meta": {}, "rows": rows}))
+    html, markdown = (page.read_text() for page in write_report(path, tmp_path))
+    assert "Accuracy and sparsity at 4,096" in html and "Accuracy and sparsity at 8,192" not in html
+    assert all("on the frontier and in the figure it is left out" in text for text in (html, markdown))
+
+
 def test_results_of_earlier_versions_have_no_kv_and_no_time():
     rows = [{fact: value for fact, value in one.items() if fact not in ("kv_bytes", "seconds")} for one in budgets()]
     assert at_a_glance([*budgets()[:3], rows[3]])[1][3][-3:-1] == ["", ""]

@@ -45,7 +45,7 @@ def _print(rows: list[dict], page: Path, baseline: str) -> None:
         columns = [place for place in range(len(lines[0])) if place != TOKENS or len(tables.lengths(rows)) > 1]
         shown = [[line[place] for place in columns] for line in [tables.COMPARED, *lines]]
         print_table(shown[0], shown[1:], title=tables.DIFFERENCES)
-    for note in (tables.FRONTIER, tables.MARKED if tables.has_marked(rows) else None, nothing_saved(rows)):
+    for note in (tables.FRONTIER, tables.about_marked(rows), nothing_saved(rows)):
         if note:
             out.print(note, highlight=False)
     out.print(f"the report is {page}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from flux_attention.evaluation.compare import ROUTED, find_baseline, frontier, short_names, summary
-from flux_attention.evaluation.tables import at, lengths
+from flux_attention.evaluation.tables import at, is_asked, lengths, telling
 
 #: Colours that a page replaces by its own, light or dark: of its text, and of its ground.
 INK, GROUND = "#010203", "#fcfdfe"
@@ -107,9 +107,9 @@ def heat_map(rows: list[dict[str, Any]], length: int | None, routers: str):
 
 
 def trade_offs(rows: list[dict[str, Any]], baseline: str) -> list[str]:
-    """Draw each length's trade-off, where questions were asked, as SVG."""
-    asked = [row for row in rows if "accuracy" in row]  # plain text has none
-    return _drawn(lambda: [trade_off(rows, length, baseline) for length in lengths(asked)])
+    """Draw each length's trade-off, where questions were asked that dense answers, as SVG."""
+    told = [telling([row for row in rows if row["seq_len"] == length]) for length in lengths(rows)]
+    return _drawn(lambda: [trade_off(some, some[0]["seq_len"], baseline) for some in told if is_asked(some)])
 
 
 def heat_maps(rows: list[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from flux_attention.evaluation.figures import heat_maps, trade_offs
 from flux_attention.evaluation.pages import TEMPLATES
 from flux_attention.evaluation.savings import nothing_saved
-from flux_attention.evaluation.tables import GLANCE, MARKED, has_marked, lengths, tables
+from flux_attention.evaluation.tables import GLANCE, about_marked, lengths, tables
 
 #: What the page says of how it was measured, by the kinds of questions that were asked, and behind that of all.
 GENERATED = (
@@ -68,7 +68,7 @@ def write_report(
     shown = {
         "title": model_of(data["meta"], rows),
         "command": command or data["meta"].get("command"),
-        "notes": [note for note in (nothing_saved(rows), MARKED if has_marked(rows) else None, GLANCE) if note],
+        "notes": [note for note in (nothing_saved(rows), about_marked(rows), GLANCE) if note],
         "about": " ".join(
             text
             for text, is_there in (

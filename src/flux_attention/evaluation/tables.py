@@ -25,6 +25,10 @@ MARKED = (
     "What dense answers less than a tenth of has a star: it cannot tell what sparse layers lose, though it counts in "
     "the means."
 )
+LEFT_OUT = (
+    "Only at a glance, on the frontier and in the figure it is left out; at a length where dense answers nothing else, "
+    "there is neither frontier nor figure."
+)
 
 
 def at(length: int | None) -> str:
@@ -59,12 +63,17 @@ def standings(rows: list[dict[str, Any]], baseline: str = "dense") -> list[dict[
     -------
     list of dict
         As ``summary`` makes them, with ``name``, ``points`` (accuracy beside the baseline, and half of its 95 %
-        interval; None where they are not known) and ``frontier``.
+        interval; None where they are not known) and ``frontier``. Kinds that dense hardly answers are left out; where
+        there are no others, all count, and no method is on the frontier.
     """
+    told = telling(rows)
+    tells = is_asked(told) or not is_asked(rows)
+    rows = told if tells else rows
     names, means = short_names(rows), summary(rows)
+    on = frontier(means) if tells else [False] * len(means)
     base = find_baseline(rows, baseline)
     found = []
-    for each, some, on_frontier in zip(means, by_method(rows).values(), frontier(means), strict=True):
+    for each, some, on_frontier in zip(means, by_method(rows).values(), on, strict=True):
         points = None if base is None or some[0] is base[0] else difference(some, base)[0]
         found.append({"name": label(each, names), **each, "points": points, "frontier": on_frontier})
     return sorted(found, key=lambda each: each["sparsity"])
@@ -119,18 +128,37 @@ def task_classes(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def hardly_answered(rows: list[dict[str, Any]]) -> bool:
+    """Whether dense hardly answers a family or class, whose rows of one length these are."""
+    dense = [row["accuracy"] for row in rows if row["method"] == "dense" and "accuracy" in row]
+    return bool(dense) and fmean(dense) < HARDLY
+
+
 def marked(name: str, rows: list[dict[str, Any]]) -> str:
     """Mark the name of a family or class, whose rows of one length these are, if dense hardly answers it."""
-    dense = [row["accuracy"] for row in rows if row["method"] == "dense" and "accuracy" in row]
-    return name + MARK if dense and fmean(dense) < HARDLY else name
+    return name + MARK if hardly_answered(rows) else name
 
 
-def has_marked(rows: list[dict[str, Any]]) -> bool:
-    """Whether a family is marked at any length; of a class that is, one of its families is too."""
+def telling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out, of rows of one length, the families that dense hardly answers: they tell no methods apart."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        families.setdefault(row["task"], []).append(row)
+    kept = {task for task, some in families.items() if not hardly_answered(some)}
+    return [row for row in rows if row["task"] in kept]
+
+
+def is_asked(rows: list[dict[str, Any]]) -> bool:
+    """Whether any of the rows is of questions; plain text has no accuracy."""
+    return any("accuracy" in row for row in rows)
+
+
+def about_marked(rows: list[dict[str, Any]]) -> str | None:
+    """Say what a star is, if a family is marked at any length; of a class that is, one of its families is too."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["seq_len"], row["task"]), []).append(row)
-    return any(marked("", some) for some in groups.values())
+    return f"{MARKED} {LEFT_OUT}" if any(map(hardly_answered, groups.values())) else None
 
 
 def class_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
