@@ -11,7 +11,7 @@ import yaml
 from flux_attention.hf.report import Report
 from flux_attention.patterns import Full, Streaming
 from flux_attention.playground import drawing
-from flux_attention.playground.documents import documents
+from flux_attention.playground.documents import ELSEWHERE, documents
 from flux_attention.playground.player import LayerDecided
 from flux_attention.routes import Routes
 
@@ -85,6 +85,17 @@ def test_pages_link_to_each_other_and_to_nothing_that_is_not_there():
         targets = set(re.findall(r"\]\(([^)]+)\)", text))
         assert all(target.startswith("http") or target[1:] in pages for target in targets)
     assert "](/glossary)" in pages["serve"][1] and "](/train)" in pages["serve"][1]
+
+
+def test_pages_name_the_files_that_they_would_link_to():
+    """As the playground has no page of them: where they are in the repository, and that it is there."""
+    for name, (_, text) in documents().items():
+        named = set(re.findall(r"`((?:docs|recipes|src)/[\w./-]+\.(?:md|py))`", text))
+        assert named and all((ROOT / file).is_file() for file in named), name
+        assert text.rstrip().endswith(ELSEWHERE)
+    assert "the guide (`docs/guide.md`)" in documents()["serve"][1]
+    assert "Recipes (`recipes/models/README.md`)" in documents()["train"][1]
+    assert "See `docs/training.md`." in documents()["glossary"][1]
 
 
 def test_the_space_has_what_the_package_needs_in_the_versions_that_are_tested():
