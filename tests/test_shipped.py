@@ -1,5 +1,6 @@
 """The shipped model: small, stock, and doing what README says, on inputs that are the same on every run."""
 
+import itertools
 import json
 import runpy
 from pathlib import Path
@@ -38,15 +39,27 @@ def test_weights_are_finite(shipped):
     assert routing.config.base_model.sample is not None
 
 
+def is_out_of_sight(sample, sink, window):
+    """Whether the answer stands in the prompt only where sparse layers do not see it from the question."""
+    prompt, answer = (list(map(int, ids)) for ids in (sample.prompt_ids, sample.answer_ids[:-1]))  # without its newline
+    places = [at for at in range(len(prompt)) if prompt[at : at + len(answer)] == answer]
+    assert places
+    return all(sink <= at < len(prompt) - window for at in places)
+
+
 @pytest.mark.parametrize("family", ["single_needle", "two_hop"])
 def test_routing_keeps_answers_that_sparse_attention_loses(shipped, haystack, family):
+    """Of samples that sparse layers cannot answer, as texts differ between versions of Python, and with them places."""
     model, tokenizer, routing = shipped
-    samples = [make_sample(family, haystack, tokenizer, LENGTH, seed) for seed in range(4)]
+    sink, window = routing.config.sparse["sink"], routing.config.sparse["window"]
+    made = (make_sample(family, haystack, tokenizer, LENGTH, seed) for seed in range(40))
+    samples = list(itertools.islice((one for one in made if is_out_of_sight(one, sink, window)), 4))
+    assert len(samples) == 4
     routed = evaluate(model, samples, routing)
     assert routed.accuracy >= 0.75
     assert routed.msr >= 0.4
     with routing.force("sparse"):
-        assert evaluate(model, samples, routing).accuracy <= 0.5
+        assert evaluate(model, samples, routing).accuracy <= 0.25
 
 
 def test_plain_text_needs_fewer_full_layers_than_questions(shipped, haystack):
