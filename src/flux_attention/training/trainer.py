@@ -224,11 +224,15 @@ class RouterTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
+        # Of processes that share a CPU, older versions of transformers load to "cpu:0", which PyTorch cannot.
+        if checkpoint is None or not (self.is_fsdp_enabled or self.args.device.type == "cpu"):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=SHARDED)
+        if self.is_fsdp_enabled:
+            set_optimizer_state_dict(self.model, self.optimizer, state, options=SHARDED)
+        else:
+            self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def gather(self) -> None:
