@@ -15,7 +15,6 @@ PAGES = {
 }
 #: Where docs/ is: in the package that was built, or in a checkout.
 PLACES = (Path(__file__).parent / "docs", Path(__file__).parents[3] / "docs")
-
 #: Ends a page that names files which the playground does not show.
 ELSEWHERE = "*Files below docs/, recipes/ and src/ are in the repository of flux-attention.*"
 
