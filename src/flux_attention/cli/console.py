@@ -58,7 +58,8 @@ class Bars:
         return self
 
     def __exit__(self, *_) -> None:
-        self._progress.stop()
+        if self._tasks:  # else nothing was begun, but an empty line would end it
+            self._progress.stop()
 
     def __call__(self, what: str, done: int, total: int, now: str = "", share: float | None = None) -> None:
         """See ``flux_attention.progress.Progress``."""
