@@ -276,7 +276,7 @@ def decode(model, rows, ends):
             tokens, positions = torch.tensor(likely, device=device)[:, None], positions + 1
     finally:
         model.config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS._local_mapping["kept"]
+        del ALL_ATTENTION_FUNCTIONS["kept"]
     return found
 
 
@@ -380,7 +380,11 @@ def rows_of(asking, material, kvpress, args, done, until):
                 have.get(keys[key])
                 or {
                     **dict(zip(KEY, keys[key], strict=True)),
-                    **dict(model=model_name(args.model), task_class=question.task_class, metric=question.metric),
+                    **dict(
+                        model=Path(model_name(args.model)).name.lower(),
+                        task_class=question.task_class,
+                        metric=question.metric,
+                    ),
                     **dict(kv_bytes=round(answers[key][1]), baseline_kv_bytes=round(dense)),
                     **times[key],
                     "press": settings_of(press),
@@ -401,7 +405,7 @@ def settings_of(press):
     """Return a press's own settings."""
     if press is None:
         return None
-    return {key: value for key, value in asdict(press).items() if isinstance(value, int | float)}
+    return {key: value for key, value in asdict(press).items() if isinstance(value, int | float) and key[-1] != "_"}
 
 
 def numbers(text):
