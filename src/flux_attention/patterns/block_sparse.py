@@ -126,12 +126,15 @@ class BlockSparse(Pattern):
             raise UnsupportedModelError(
                 f"there are {threshold.numel()} thresholds, expected 1 or {heads}, one each head"
             )
-        from_tokens = kernels.block_sparse_from(query_BHSD) if self.from_tokens is None else self.from_tokens
-        if key_BKTD.shape[2] < from_tokens:
+        if key_BKTD.shape[2] < self.least(query_BHSD):
             return kernels.full(query_BHSD, key_BKTD, value_BKTD, scale)
         return kernels.block_sparse(
             query_BHSD, key_BKTD, value_BKTD, scale, self.select, threshold, self.stride, self.correct
         )
+
+    def least(self, query_BHSD) -> int:
+        """Return the tokens from which prompts select, on the device of these queries."""
+        return kernels.block_sparse_from(query_BHSD) if self.from_tokens is None else self.from_tokens
 
     def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
         """See ``Pattern.spans``: there are none."""
