@@ -43,12 +43,13 @@ def _print_points(points: list[dict], key: str, title: str) -> None:
 def _print_thresholds(config, points: list[dict], length: int) -> None:
     """Print what each threshold selects and loses, and which one is chosen."""
     lines = [
-        [f"{point['threshold']:g}", f"{point['density']:.1%}", f"{point['rise']:.3f}",
-         "" if point["accuracy"] is None else f"{point['accuracy']:.2f}"]
-        for point in points
-    ]  # fmt: skip
-    columns = ["threshold", "blocks selected", "loss above dense", "answers"]
-    print_table(columns, lines, "block-sparse full layers, at the default budget")
+        ["blocks selected", *(f"{point['density']:.1%}" for point in points)],
+        ["loss above dense", *(f"{point['rise']:.3f}" for point in points)],
+    ]
+    if all(point["accuracy"] is not None for point in points):
+        lines.append(["score of answers", *(f"{point['accuracy']:.2f}" for point in points)])
+    thresholds = [f"{point['threshold']:g}" for point in points]
+    print_table(["threshold", *thresholds], lines, "full layers block-sparse, at the default budget")
     threshold = config.full.get("threshold")
     if threshold is None:
         text = "no threshold that was tried keeps loss and answers: full layers stay exact"
