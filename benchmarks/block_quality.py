@@ -38,19 +38,6 @@ from flux_attention.tasks.scoring import evaluate
 ROWS = 8
 
 
-def selected(query, key, scale, select, share, stride):
-    """Return which blocks of keys each block of queries sees: bool (B, H, M, N)."""
-    first, total = (key.shape[2] - query.shape[2]) // BLOCK, -(-key.shape[2] // BLOCK)
-    seen = torch.arange(total, device=key.device) <= torch.arange(first, total, device=key.device)[:, None]
-    if kernels.has_triton(query.device):
-        from flux_attention.kernels.triton_block_scores import select_blocks
-
-        found = select_blocks(query, key, stride, scale, share, select == "mass", first, total - first, masks=True)[2]
-        return found.bool() & seen
-    scores = kernels.block_scores(query, key, stride, scale)
-    return kernels.SELECT[select](scores, first, total, share) & seen
-
-
 def recall(query, key, scale, blocks):
     """Return the mean share of the exact attention that lies in the selected blocks, of some rows of blocks."""
     first, found = (key.shape[2] - query.shape[2]) // BLOCK, []
@@ -75,7 +62,7 @@ def watching():
 
     def watched(query, key, value, scale, select, share, stride=16, correct=False):
         output = block_sparse(query, key, value, scale, select, share, stride, correct)
-        blocks = selected(query, key, scale, select, kernels.to_device(share, query.device), stride)
+        blocks = kernels.selected_blocks(query, key, scale, select, share, stride)
         pairs = blocks.shape[2] * (2 * blocks.shape[3] - blocks.shape[2] + 1) / 2
         found["density"].append(blocks.sum((2, 3)).float().mean().item() / pairs)
         found["recall"].append(recall(query, key, scale, blocks))
@@ -93,7 +80,7 @@ def watching():
 def rows_of(model, tokenizer, material, args, done):
     """Yield rows: of each family the exact one, then one for each rule and threshold."""
     patterns = [None, *(
-        BlockSparse(threshold=float(value), select=rule, stride=args.stride, correct=args.correct)
+        BlockSparse(float(value), rule, args.stride, args.correct, from_tokens=0)  # at any length, also a short one
         for rule, values in (text.split("=") for text in args.select)
         for value in values.split(",")
     )]  # fmt: skip

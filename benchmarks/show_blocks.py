@@ -19,6 +19,10 @@ KINDS = {
 }
 
 
+#: What one layer's selection is beside: the call of cuDNN, or what full layers run.
+EXACT = {"sdpa-cudnn": "cuDNN, causal", "own-dense": "exact"}
+
+
 def whole_table():
     """Return prompts of whole models, by what full layers do."""
     rows = load("e2e_blocks")["rows"]
@@ -33,23 +37,39 @@ def whole_table():
 
 def layer_table():
     """Return one layer's search and attention."""
+    rows = load("blocks")["rows"]
     lines = [
         [
-            f"{row['seq_len'] // 1024} K", f"{row['density']:.1%}", f"{row['baseline_ms']:.0f}",
-            f"{row['search_ms']:.1f}", f"{row['search_share']:.1%}", f"{row['attend_ms']:.1f}", f"{row['tflops']:.0f}",
+            f"{row['seq_len'] // 1024} K", f"{row['density']:.1%}", digits(row["baseline_ms"]),
+            digits(row["search_ms"]), f"{row['search_share']:.1%}", digits(row["attend_ms"]), f"{row['tflops']:.0f}",
+            f"× {row['speedup']:.2f}",
         ]
-        for row in load("blocks")["rows"]
+        for row in rows
     ]  # fmt: skip
+    exact = " and ".join(dict.fromkeys(EXACT[row["baseline"]] for row in rows))
     columns = [
-        "tokens",
-        "blocks selected",
-        "cuDNN, causal, ms",
-        "search, ms",
-        "of cuDNN's time",
-        "attention, ms",
-        "TFLOP/s",
-    ]
+        "tokens", "blocks selected", f"{exact}, ms", "search, ms", "of exact", "attention, ms", "TFLOP/s", "faster",
+    ]  # fmt: skip
     return table(columns, lines)
+
+
+def digits(ms):
+    """Write milliseconds with three digits, or as many as whole ones need."""
+    return f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2}f}"
+
+
+def faster_from(rows):
+    """Return the shortest length from which on one layer's selection was faster than its exact attention; else None."""
+    wins = {}
+    for row in rows:
+        if row["baseline"] == "own-dense":
+            wins[row["seq_len"]] = wins.get(row["seq_len"], True) and row["speedup"] > 1
+    found = None
+    for length in sorted(wins, reverse=True):
+        if not wins[length]:
+            break
+        found = length
+    return found
 
 
 def quality_table():

@@ -19,7 +19,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.hf.attach import attach
 from flux_attention.kernels.block_sparse import BLOCK
 from flux_attention.patterns import BlockSparse, Full
-from speed.attention import _sdpa, _sizes
+from speed.attention import _sizes
 from speed.model import ENGINES, random_model
 from speed.timing import DTYPE, PATTERN, measure_graphs, measure_in_turn, require_gpu, row
 
@@ -61,7 +61,7 @@ def _select(query, key, mass: bool, stride: int, share: torch.Tensor, counted: b
 def threshold_of(query, key, mass: bool, stride: int, density: float) -> tuple[torch.Tensor, float]:
     """Search the threshold that selects a share of the blocks, for all heads; return it and the share it selects."""
     low, high = 0.0, 1.0
-    for _ in range(14):
+    for _ in range(24):  # of made-up states those that are not of a topic score much alike
         share = torch.tensor([(low + high) / 2], device="cuda")
         found = _select(query, key, mass, stride, share, counted=True)
         more = found < density
@@ -71,7 +71,9 @@ def threshold_of(query, key, mass: bool, stride: int, density: float) -> tuple[t
 
 def blocks(shape: str, lengths: Sequence[int], densities: Sequence[float]) -> Iterator[dict[str, Any]]:
     """
-    Measure one layer's block-sparse prefill, in CUDA graphs, against cuDNN's causal call.
+    Measure one layer's block-sparse prefill, in CUDA graphs, against what full layers run otherwise.
+
+    Short prompts, in which search takes more than it saves, say what ``kernels.block_sparse_from`` returns.
 
     Yields
     ------
@@ -84,18 +86,18 @@ def blocks(shape: str, lengths: Sequence[int], densities: Sequence[float]) -> It
     for length in lengths:
         torch.cuda.empty_cache()
         query, key, value = states_of_topics(heads, kv_heads, length, dim)
-        dense = partial(_sdpa, "sdpa-cudnn", query, key, value, True)
+        dense, launches = partial(kernels.full, query, key, value, dim**-0.5), 10 if length <= 2**15 else 1
         for density in densities:
             share, found = threshold_of(query, key, select == "mass", stride, density)
             search = partial(_select, query, key, select == "mass", stride, share)
             whole = partial(kernels.block_sparse, query, key, value, dim**-0.5, select, share, stride)
-            searched, ours, base = measure_graphs((search, whole, dense), 1)
+            searched, ours, base = measure_graphs((search, whole, dense), launches)
             attend = ours["ms"] - searched["ms"]
             flops = 4 * found * Full().pairs(length) * heads * dim
             yield row(
-                ours, "sdpa-cudnn", base, shape=shape, seq_len=length, batch=1, phase="prefill", engine="flux",
+                ours, "own-dense", base, shape=shape, seq_len=length, batch=1, phase="prefill", engine="flux",
                 method="block_sparse", full="block_sparse", sparsity=0.0, select=select, stride=stride,
-                density=round(found, 4), threshold=round(share.item(), 5), search_ms=round(searched["ms"], 4),
+                density=round(found, 4), threshold=round(share.item(), 7), search_ms=round(searched["ms"], 4),
                 attend_ms=round(attend, 4), tflops=round(flops / attend / 1e9, 1),
                 search_share=round(searched["ms"] / base["ms"], 4),
             )  # fmt: skip
@@ -132,7 +134,7 @@ def block_prefill(
             routing.detach()
             gc.collect()
             torch.cuda.empty_cache()
-            pattern = {"pattern": "full"} if full == "full" else BlockSparse(threshold=density, select="mass").to_dict()
+            pattern = {"pattern": "full"} if full == "full" else BlockSparse(density, "mass", from_tokens=0).to_dict()
             config = FluxConfig(sink=PATTERN.sink, window=PATTERN.window, full=pattern)
             routing = attach(model, config, compile=compile)
             mine = [kind for kind in kinds if kind[0] == full]

@@ -1,6 +1,10 @@
 """Prompts for engines of vLLM's on the shipped model, and the transformers engine to compare with."""
 
+import json
 import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_WORKER_MULTIPROCESSING_METHOD="spawn")
 
@@ -9,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams, TokensPrompt
 
 from flux_attention import attach
-from flux_attention.names import BACKBONE
+from flux_attention.adapters import CONFIG_FILE, load_config
+from flux_attention.names import BACKBONE, ROUTERS
 from flux_attention.tasks.families import FAMILIES
 from flux_attention.tasks.samples import Haystack, make_sample
 from flux_attention.tasks.text import local_texts
@@ -32,10 +37,19 @@ def make_prompts(page):
     return [[int(token) for token in prompt] for prompt in [*found, *(text[:length] for length in edges)]]
 
 
-def transformers_engine(decide, device="cpu"):
+def block_sparse_adapter(folder):
+    """Write the shipped adapter with full layers that select few blocks of a prompt; return the folder's name."""
+    shutil.copytree(ROUTERS, folder, dirs_exist_ok=True)
+    _, config = load_config("shipped")
+    config = replace(config, full={"pattern": "block_sparse", "threshold": 0.9, "from_tokens": 0})
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config.to_dict()))
+    return str(folder)
+
+
+def transformers_engine(decide, device="cpu", routers="shipped"):
     """Give the log-probabilities of a prompt's next tokens, and its Omega, by the transformers engine in float32."""
     model = AutoModelForCausalLM.from_pretrained(BACKBONE, dtype=torch.float32).to(device)
-    routing = attach(model, "shipped", decide=decide)
+    routing = attach(model, routers, decide=decide)
 
     def score(prompt, answer, routes=None):
         with torch.no_grad(), routing.force(routes):

@@ -74,19 +74,22 @@ def main(capability, limit):
 
 def blocks(dim, capability, limit):
     """What the kernels of block-sparse prefill take."""
-    sizes, options = triton_block_scores.score_tile(dim)
-    shape = dict(H=8, G=4, D=dim, STRIDE=16, PER=8)
-    used = {f"block scores {dim}": shared(triton_block_scores._tile_scores, capability, shape | sizes, **options)}
-    tile = triton_block_sparse.attend_tile(dim, divmod(capability, 10), limit)
-    shape = dict(G=4, D=dim, M=128, N=tile.pop("N"), TMA=tile.pop("TMA"))
-    types = TYPES | {"count_ptr": "*i32", "chosen_ptr": "*u8"}
-    constants = dict(H=8, STRIDE=16, PER=8, MASS=True, NP=2048, score_ptr=None)
-    used[f"selection {dim}"] = shared(triton_block_scores._select, capability, constants, types, loop=False)
-    for name in ("", ", corrected"):
-        missing = {} if name else dict.fromkeys(("chosen_ptr", "mean_key_ptr", "mean_value_ptr"))
-        used[f"selected blocks {dim}{name}"] = shared(
-            triton_block_sparse._attend, capability, shape | missing, types, **tile
-        )
+    used, types = {}, TYPES | {"count_ptr": "*i32", "chosen_ptr": "*u8", "table_ptr": "*i32"}
+    tables = dict.fromkeys(("starts_ptr", "lengths_ptr", "routes_ptr", "table_ptr", "P"))
+    means = dict.fromkeys(("chosen_ptr", "mean_key_ptr", "mean_value_ptr"))
+    for kind, missing in (("", tables | means), (", corrected", tables), (", pages", {"P": 64} | means)):
+
+        def of(name, kernel, constants, options, kind=kind, missing=missing, loop=True):
+            constants |= {name: value for name, value in missing.items() if name in kernel.arg_names}
+            used[f"{name} {dim}{kind}"] = shared(kernel, capability, constants, types, loop, **options)
+
+        sizes, options = triton_block_scores.score_tile(dim)
+        of("block scores", triton_block_scores._tile_scores, dict(H=8, G=4, D=dim, STRIDE=16, PER=8, **sizes), options)
+        shape = dict(H=8, STRIDE=16, PER=8, MASS=True, NP=2048, score_ptr=None)
+        of("selection", triton_block_scores._select, shape, {}, loop=False)
+        tile = triton_block_sparse.attend_tile(dim, divmod(capability, 10), limit)
+        shape = dict(G=4, D=dim, M=128, N=tile.pop("N"), TMA=tile.pop("TMA"))
+        of("selected blocks", triton_block_sparse._attend, shape, tile)
     return used
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from flux_attention import kernels
 from flux_attention.errors import FluxConfigError, UnsupportedModelError
+from flux_attention.kernels import dispatch
 from flux_attention.patterns import FULL_PATTERNS, SPARSE_PATTERNS, BlockSparse, Full, SparseBlocks, Streaming, build
 
 #: The module, which the package has a function of the same name in place of.
@@ -67,6 +68,8 @@ def test_attention_against_loops(length, keys, correct, select):
     choose = kernels.by_mass if select == "mass" else kernels.by_maximum
     blocks = choose(scores, first, -(-keys // BLOCK), share)[0]
     expected = expected_output(query[0], key[0], value[0], 0.25, blocks, correct)
+    seen = blocks & (torch.arange(blocks.shape[2]) <= torch.arange(first, blocks.shape[2])[:, None])
+    assert torch.equal(kernels.selected_blocks(query, key, 0.25, select, share)[0], seen)
     assert error(output[0], expected) < 2e-6
     if length > BLOCK and select == "mass":
         exact = oracle(query, key, value, Full().mask(keys)[keys - length :], 0.25)
@@ -99,7 +102,7 @@ def test_prompts_of_unlike_lengths_and_what_follows_them(pattern):
 @pytest.mark.parametrize("select", ["mass", "maximum"])
 def test_gpus_compute_the_same(select):
     query, key, value = states(900, 1100, batch=2)
-    pattern = BlockSparse(threshold=0.5, select=select, correct=True)
+    pattern = BlockSparse(threshold=0.5, select=select, correct=True, from_tokens=0)
     expected = pattern.prefill(query, key, value, 0.25)
     output = pattern.prefill(query.cuda(), key.cuda(), value.cuda(), 0.25)
     torch.testing.assert_close(output.cpu(), expected, atol=1e-4, rtol=1e-4)
@@ -112,6 +115,44 @@ def test_long_prompts_are_computed_in_smaller_parts(keys):
     expected = BlockSparse(0.5, correct=True).prefill(query, key, value, 0.25)
     with mock.patch.object(block_sparse, "MASK_SIZE", 1):
         torch.testing.assert_close(BlockSparse(0.5, correct=True).prefill(query, key, value, 0.25), expected)
+
+
+@pytest.mark.parametrize("kind", [BlockSparse, SparseBlocks])
+def test_short_prompts_attend_exactly(kind):
+    """Each by its own length, whatever shares its batch and whatever follows it."""
+    sizes = {} if kind is BlockSparse else dict(sink=8, window=40)
+    pattern, always = (kind(0.01, "mass", from_tokens=least, **sizes) for least in (450, 0))
+    query, key, value = states(520, 520, batch=4)
+    lengths = [520, 449, 450, 130]
+    output = pattern.prefill(query, key, value, 0.25, lengths)
+    for row, length in enumerate(lengths):
+        one = [part[row : row + 1, :, :length] for part in (query, key, value)]
+        exact, selected = kernels.full(*one, 0.25), always.prefill(*one, 0.25)
+        assert length < 300 or error(selected, exact) > 1e-3  # something was left out
+        torch.testing.assert_close(output[row : row + 1, :, :length], exact if length < 450 else selected)
+        torch.testing.assert_close(pattern.prefill(*one, 0.25), exact if length < 450 else selected)
+    # What comes behind a context counts with it.
+    end = query[:, :, -100:], key, value
+    torch.testing.assert_close(pattern.prefill(*end, 0.25), always.prefill(*end, 0.25))
+
+
+def test_what_is_short_is_measured_by_the_kind_of_device(monkeypatch):
+    query = states(40, 40)[0]
+    assert kernels.block_sparse_from(query) == 0  # what tests of the definition rely on
+    on_gpu = mock.Mock(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 4, 40, 64))
+    monkeypatch.setattr(dispatch, "has_triton", lambda device: True)
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "some card")
+    monkeypatch.setitem(dispatch.BLOCK_SPARSE_FROM, "some other card", 7)
+    assert kernels.block_sparse_from(on_gpu) == dispatch.BLOCK_SPARSE_FROM["NVIDIA H200"]
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "some other card")
+    assert kernels.block_sparse_from(on_gpu) == 7
+    on_gpu.dtype = torch.float32
+    assert kernels.block_sparse_from(on_gpu) == kernels.UNBOUNDED  # the definition saves nothing
+    query, key, value = states(300, 300)
+    with mock.patch.object(kernels, "block_sparse_from", return_value=301):
+        exact = kernels.full(query, key, value, 0.25)
+        assert torch.equal(BlockSparse(0.01, "mass").prefill(query, key, value, 0.25), exact)
+        assert not torch.equal(BlockSparse(0.01, "mass", from_tokens=0).prefill(query, key, value, 0.25), exact)
 
 
 def test_thresholds_that_are_not_given():
@@ -148,6 +189,9 @@ def test_what_it_keeps_and_says():
         (dict(select="best"), "select is 'best'"),
         (dict(stride=7), "stride is 7"),
         (dict(correct=1), "correct is 1"),
+        (dict(from_tokens=-1), "from_tokens is -1"),
+        (dict(from_tokens=True), "from_tokens is True"),
+        (dict(from_tokens=1e4), "from_tokens is 10000.0"),
         (dict(sink=-1), "sink is -1"),
         (dict(window=0), "window is 0"),
     ],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flux_attention import kernels
 from flux_attention.kernels import triton_block_sparse
-from flux_attention.kernels.triton_block_scores import select_blocks
+from flux_attention.kernels.triton_block_scores import Paged, select_blocks
 
 #: KV heads, query heads of each, head dim: small ones for the interpreter, and those of models.
 SHAPES = {"cpu": [(1, 2, 16), (2, 1, 32)], "cuda": [(2, 7, 64), (8, 4, 128), (2, 2, 256), (1, 1, 16)]}
@@ -101,6 +101,60 @@ def test_few_queries_at_a_time_are_the_same(device, monkeypatch):
     expected = triton_block_sparse.block_sparse(*states, 0.2, False, share, 16, True)
     monkeypatch.setattr(triton_block_sparse, "SCRATCH", 1)
     assert torch.equal(triton_block_sparse.block_sparse(*states, 0.2, False, share, 16, True), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(deadline=None, max_examples=4, phases=NO_SHRINKING)
+@given(data=st.data())
+def test_sequences_in_pages_are_computed_as_alone(device, data):
+    """Whatever lies beside them: sparse, short and decoding sequences, which are left alone."""
+    kv_heads, group, dim = data.draw(st.sampled_from(SHAPES[device]))
+    page = data.draw(st.sampled_from([16, 64, 128]))
+    lengths = data.draw(st.lists(st.sampled_from([1, 130, 300, 520]), min_size=1, max_size=3))
+    # Of new tokens: all, those of a last chunk, of a decode step.
+    queries = [max(1, length - data.draw(st.sampled_from([0, 1, 97, 200]))) for length in lengths]
+    queries = [data.draw(st.sampled_from([new, 1])) for new in queries]
+    routes = [data.draw(st.sampled_from([1, 1, 0])) for _ in lengths]
+    least = data.draw(st.sampled_from([0, 200]))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    states = [
+        [part.to(device, dtype) for part in structured(new, length, kv_heads * group, kv_heads, dim, row, batch=1)]
+        for row, (length, new) in enumerate(zip(lengths, queries, strict=True))
+    ]
+    share = torch.linspace(0.1, 0.9, kv_heads * group, device=device)
+    mass = data.draw(st.booleans())
+    key, value, table = in_pages([(k, v) for _, k, v in states], page)
+    routes_N = torch.zeros(len(key), dtype=torch.uint8, device=device)
+    routes_N[table[:, 0].long()] = torch.tensor(routes, dtype=torch.uint8, device=device)
+    query = torch.cat([q[0].transpose(0, 1) for q, _, _ in states])
+    output = torch.full_like(query, float("nan"))
+    starts = torch.tensor([0, *queries], device=device).cumsum(0).int()
+    where = table, starts, torch.tensor(lengths, device=device).int(), routes_N
+    paged = Paged(*where, longest=max(lengths) + data.draw(st.sampled_from([0, 300])), least=least)
+    triton_block_sparse.paged_block_sparse(query, key, value, output, paged, 0.2, mass, share, 16)
+    for row, (q, k, v) in enumerate(states):
+        mine = output[starts[row] : starts[row + 1]].transpose(0, 1)[None]
+        if routes[row] and queries[row] > 1 and lengths[row] >= least:
+            expected = triton_block_sparse.block_sparse(q, k, v, 0.2, mass, share, 16, False)
+            torch.testing.assert_close(mine, expected, atol=2e-3, rtol=2e-3)
+        else:
+            assert mine.isnan().all()
+
+
+def in_pages(states, page):
+    """Put keys and values, (1, K, T, D) each, into pages that lie anywhere; return these and the table."""
+    counts = [-(-k.shape[2] // page) for k, _ in states]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(page)) + 1
+    table = torch.zeros(len(states), max(counts), dtype=torch.int32)
+    example = states[0][0]
+    key, value = example.new_full((2, sum(counts) + 1, page, example.shape[1], example.shape[3]), 3e4)
+    for row, (both, mine) in enumerate(zip(states, order.split(counts), strict=True)):
+        table[row, : len(mine)] = mine
+        for pages, new in zip((key, value), both, strict=True):
+            flat = pages[mine].flatten(0, 1)
+            flat[: new.shape[2]] = new[0].transpose(0, 1)
+            pages[mine] = flat.unflatten(0, (len(mine), page))
+    return key, value, table.to(example.device)
 
 
 def test_a_dropped_block_counts_as_all_its_tokens():

@@ -6,7 +6,7 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 import pytest
 import torch
-from helpers.serving import CHUNK, NEW, ask, make_prompts, metric, transformers_engine
+from helpers.serving import block_sparse_adapter, CHUNK, NEW, ask, make_prompts, metric, transformers_engine
 from vllm import LLM
 from vllm.platforms import current_platform
 
@@ -27,7 +27,7 @@ def reference():
     return transformers_engine("ends")
 
 
-def engine(max_model_len=4096, decide="ends", **options):
+def engine(max_model_len=4096, decide="ends", routers="shipped", **options):
     return LLM(
         str(BACKBONE),
         dtype="float32",
@@ -35,7 +35,7 @@ def engine(max_model_len=4096, decide="ends", **options):
         max_model_len=max_model_len,
         block_size=PAGE,
         disable_log_stats=False,
-        additional_config={"flux_attention": {"routers": "shipped", "decide": decide, "debug": True}},
+        additional_config={"flux_attention": {"routers": routers, "decide": decide, "debug": True}},
         **options,
     )
 
@@ -102,6 +102,23 @@ def test_routers_may_decide_in_the_prefill_of_whole_prompts(prompts):
     some = [prompt[-1900:] for prompt in prompts if len(prompt) > 1]
     apart = check(llm, some, transformers_engine("prefill"))
     assert sum(nats > 1e-2 for nats in apart) >= 5
+
+
+def test_full_layers_may_read_prompts_block_sparse(prompts, tmp_path):
+    adapter = block_sparse_adapter(tmp_path)
+    llm = engine(2048, routers=adapter, max_num_batched_tokens=2048, max_num_seqs=8)
+    score = transformers_engine("ends", routers=adapter)
+    exact = transformers_engine("ends")
+    apart = []
+    for prompt in [prompt[-1900:] for prompt in prompts if len(prompt) > 1000][:4]:
+        wishes = [None, {"flux_routes": "full"}]
+        # One at a time: a chunk's last queries select otherwise than those of a whole prompt.
+        for wish in wishes:
+            check(llm, [prompt], score, [wish])
+        ((answer, losses, _),) = ask(llm, [prompt], wishes=wishes[1:])
+        expected, _ = exact(prompt, answer, "full")
+        apart.append((torch.tensor(losses) - expected).abs().max().item())
+    assert sum(nats > 1e-2 for nats in apart) >= 2
 
 
 def test_processes_that_share_the_heads_decide_alike(prompts, reference, monkeypatch):

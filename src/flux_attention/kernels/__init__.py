@@ -7,7 +7,15 @@ left-aligned: a shorter sequence has its padding at the end, where causality hid
 
 from flux_attention.kernels.block_sparse import SELECT, block_scores, by_mass, by_maximum
 from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, on_device, to_device
-from flux_attention.kernels.dispatch import block_sparse, decode, full, packed, streaming
+from flux_attention.kernels.dispatch import (
+    block_sparse,
+    block_sparse_from,
+    decode,
+    full,
+    packed,
+    selected_blocks,
+    streaming,
+)
 from flux_attention.kernels.packs import UNBOUNDED, Pack
 from flux_attention.kernels.streaming_blocks import block_streaming
 
@@ -19,6 +27,7 @@ __all__ = [
     "Pack",
     "block_scores",
     "block_sparse",
+    "block_sparse_from",
     "block_streaming",
     "by_mass",
     "by_maximum",
@@ -28,6 +37,7 @@ __all__ = [
     "index_on",
     "on_device",
     "packed",
+    "selected_blocks",
     "streaming",
     "to_device",
 ]

@@ -49,6 +49,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 @lru_cache
+def device_name(device: torch.device) -> str:
+    """Return a GPU's name."""
+    return torch.cuda.get_device_name(device)
+
+
+@lru_cache
 def sm_count(device: torch.device) -> int:
     """Count the streaming multiprocessors (SMs)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

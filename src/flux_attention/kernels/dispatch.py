@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from flux_attention.kernels import dense, reference
+from flux_attention.kernels.block_sparse import BLOCK, SELECT, block_scores
 from flux_attention.kernels.block_sparse import block_sparse as plain_block_sparse
-from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, to_device
-from flux_attention.kernels.packs import Pack
+from flux_attention.kernels.device import DTYPES, HEAD_DIMS, device_name, has_triton, index_on, to_device
+from flux_attention.kernels.packs import UNBOUNDED, Pack
 
 
 def _triton_prefill(query_BHSD: torch.Tensor):
@@ -102,6 +103,46 @@ def block_sparse(
         run = triton_block_sparse.block_sparse
         return run(query_BHSD, key_BKTD, value_BKTD, scale, select == "mass", share, stride, correct)
     return plain_block_sparse(query_BHSD, key_BKTD, value_BKTD, scale, select, share, stride, correct)
+
+
+def selected_blocks(
+    query_BHSD: torch.Tensor, key_BKTD: torch.Tensor, scale: float, select: str, share: torch.Tensor, stride: int = 16
+) -> torch.Tensor:
+    """
+    Tell which blocks of keys ``block_sparse`` selects for each block of queries, to look at: bool (B, H, M, N).
+
+    The parameters are those of ``block_sparse``; blocks behind the queries' own are not selected.
+    """
+    share, device = to_device(share, query_BHSD.device), key_BKTD.device
+    first, total = (key_BKTD.shape[2] - query_BHSD.shape[2]) // BLOCK, -(-key_BKTD.shape[2] // BLOCK)
+    seen = torch.arange(total, device=device) <= torch.arange(first, total, device=device)[:, None]
+    if _triton_prefill(query_BHSD):
+        from flux_attention.kernels.triton_block_scores import select_blocks  # only where Triton is installed
+
+        found = select_blocks(
+            query_BHSD, key_BKTD, stride, scale, share, select == "mass", first, total - first, masks=True
+        )
+        return found[2].bool() & seen
+    return SELECT[select](block_scores(query_BHSD, key_BKTD, stride, scale), first, total, share) & seen
+
+
+#: By the GPU's name, the keys from which a prompt's attention to a fifth of the blocks is faster than exact attention;
+#: ``flux-attention bench blocks`` measures it. Nothing below was timed yet.
+BLOCK_SPARSE_FROM = {"NVIDIA H200": 2**15}
+
+
+def block_sparse_from(query_BHSD: torch.Tensor) -> int:
+    """
+    Return the keys from which ``block_sparse`` is faster than ``full``, on the GPU that holds these queries.
+
+    Cards that nobody measured have the H200's; where there are no kernels for these states it is never faster. On a CPU
+    it is not either, but there it is what defines the result: 0.
+    """
+    if query_BHSD.device.type == "cpu":
+        return 0
+    if not _triton_prefill(query_BHSD):
+        return UNBOUNDED
+    return BLOCK_SPARSE_FROM.get(device_name(query_BHSD.device), BLOCK_SPARSE_FROM["NVIDIA H200"])
 
 
 def packed(

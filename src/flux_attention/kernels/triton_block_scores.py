@@ -5,11 +5,17 @@ the other; each program keeps one number of a tile of queries and a block of key
 second kernel makes shares of these and selects: by the maximum at once, by mass by bisection instead of a sort. It
 leaves lists of blocks, on the device, so that nothing waits.
 
+Sequences are a batch of one length, or lie as vLLM's do: new tokens behind one another, and keys in pages. Of these
+the host knows neither lengths nor routes, so ``_sequence`` finds on the device what a program is for.
+
 Shape suffixes: B batch, S query length, T key length, H query heads, K KV heads, G = H / K, D head dim, M query blocks,
-N key blocks, R query tiles.
+N key blocks, R query tiles. Of sequences in pages: T tokens of all, N pages in all, P tokens of a page, L pages of a
+sequence at most.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,33 +29,78 @@ from flux_attention.kernels.triton_attention import LOG2E
 STEPS = tl.constexpr(26)
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "tiles", "blocks"])
+@triton.jit
+def _sequence(
+    unit, starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, least, table_b,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """
+    Find the sequence of a program that computes ``UNIT`` tokens of queries, of those that lie behind one another.
+
+    Sequence r has the units from starts[r] // UNIT + 2 r on: as many as it may need, however its tokens lie in blocks.
+    Returns which it is, where its new tokens start, how many tokens are before these, how many there are in all (0 if
+    there is nothing to compute), and which of its units the program is.
+    """
+    low, high = unit * 0, rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(starts_ptr + middle) // UNIT + 2 * middle <= unit:
+            low = middle
+        else:
+            high = middle
+    start, length = tl.load(starts_ptr + low), tl.load(lengths_ptr + low)
+    queries = tl.load(starts_ptr + low + 1) - start
+    offset = length - queries
+    full = tl.load(routes_ptr + tl.load(table_ptr + low.to(tl.int64) * table_b).to(tl.int64)) != 0
+    unit -= start // UNIT + 2 * low
+    there = full & (queries > 1) & (length >= least) & (offset // BLOCK * BLOCK + unit * UNIT < length)
+    return low, start, offset, tl.where(there, length, 0), unit
+
+
+@triton.jit(do_not_specialize=["offset", "T", "first", "tiles", "blocks", "rows", "least"])
 def _tile_scores(
-    query_ptr, key_ptr, lse_ptr, query_b, query_h, query_s, key_b, key_h, key_t,
-    offset, T, first, tiles, blocks, scale_log2,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr,
+    query_ptr, key_ptr, lse_ptr, starts_ptr, lengths_ptr, routes_ptr, table_ptr,
+    query_b, query_h, query_s, key_b, key_h, key_t, table_b,
+    offset, T, first, tiles, blocks, rows, least, scale_log2,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Compute, of M tiles of queries, the log-sum-exps (base 2) over the tiles of each of N / PER blocks of keys."""
-    i = tl.program_id(0) * M + tl.arange(0, M)
-    j = tl.program_id(1) * N + tl.arange(0, N)
+    group, j = tl.program_id(0), tl.program_id(1) * N + tl.arange(0, N)
     batch, head = (tl.program_id(2) // H).to(tl.int64), (tl.program_id(2) % H).to(tl.int64)
+    place = tl.program_id(2).to(tl.int64) * tiles  # of the sequence's first tile
+    if starts_ptr is not None:
+        row, start, offset, T, group = _sequence(
+            group, starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, least, table_b, PER * STRIDE, M * STRIDE
+        )
+        first = offset // (PER * STRIDE) * PER
+        place += (start // (PER * STRIDE) + 2 * row) * PER
+        tiles = tl.cdiv(T, PER * STRIDE) * PER - first
+        query_ptr += start.to(tl.int64) * query_s
+        table_ptr += row.to(tl.int64) * table_b
+    i = group * M + tl.arange(0, M)
     # What lies behind the queries is never asked for.
-    if tl.program_id(1) * N < first + (tl.program_id(0) + 1) * M:
+    if (tl.program_id(1) * N < first + (group + 1) * M) & (tl.program_id(1) * N * STRIDE < T):
         query_ptr += batch * query_b + head * query_h
-        key_ptr += batch * key_b + head // G * key_h
+        key_ptr += head // G * key_h
+        # Where the tiles of keys begin; one lies in one page.
+        if table_ptr is not None:
+            page = tl.load(table_ptr + j * STRIDE // P, mask=j * STRIDE < T, other=0).to(tl.int64)
+            begin = page * key_b + j * STRIDE % P * key_t
+        else:
+            begin = batch * key_b + j.to(tl.int64) * STRIDE * key_t
         scores = tl.zeros([M, N], tl.float32)
         for step in tl.range(0, STRIDE * (D // C)):
             token, dims = step // (D // C), step % (D // C) * C + tl.arange(0, C)
             queries = (first + i) * STRIDE + STRIDE - 1 - token  # in reverse order
-            keys = j * STRIDE + token
             query = tl.load(
                 query_ptr + (queries - offset).to(tl.int64)[:, None] * query_s + dims[None, :],
                 mask=((queries >= offset) & (queries < T))[:, None], other=0.0,
             )  # fmt: skip
             key = tl.load(
-                key_ptr + keys.to(tl.int64)[:, None] * key_t + dims[None, :], mask=(keys < T)[:, None], other=0.0
-            )
+                key_ptr + (begin + token * key_t)[:, None] + dims[None, :],
+                mask=(j * STRIDE + token < T)[:, None], other=0.0,
+            )  # fmt: skip
             scores = tl.dot(query, key.T, scores)
         seen = (j[None, :] <= first + i[:, None]) & (j * STRIDE < T)[None, :]
         scores = tl.where(seen, scores * scale_log2, float("-inf")).reshape([M, N // PER, PER])
@@ -57,18 +108,28 @@ def _tile_scores(
         top = tl.where(top == float("-inf"), 0.0, top)
         lse = top + tl.log2(tl.sum(tl.exp2(scores - top[:, :, None]), 2))
         block = tl.program_id(1) * (N // PER) + tl.arange(0, N // PER)
-        place = tl.program_id(2).to(tl.int64) * tiles + i
         there = (i < tiles)[:, None] & (block < blocks)[None, :]
-        tl.store(lse_ptr + place[:, None] * blocks + block[None, :], lse, mask=there)
+        tl.store(lse_ptr + (place + i)[:, None] * blocks + block[None, :], lse, mask=there)
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "blocks"])
+@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "least"])
 def _select(
-    lse_ptr, share_ptr, list_ptr, count_ptr, chosen_ptr, score_ptr, offset, T, first, blocks, share_h,
+    lse_ptr, share_ptr, list_ptr, count_ptr, chosen_ptr, score_ptr, starts_ptr, lengths_ptr, routes_ptr, table_ptr,
+    table_b, offset, T, first, blocks, rows, least, share_h,
     H: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, MASS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """List the blocks of keys that a block of queries of a head sees, in order: its own is the last."""
-    row, place = first + tl.program_id(0), tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    row = first + tl.program_id(0)
+    if starts_ptr is not None:
+        _, _, offset, T, row = _sequence(
+            tl.program_id(0), starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, least, table_b, PER * STRIDE,
+            PER * STRIDE,
+        )  # fmt: skip
+        row += offset // (PER * STRIDE)
+        if T == 0:
+            tl.store(count_ptr + place, 0)
+            return
     n = tl.arange(0, NP)
     seen = n <= row
     score = tl.zeros([NP], tl.float32)
@@ -96,7 +157,7 @@ def _select(
         low = tl.where(held < wanted, low, float("inf"))
         chosen = forced | (others > tl.where(share < 1.0, low, -1.0))
     else:
-        always = (n < FIRST_BLOCKS) | (n > row - LAST_BLOCKS) | (row >= blocks - ALL_ROWS)
+        always = (n < FIRST_BLOCKS) | (n > row - LAST_BLOCKS) | (row >= tl.cdiv(T, PER * STRIDE) - ALL_ROWS)
         chosen = (score >= share * tl.max(score, 0)) | always
     chosen &= seen
     if chosen_ptr is not None:
@@ -107,6 +168,41 @@ def _select(
 
 
 FIRST_BLOCKS, LAST_BLOCKS, ALL_ROWS = tl.constexpr(FIRST), tl.constexpr(LAST), tl.constexpr(LAST_ROWS)
+
+
+@dataclass
+class Paged:
+    """
+    Says where the sequences of a step lie: new tokens behind one another, as (1, H, T, D), and keys in pages.
+
+    Only sequences of several new tokens that are full and long enough are computed.
+
+    Attributes
+    ----------
+    table_BL : torch.Tensor
+        int32, each sequence's pages in order.
+    starts : torch.Tensor
+        int32 (B + 1), where each one's new tokens start.
+    lengths_B : torch.Tensor
+        int32, its tokens, the new ones included.
+    routes_N : torch.Tensor
+        uint8, at a sequence's first page whether it is full (1) or sparse (0).
+    longest : int
+        Tokens of the longest sequence, at least.
+    least : int
+        Tokens that a sequence has to have.
+    """
+
+    table_BL: torch.Tensor
+    starts: torch.Tensor
+    lengths_B: torch.Tensor
+    routes_N: torch.Tensor
+    longest: int
+    least: int = 0
+
+    def units(self, tokens: int, unit: int) -> int:
+        """Count the pieces of ``unit`` tokens that so many new tokens may need, as ``_sequence`` counts them."""
+        return tokens // unit + 2 * len(self.lengths_B)
 
 
 def score_tile(dim: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -124,6 +220,7 @@ def select_blocks(
     first: int,
     count: int,
     *,
+    paged: Paged | None = None,
     masks: bool = False,
     scores: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -133,9 +230,10 @@ def select_blocks(
     Parameters
     ----------
     query_BHSD, key_BKTD : torch.Tensor
-        bf16 or fp16, rows in one piece; the last S of T positions.
+        bf16 or fp16, rows in one piece; the last S of T positions. If ``paged``, new tokens and pages: (1, H, T, D) and
+        (N, K, P, D).
     stride : int
-        Divides ``BLOCK``.
+        Divides ``BLOCK``, and the pages' tokens.
     scale : float
         Of exact attention.
     share : torch.Tensor
@@ -143,7 +241,8 @@ def select_blocks(
     mass : bool
         Select by mass; else by the maximum.
     first, count : int
-        Blocks of queries, counted from the first block of keys.
+        Blocks of queries, counted from the first block of keys; if ``paged``, 0 and ``units``.
+    paged : Paged, optional
     masks, scores : bool
         Whether to return these, too.
 
@@ -152,12 +251,12 @@ def select_blocks(
     lists : torch.Tensor
         int32 (B, H, M, N): the numbers of the blocks that are selected, in order; the queries' own is the last.
     counts : torch.Tensor
-        int32 (B, H, M), how many they are; what stands behind them is not defined.
+        int32 (B, H, M), how many they are: 0 where nothing is computed. What stands behind them is not defined.
     chosen, score : torch.Tensor or None
         uint8 and float32 (B, H, M, N), where they were asked for; undefined behind the queries' own block.
     """
     batch, heads, length, dim = query_BHSD.shape
-    keys, per_block = key_BKTD.shape[2], BLOCK // stride
+    keys, per_block = paged.longest if paged else key_BKTD.shape[2], BLOCK // stride
     total, tiles = triton.cdiv(keys, BLOCK), count * per_block
     sizes, options = score_tile(dim)
     new, shape = query_BHSD.new_empty, (batch, heads, count, total)
@@ -165,17 +264,26 @@ def select_blocks(
     lists, counts = new(shape, dtype=torch.int32), new(shape[:3], dtype=torch.int32)
     chosen = new(shape, dtype=torch.uint8) if masks else None
     score = new(shape, dtype=torch.float32) if scores else None
-    columns = triton.cdiv((first + count) * per_block, sizes["N"])  # to the last query's own
+    rows = paged.units(length, sizes["M"] * stride) if paged else triton.cdiv(tiles, sizes["M"])
+    seen = total if paged else first + count  # to the last query's own
+    where, table_b, several, least = places(paged)
     constants = dict(H=heads, STRIDE=stride, PER=per_block)
     with on_device(query_BHSD):
-        _tile_scores[(triton.cdiv(tiles, sizes["M"]), columns, batch * heads)](
-            query_BHSD, key_BKTD, lse, *query_BHSD.stride()[:3], *key_BKTD.stride()[:3],
-            keys - length, keys, first * per_block, tiles, total, scale / stride * LOG2E.value,
-            G=heads // key_BKTD.shape[1], D=dim, **constants, **sizes, **options,
+        _tile_scores[(rows, triton.cdiv(seen * per_block, sizes["N"]), batch * heads)](
+            query_BHSD, key_BKTD, lse, *where, *query_BHSD.stride()[:3], *key_BKTD.stride()[:3], table_b,
+            keys - length, keys, first * per_block, tiles, total, several, least, scale / stride * LOG2E.value,
+            G=heads // key_BKTD.shape[1], D=dim, P=key_BKTD.shape[2] if paged else None, **constants, **sizes, **options,
         )  # fmt: skip
         _select[(count, batch * heads)](
-            lse, share, lists, counts, chosen, score, keys - length, keys, first, total,
-            0 if share.numel() == 1 else 1, MASS=mass, NP=triton.next_power_of_2(first + count), **constants,
-            num_warps=8,
+            lse, share, lists, counts, chosen, score, *where, table_b, keys - length, keys, first, total, several,
+            least, 0 if share.numel() == 1 else 1, MASS=mass, NP=triton.next_power_of_2(seen), **constants, num_warps=8,
         )  # fmt: skip
     return lists, counts, chosen, score
+
+
+def places(paged: Paged | None) -> tuple:
+    """Return what kernels take to find sequences: tensors, the table's stride, how many there are and the shortest."""
+    if paged is None:
+        return (None,) * 4, 0, 0, 0
+    where = paged.starts, paged.lengths_B, paged.routes_N, paged.table_BL
+    return where, paged.table_BL.stride(0), len(paged.lengths_B), paged.least

@@ -9,7 +9,7 @@ import torch
 
 from flux_attention import kernels
 from flux_attention.errors import FluxConfigError, UnsupportedModelError
-from flux_attention.patterns.base import Pattern
+from flux_attention.patterns.base import MAX_TOKENS, Pattern
 from flux_attention.patterns.full import Full
 from flux_attention.patterns.streaming import Streaming, rows_by_length
 
@@ -22,6 +22,10 @@ class BlockSparse(Pattern):
     """
     Lets each block of a prompt's queries see the blocks of keys that are selected for it; later tokens see all.
 
+    A prompt that is too short for that to be faster sees all, too. What counts is the sequence's own length in the call
+    that begins it: the host knows it, and no other sequence of a batch changes it. So a loop of one's own that reads a
+    prompt in several calls selects in the first one, by that one's length, and nowhere else.
+
     Attributes
     ----------
     threshold : float or tuple of float, optional
@@ -33,6 +37,9 @@ class BlockSparse(Pattern):
         Of the scores, a divisor of 128: their cost is 1 / (2 · stride) of exact attention's.
     correct : bool
         Whether blocks that are not selected count by their means.
+    from_tokens : int, optional
+        Shorter prompts attend exactly; default: as was measured on this kind of GPU, on a CPU any length selects. See
+        ``kernels.block_sparse_from``. 0 selects everywhere.
     """
 
     name: ClassVar[str] = "block_sparse"
@@ -42,6 +49,7 @@ class BlockSparse(Pattern):
     select: str = "maximum"
     stride: int = 16
     correct: bool = False
+    from_tokens: int | None = None
 
     def __post_init__(self):
         if self.select not in kernels.SELECT:
@@ -60,6 +68,9 @@ class BlockSparse(Pattern):
             raise FluxConfigError(f"stride is {self.stride!r}, expected 4, 8, 16, 32 or 64")
         if not isinstance(self.correct, bool):
             raise FluxConfigError(f"correct is {self.correct!r}, expected true or false")
+        given = 0 if self.from_tokens is None else self.from_tokens
+        if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= MAX_TOKENS:
+            raise FluxConfigError(f"from_tokens is {given!r}, expected a number of tokens, 0 to {MAX_TOKENS}, or none")
 
     def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
         """
@@ -86,27 +97,51 @@ class BlockSparse(Pattern):
             raise UnsupportedModelError(
                 f"gradients do not flow through {self.name}, which selects: train with the patterns full and streaming"
             )
+        width, keys = query_BHSD.shape[2], key_BKTD.shape[2]
+        # Only whole prompts may be of unlike lengths, or followed by other tokens.
+        lengths = prompt_lengths if prompt_lengths and width == keys else [width]
+        if min(lengths) >= width:
+            return self.attend(*states, scale)
+        output = torch.empty_like(query_BHSD)
+        for length, rows in rows_by_length(output, [min(length, width) for length in lengths]):
+            query, key, value = (part[rows] for part in states)
+            seen = keys - width + length
+            output[rows, :, :length] = self.attend(query[:, :, :length], key[:, :, :seen], value[:, :, :seen], scale)
+            if length < width:
+                output[rows, :, length:] = self.later.prefill(query[:, :, length:], key, value, scale)
+        return output
+
+    def attend(self, query_BHSD, key_BKTD, value_BKTD, scale) -> torch.Tensor:
+        """
+        Compute attention of prompts of one length, by selection or exactly.
+
+        Raises
+        ------
+        UnsupportedModelError
+            For as many thresholds as the layer has no heads.
+        """
         heads = query_BHSD.shape[1]
         threshold = torch.tensor(self.threshold, dtype=torch.float32)
         if threshold.numel() not in (1, heads):
             raise UnsupportedModelError(
                 f"there are {threshold.numel()} thresholds, expected 1 or {heads}, one each head"
             )
-        threshold = kernels.to_device(threshold, query_BHSD.device)
-        width, keys = query_BHSD.shape[2], key_BKTD.shape[2]
-        # Only whole prompts may be of unlike lengths, or followed by other tokens.
-        lengths = prompt_lengths if prompt_lengths and width == keys else [width] * len(query_BHSD)
-        output = torch.empty_like(query_BHSD)
-        for length, rows in rows_by_length(output, [min(length, width) for length in lengths]):
-            query, key, value = (part[rows] for part in states)
-            seen = keys - width + length
-            output[rows, :, :length] = kernels.block_sparse(
-                query[:, :, :length], key[:, :, :seen], value[:, :, :seen], scale,
-                self.select, threshold, self.stride, self.correct,
-            )  # fmt: skip
-            if length < width:
-                output[rows, :, length:] = self.later.prefill(query[:, :, length:], key, value, scale)
-        return output
+        if key_BKTD.shape[2] < self.least(query_BHSD):
+            return kernels.full(query_BHSD, key_BKTD, value_BKTD, scale)
+        return kernels.block_sparse(
+            query_BHSD, key_BKTD, value_BKTD, scale, self.select, threshold, self.stride, self.correct
+        )
+
+    def least(self, query_BHSD) -> int:
+        """Return the tokens from which prompts select, on the device of these queries."""
+        return kernels.block_sparse_from(query_BHSD) if self.from_tokens is None else self.from_tokens
+
+    def density(self, query_BHSD, key_BKTD, scale) -> float:
+        """Return what share of the causal blocks is selected, at any length: mean over sequences and heads."""
+        share = torch.tensor(self.threshold, dtype=torch.float32)
+        blocks = kernels.selected_blocks(query_BHSD, key_BKTD, scale, self.select, share, self.stride)
+        rows, columns = blocks.shape[2:]
+        return blocks.sum((2, 3)).float().mean().item() / (rows * (2 * columns - rows + 1) / 2)
 
     def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
         """See ``Pattern.spans``: there are none."""

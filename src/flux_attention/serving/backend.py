@@ -1,6 +1,7 @@
 """Puts routed attention over vLLM's own: its backends, metadata builders and implementations, subclassed.
 
-Full rows of steps with prompts are vLLM's own attention's. Sparse rows, and on GPUs all rows of decode steps, are ours.
+Full rows of steps with prompts are vLLM's own attention's, unless full layers are block-sparse. Sparse rows, and on GPUs
+all rows of decode steps, are ours.
 
 Shape suffixes: T tokens of all rows, B rows (sequences), N pages, P tokens of a page, K KV heads, D head dim.
 """
@@ -17,6 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from flux_attention import kernels
 from flux_attention.kernels import DTYPES, HEAD_DIMS
+from flux_attention.patterns import BlockSparse
 from flux_attention.serving.routes import Ends, InPrefill, Unrotation
 
 
@@ -35,6 +37,8 @@ class RoutedLayer:
         Of its queries.
     routes_N : torch.Tensor
         uint8: at a row's first page whether the row is full (1) or sparse (0) in this layer.
+    blocks : BlockSparse or None
+        Of the prompts of full rows; exact attention if None.
     workspace : PagedWorkspace or None
         On GPUs.
     in_prefill : InPrefill or None
@@ -46,6 +50,7 @@ class RoutedLayer:
     window: int
     unrotate: Unrotation
     routes_N: torch.Tensor
+    blocks: BlockSparse | None = None
     workspace: Any = None
     in_prefill: InPrefill | None = None
 
@@ -127,9 +132,26 @@ class OnGpu(RoutedAttention):
                 query[:rows], *pages, answer[:rows], table[:rows], lengths[:rows], workspace=mine.workspace, **shared
             )
             return
-        is_full = mine.routes_N[table[:, 0].long()] != 0
-        full(replace(metadata, seq_lens=torch.where(is_full, lengths, 0)))  # rows of no keys cost next to nothing
+        seen = torch.where(mine.routes_N[table[:, 0].long()] != 0, lengths, 0)
+        least = mine.blocks.least(query.transpose(0, 1)[None]) if mine.blocks else None
+        if least is not None and metadata.max_seq_len >= least:
+            self._attend_blocks(query, pages, answer, metadata, table, lengths, least)
+            seen = seen.where((lengths < least) | (metadata.query_start_loc.diff() == 1), 0)
+        full(replace(metadata, seq_lens=seen))  # rows of no keys cost next to nothing
         triton_paged.sparse_prefill(query, *pages, answer, table, metadata.query_start_loc, lengths, **shared)
+
+    def _attend_blocks(self, query, pages, answer, metadata, table, lengths, least):
+        """Compute the new tokens of long full rows block-sparse."""
+        from flux_attention.kernels import triton_block_sparse
+
+        mine, blocks = self.routed, self.routed.blocks
+        paged = triton_block_sparse.Paged(
+            table, metadata.query_start_loc, lengths, mine.routes_N, metadata.max_seq_len, least
+        )
+        share = query.new_full((1,), blocks.threshold, dtype=torch.float32)
+        triton_block_sparse.paged_block_sparse(
+            query, *pages, answer, paged, self.scale, blocks.select == "mass", share, blocks.stride
+        )
 
 
 class OnCpu(RoutedAttention):
@@ -151,22 +173,25 @@ class OnCpu(RoutedAttention):
             full(metadata)  # also of sparse rows, for nothing
         for row in range(rows):
             new = slice(starts[row], starts[row + 1])
-            if is_full[row] or new.start == new.stop:
+            count = new.stop - new.start
+            blocks = mine.blocks if is_full[row] and count > 1 else None
+            if count == 0 or (is_full[row] and blocks is None):
                 continue
-            key, value = self._kept(pages, metadata.block_table[row], lengths[row], new.stop - new.start)
-            out = kernels.streaming(
-                query[new].transpose(0, 1)[None], key, value, mine.sink, mine.window, self.scale
-            )  # (1, H, S, D)
+            tokens = torch.arange(lengths[row]) if blocks else self._kept(lengths[row], count)
+            where = metadata.block_table[row, tokens // pages[0].shape[1]].long(), tokens % pages[0].shape[1]
+            key, value = (states[where].transpose(0, 1)[None] for states in pages)  # (1, K, T, D)
+            states = query[new].transpose(0, 1)[None], key, value
+            if blocks:
+                out = blocks.attend(*states, self.scale)
+            else:
+                out = kernels.streaming(*states, mine.sink, mine.window, self.scale)
             output[new] = out[0].transpose(0, 1).reshape(output[new].shape)
 
-    def _kept(self, pages, table: torch.Tensor, length: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather the keys and values that a sparse row's new tokens see: (1, K, T, D), sink first."""
-        size, window = pages[0].shape[1], self.routed.window
-        oldest = max(0, length - queries - window + 1)
+    def _kept(self, length: int, queries: int) -> torch.Tensor:
+        """List what a sparse row's new tokens see, sink first."""
+        oldest = max(0, length - queries - self.routed.window + 1)
         # The sink is whole, or what stands before the first window.
-        tokens = torch.cat([torch.arange(min(self.routed.sink, oldest)), torch.arange(oldest, length)])
-        where = table[tokens // size].long(), tokens % size
-        return tuple(states[where].transpose(0, 1)[None] for states in pages)
+        return torch.cat([torch.arange(min(self.routed.sink, oldest)), torch.arange(oldest, length)])
 
 
 class DecodeGraphs:

@@ -85,12 +85,19 @@ class Settings:
         """Put these settings in place of what an adapter says; raises as ``config``."""
         if config.granularity == "head":
             raise ServingError(f"the routers of {self.routers} decide by head, which saves nothing; expected by layer")
-        for what, settings, known in (("sparse", config.sparse, "streaming"), ("full", config.full, "full")):
-            if settings["pattern"] != known:
+        for what, settings, known in (
+            ("sparse", config.sparse, ("streaming",)), ("full", config.full, ("full", "block_sparse")),
+        ):  # fmt: skip
+            if settings["pattern"] not in known:
                 raise ServingError(
                     f"the {what} layers of {self.routers} compute {settings['pattern']}, which vLLM has no kernel for "
-                    f"here; expected {known}"
+                    f"here; expected {' or '.join(known)}"
                 )
+        if config.full.get("correct") or isinstance(config.full.get("threshold"), list | tuple):
+            raise ServingError(
+                f"the full layers of {self.routers} are block-sparse with a correction or with thresholds by head, "
+                "which vLLM has no kernel for here; expected one threshold and correct: false"
+            )
         if (block := config.sparse.get("block_size", 1)) != 1:
             raise ServingError(
                 f"the sparse layers of {self.routers} round to blocks of {block} tokens, which vLLM has no kernel for "

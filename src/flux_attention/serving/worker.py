@@ -16,6 +16,7 @@ from flux_attention import adapters
 from flux_attention.config import FluxConfig
 from flux_attention.errors import ServingError
 from flux_attention.kernels import to_device
+from flux_attention.patterns import BlockSparse, full_pattern
 from flux_attention.routes import parse_routes
 from flux_attention.serving.backend import RoutedLayer, install
 from flux_attention.serving.model import base_model, mean_over_ranks, rotary_embeddings, routed_attentions
@@ -79,7 +80,7 @@ class RequestRouter:
             next(place for place, some in enumerate(names) if attention.layer_name in some)
             for attention in self.attentions.values()
         ]
-        workspace = self._workspace()
+        workspace, blocks = self._workspace(), self._blocks()
         if self.routers and self.config.decide == "prefill":
             asked, budgets = torch.zeros(2, pages, device=self.device)
             self.in_prefill = InPrefill(
@@ -92,9 +93,21 @@ class RequestRouter:
                 self.config.sparse["window"],
                 Unrotation(self.rotary[layer]),
                 self.routes_LN[place],
+                blocks,
                 workspace,
                 self.in_prefill,
             )
+
+    def _blocks(self) -> BlockSparse | None:
+        full = full_pattern(self.config)
+        if not isinstance(full, BlockSparse):
+            return None
+        if (page := self.vllm_config.cache_config.block_size) % full.stride:
+            raise ServingError(
+                f"block-sparse full layers with a stride of {full.stride} cannot read pages of {page} tokens; expected "
+                "a --block-size that it divides"
+            )
+        return full
 
     def _workspace(self):
         if current_platform.is_cpu():
