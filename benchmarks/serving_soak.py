@@ -7,8 +7,8 @@ nonsense. ``--restart-every N`` kills the server after each N requests and start
 
 It fails if a request is lost, if nonsense is not refused by 4xx, if an answer holds another request's code or differs
 from what the same request got alone, if pages are still in use at the end, if the processes of the server still grow
-(of the last one, if some were killed), and, with ``--serve``, if no request made way for another. What follows ``--`` goes to ``vllm serve``; on a CPU:
-``--dtype float32 -- --enforce-eager``.
+(of the last one, if some were killed), and, with ``--serve``, if no request made way for another. What follows ``--``
+goes to ``vllm serve``; on a CPU: ``--dtype float32 -- --enforce-eager``.
 """
 
 import argparse

@@ -6,7 +6,7 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 import pytest
 import torch
-from helpers.serving import block_sparse_adapter, CHUNK, NEW, ask, make_prompts, metric, transformers_engine
+from helpers.serving import CHUNK, NEW, ask, block_sparse_adapter, make_prompts, metric, transformers_engine
 from vllm import LLM
 from vllm.platforms import current_platform
 

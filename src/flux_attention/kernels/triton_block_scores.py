@@ -272,7 +272,8 @@ def select_blocks(
         _tile_scores[(rows, triton.cdiv(seen * per_block, sizes["N"]), batch * heads)](
             query_BHSD, key_BKTD, lse, *where, *query_BHSD.stride()[:3], *key_BKTD.stride()[:3], table_b,
             keys - length, keys, first * per_block, tiles, total, several, least, scale / stride * LOG2E.value,
-            G=heads // key_BKTD.shape[1], D=dim, P=key_BKTD.shape[2] if paged else None, **constants, **sizes, **options,
+            G=heads // key_BKTD.shape[1], D=dim, P=key_BKTD.shape[2] if paged else None,
+            **constants, **sizes, **options,
         )  # fmt: skip
         _select[(count, batch * heads)](
             lse, share, lists, counts, chosen, score, *where, table_b, keys - length, keys, first, total, several,

@@ -1,7 +1,7 @@
 """Puts routed attention over vLLM's own: its backends, metadata builders and implementations, subclassed.
 
-Full rows of steps with prompts are vLLM's own attention's, unless full layers are block-sparse. Sparse rows, and on GPUs
-all rows of decode steps, are ours.
+Full rows of steps with prompts are vLLM's own attention's, unless full layers are block-sparse. Sparse rows, and on
+GPUs all rows of decode steps, are ours.
 
 Shape suffixes: T tokens of all rows, B rows (sequences), N pages, P tokens of a page, K KV heads, D head dim.
 """
