@@ -21,7 +21,9 @@ from flux_attention.evaluation.quality import row_key
 from flux_attention.results import write_results
 
 #: Settings in which parts may differ; samples have to agree at each length, all else everywhere.
-OWN = ("adapters", "lengths", "samples")
+OWN = ("adapters", "lengths", "samples", "calibration")
+#: Methods whose layers were chosen on samples, as many of each kind as their rows say.
+CHOSEN = ("static", "head-static")
 
 
 def describe(folder, given=None):
@@ -59,6 +61,9 @@ def read(folder, names, about):
         facts |= {fact: about[name][fact] for fact in ("sparse", "full")}
     commit = facts.pop("commit")
     rows = [{"commit": commit, **row, "routers": row["routers"] and known[row["routers"]]} for row in data["rows"]]
+    for row in rows:
+        if row["method"] in CHOSEN:
+            row["calibration"] = settings["calibration"]
     return rows, facts, dict.fromkeys(settings["lengths"], settings["samples"]), (data["meta"]["date"], commit)
 
 
