@@ -50,6 +50,11 @@ class Routes:
     full: Pattern
 
     @property
+    def kind(self) -> str:
+        """What is routed, for people."""
+        return "layers" if isinstance(self.layers[0], int) else "KV heads"
+
+    @property
     def msr(self) -> list[float]:
         """Model sparsity ratio Ω_MSR of each sequence: the share of routed layers that are sparse."""
         return (~self.routes_BL).float().mean(1).tolist()
@@ -129,7 +134,7 @@ class Routes:
 
     def _words(self) -> list[str]:
         return [
-            f"{sum(row)}/{len(row)} layers full  Ω_MSR {msr:.2f}  Ω_ESR {esr:.2f}"
+            f"{sum(row)}/{len(row)} {self.kind} full  Ω_MSR {msr:.2f}  Ω_ESR {esr:.2f}"
             for row, msr, esr in zip(self.routes_BL.tolist(), self.msr, self.esr, strict=True)
         ]
 

@@ -5,7 +5,7 @@ from helpers.models import randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flux_attention import FluxConfig, attach
-from flux_attention.evaluation.methods import METHODS
+from flux_attention.evaluation.methods import METHODS, NATURAL_METHODS
 from flux_attention.evaluation.progress import Tally
 from flux_attention.evaluation.quality import Evaluation
 
@@ -66,7 +66,22 @@ def test_as_many_samples_are_counted_as_are_measured(base, adapters, names, meth
     assert all(row["kv_bytes"] <= row["baseline_kv_bytes"] for row in rows)
 
 
-def test_heads_are_counted_but_have_no_kv_cache(base, adapters, haystack):
+def test_heads_are_judged_by_what_they_generate(base, adapters):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    kinds = ["look_up", "prose"]
+    sizes = dict(lengths=[256], samples=3, calibration=1, batch_size=3)
+    evaluation = Evaluation(model, tokenizer, [str(adapters / "heads")], None, kinds, methods=NATURAL_METHODS, **sizes)
+    rows = list(evaluation.rows())
+    methods = ["dense", "sparse", "head", "head-static"]
+    assert [(row["method"], row["task"]) for row in rows] == [(method, kind) for method in methods for kind in kinds]
+    assert len(rows) == evaluation.kinds * len(kinds) and not any("kv_bytes" in row for row in rows)
+    assert all("accuracy" in row for row in rows if row["task"] == "look_up")
+    chosen = {str(row["fa_rate"]) for row in rows if row["method"] == "head-static"}
+    assert len(chosen) == 1  # one set for every input
+    assert list(evaluation.rows(rows)) == rows
+
+
+def test_heads_are_counted_but_save_no_kv_cache(base, adapters, haystack):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     sizes = dict(lengths=[64], samples=2, calibration=1)
     evaluation = Evaluation(model, tokenizer, [str(adapters / "heads")], haystack, ["plain"], methods=METHODS, **sizes)

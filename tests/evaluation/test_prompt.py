@@ -75,8 +75,8 @@ def test_the_page_needs_nothing_else_and_is_small(shipped, tmp_path, tokens, rou
 
 
 def test_heads_are_refused(shipped, tmp_path, monkeypatch):
-    routing, _, report = read(shipped)
+    routing, cache, report = read(shipped)
     monkeypatch.setattr(routing, "by_head", True)
-    with pytest.raises(ValueError, match="no KV cache to show as a page; expected routers by layer"):
-        write_prompt_page(tmp_path / "page.html", routing, None, report, model="m")
+    with pytest.raises(ValueError, match="heads are routed; expected routers by layer"):
+        write_prompt_page(tmp_path / "page.html", routing, cache, report, model="m")
     assert not list(tmp_path.iterdir())

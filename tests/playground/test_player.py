@@ -148,7 +148,7 @@ def test_budgets_are_each_prompts_own():
 def test_routers_of_heads_are_refused():
     model = tiny_model("qwen3")
     routing = attach(model, FluxConfig(sink=4, window=9, pool_size=6, granularity="head"))
-    with pytest.raises(ValueError, match="cannot generate; the playground shows routers of layers"):
+    with pytest.raises(ValueError, match="save nothing; the playground shows routers of layers"):
         Player(model, AutoTokenizer.from_pretrained(BACKBONE), routing, "tiny")
 
 

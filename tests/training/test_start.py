@@ -43,6 +43,23 @@ def test_routers_start_from_the_ranking(base, records_file, ranked, tmp_path):
     assert margins == {2: 4.5, 0: 0.0, 1: -4.5}
 
 
+def test_heads_start_from_the_ranking_of_their_layers(base, records_file, ranked, tmp_path):
+    heads = dict(routers=dict(granularity="head"))
+    recipe = replace(recipe_of(base, records_file, tmp_path, start=str(ranked)), **heads)
+    routing = load_model(recipe)
+    assert routing.config.granularity == "head" and routing.config.sparse["window"] == 12
+    with torch.no_grad():
+        routing.model(ids(1, 300))
+    logits = routing.routes.logits_BL2[0]
+    assert (logits[:, 1] - logits[:, 0]).tolist() == [0.0, 0.0, -4.5, -4.5, 4.5, 4.5]
+    assert dry_run(recipe)["trained"] == dry_run(replace(recipe, routers={}))["trained"]
+    assert Recipe.from_dict(recipe.resolved).routers == heads["routers"]
+    routing.config = replace(routing.config, granularity="layer")
+    routing.save_pretrained(tmp_path / "layers")
+    with pytest.raises(RecipeError, match="has routers, so it says what `routers` would"):
+        dry_run(replace(recipe, start=str(tmp_path / "layers")))
+
+
 def test_a_run_from_a_ranking_trains_routers_that_read_the_ends(base, records_file, ranked, tmp_path):
     trainer = train(recipe_of(base, records_file, tmp_path / "out", start=str(ranked), decide="ends"), say=print)
     config = FluxConfig.from_json(tmp_path / "out" / "flux_config.json")

@@ -51,7 +51,7 @@ def _mean(rows: list[dict[str, Any]], fact: str) -> float | None:
 
 
 def _kv(rows: list[dict[str, Any]]) -> float | None:
-    if any("kv_bytes" not in row for row in rows):  # of earlier versions, or of heads, which have no KV cache
+    if any("kv_bytes" not in row for row in rows):  # of earlier versions, or of heads, whose cache is dense
         return None
     return sum(row["kv_bytes"] for row in rows) / sum(row["baseline_kv_bytes"] for row in rows)
 

@@ -228,7 +228,7 @@ class TaskEvaluation(AdapterEvaluation):
     tasks : sequence of str
         lm-eval's tasks or groups of tasks, by name.
     methods : sequence of str
-        Of ``quality.DEFAULT_METHODS``; those by head cannot generate.
+        Of ``quality.DEFAULT_METHODS``.
     samples, batch_size : int
         Documents of each task at most; sequences a forward.
     choose : callable, optional

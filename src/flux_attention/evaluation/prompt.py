@@ -155,10 +155,10 @@ def write_prompt_page(
     Raises
     ------
     ValueError
-        For routers by head, which have no KV cache that could be shown.
+        For routers by head, as the page shows what each layer keeps.
     """
-    if cache is None or routing.by_head:
-        raise ValueError("routers by head have no KV cache to show as a page; expected routers by layer")
+    if routing.by_head:
+        raise ValueError("the page shows what each layer keeps, but heads are routed; expected routers by layer")
     routes = routing.routes
     layers = layers_of(routes, cache)
     shown = {

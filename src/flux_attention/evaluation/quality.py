@@ -38,7 +38,6 @@ from flux_attention.hf.handle import Routing
 from flux_attention.hf.support import check_head, max_positions
 from flux_attention.results import begun_rows, write_results
 from flux_attention.routes import unit_name
-from flux_attention.tasks.families import EVERY_FAMILY
 from flux_attention.tasks.generation import score_answers
 from flux_attention.tasks.questions import NATURAL, PROSE, Question
 from flux_attention.tasks.samples import Haystack, Sample
@@ -127,11 +126,6 @@ class Evaluation(AdapterEvaluation):
         progress : Progress
             Told how far it is.
         """
-        if "head" in self.deciding.values() and not set(self.families) <= set(EVERY_FAMILY):
-            raise ValueError(
-                "routers by head have no KV cache, so they cannot generate the answers to questions in words; expected "
-                f"families of {list(EVERY_FAMILY)}"
-            )
         have = {row_key(row): row for row in done}
         samples = sum(self.material.count(family, self.samples) for family in self.families)
         tally = Tally("answering", dict.fromkeys(self.lengths, self.kinds * samples), progress)

@@ -32,7 +32,7 @@ def mean_kv(routing: Routing, full: Sequence[Sequence[bool]], lengths: Sequence[
     """
     Average the bytes that prompts keep in the routed layers' KV cache, and dense ones; by arithmetic.
 
-    The parameters are those of ``mean_esr``. Empty where heads are routed, which have no KV cache.
+    The parameters are those of ``mean_esr``. Empty where heads are routed, whose cache is dense.
     """
     if routing.by_head:
         return {}

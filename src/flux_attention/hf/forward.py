@@ -83,7 +83,7 @@ class ForwardPass:
         # A single sequence goes the way of a batch of one.
         is_pack = self.is_packed and len(lengths) > 1
         self.packed = PackedAttention(lengths, inputs.prompt_lengths, sparse, full) if is_pack else None
-        self.attended: set[Unit] = set()
+        self.attended: set[int] = set()
         self.finished = False
 
     def observe(self, layer: int, output: torch.Tensor, source: torch.Tensor) -> None:
@@ -103,7 +103,7 @@ class ForwardPass:
             If a layer did not take part.
         """
         self.finished = True
-        missing = sorted(set(self.units) - self.attended)
+        missing = sorted(set(self.routed) - self.attended)
         if missing:
             raise UnsupportedModelError(
                 f"layers {missing} did not call the registered attention function, so this model (or this way of "
@@ -120,24 +120,21 @@ class ForwardPass:
 
     def attend(self, layer: int, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
         """See ``ForwardContext.attend``."""
-        return self._attend(layer, query_BHSD, key_BKSD, value_BKSD, scale)
-
-    def _attend(self, unit: Unit, query_BHSD, key_BKSD, value_BKSD, scale: float) -> torch.Tensor:
-        if unit in self.attended and not self.finished:
-            raise UnsupportedModelError(f"layer {unit} calls attention twice in a call, so it cannot be routed")
-        self.attended.add(unit)
+        if layer in self.attended and not self.finished:
+            raise UnsupportedModelError(f"layer {layer} calls attention twice in a call, so it cannot be routed")
+        self.attended.add(layer)
         if value_BKSD.shape[-1] != query_BHSD.shape[-1]:
             raise UnsupportedModelError(
                 f"values have {value_BKSD.shape[-1]} dimensions a head, queries {query_BHSD.shape[-1]}; routed layers "
                 "need the same"
             )
         states = tuple(self.layout.left_align(states) for states in (query_BHSD, key_BKSD, value_BKSD))
-        if unit in self.layers:
-            output = self._through_cache(unit, *states, scale)
+        if layer in self.layers:
+            output = self._through_cache(layer, *states, scale)
             if output.requires_grad and not self.is_prompt:
                 output = _RefuseGradients.apply(output)
         else:
-            output = self._by_route(unit, *states, scale)
+            output = self._by_route(layer, *states, scale)
         return self.layout.restore(output).transpose(1, 2).contiguous()
 
     def _through_cache(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
@@ -156,8 +153,12 @@ class ForwardPass:
         cached.append(key, value, self.layout)  # behind attention, which the device waits for
         return output
 
-    def _by_route(self, unit: Unit, query, key, value, scale: float) -> torch.Tensor:
-        """Attend without a cache: the branch of each sequence's route, in training mixed with the other one."""
+    def _by_route(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """Attend without a cache."""
+        return self._by_unit(layer, query, key, value, scale)
+
+    def _by_unit(self, unit: Unit, query, key, value, scale: float) -> torch.Tensor:
+        """Compute the branch of each sequence's route in a unit, in training mixed with the other one."""
         gate_B = self.decision.gate(unit)
         gate_B = None if gate_B is None else gate_B.to(query.device)
         if self.packed is None:

@@ -129,7 +129,8 @@ class Routing(ReportMixin, AdapterMixin):
         self._shapes = {index: QueryShape.of(decoder.config, attention) for index, attention in attentions.items()}
         self._group = tensor_parallel_group(decoder)
         self._decoder = decoder
-        self._reader = InputReader(decoder, self.layers, self.sparse.later, keep_full_kv)
+        # Where heads are routed the cache is dense.
+        self._reader = InputReader(decoder, self.layers, self.sparse.later, keep_full_kv or self.by_head)
         self._pass_type = HeadForwardPass if self.by_head else ForwardPass
         self._ends = EndsReader(
             decoder,
@@ -352,12 +353,7 @@ class Routing(ReportMixin, AdapterMixin):
             raise ValueError("soft decisions within force: forced routes carry no gradients; leave one of the two")
         if soft and kwargs.get("past_key_values") is not None:
             raise ValueError("soft routing is for training and keeps no KV cache; pass use_cache=False")
-        if self.by_head and kwargs.get("past_key_values") is not None:
-            raise UnsupportedModelError(
-                "routers of granularity 'head' are for comparison: they score and train without a KV cache, and cannot "
-                "generate; attach routers of granularity 'layer'"
-            )
-        keeps_cache = not (self.by_head or soft or (self._decoder.training and self._checkpoints()))
+        keeps_cache = not (soft or (self._decoder.training and self._checkpoints()))
         if self.compile and (kwargs.get("output_hidden_states") or self._decoder.config.output_hidden_states):
             raise UnsupportedModelError("compiled layers give no hidden states: attach without compile=True")
         # Routers wait for the device anyway, as telling padding does.

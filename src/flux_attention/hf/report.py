@@ -78,7 +78,7 @@ class Report:
             share = 100 * self.kv_bytes / self.baseline_kv_bytes
             kept = f"KV {share:.0f} % of dense ({in_bytes(self.kv_bytes)} of {in_bytes(self.baseline_kv_bytes)})"
         said = [
-            f"{mean}{sparse:.3g} of {count} layers sparse (Ω_MSR {fmean(msr):.2f}), {kept}, "
+            f"{mean}{sparse:.3g} of {count} {self.routes.kind} sparse (Ω_MSR {fmean(msr):.2f}), {kept}, "
             f"{100 * (1 - self.esr):.0f} % of the prompt's query-key pairs computed (Ω_ESR {self.esr:.2f})"
         ]
         if self.prefill_s is not None:
@@ -170,7 +170,7 @@ def make_report(
     else:
         # Of a further turn they were decided in an earlier one, maybe in another thread: the cache knows them.
         rows = [layer.routes for layer in cache.layers if isinstance(layer, RoutedLayer)]
-        routes_BL = torch.tensor(rows, device="cpu").T
+        routes_BL = torch.tensor(rows, device="cpu").transpose(0, 1).flatten(1)  # of heads, a layer's together
         routes = Routes(routes_BL, None, routing.units, tuple(lengths), routing.sparse, routing.full)
         kept = kv_bytes(cache), dense_kv_bytes(cache)
     return Report(routes, new_tokens, *kept, *_pairs(routes, past), prefill_s, token_s)

@@ -72,7 +72,7 @@ class Player:
     Raises
     ------
     ValueError
-        For routers of KV heads, which cannot generate.
+        For routers of KV heads, which save nothing that could be shown.
     UnsupportedModelError
         If the model cannot be routed, which a first short prompt finds out.
     """
@@ -80,8 +80,8 @@ class Player:
     def __init__(self, model, tokenizer, routing: Routing, name: str, adapter: str | None = None):
         if routing.by_head:
             raise ValueError(
-                "these routers decide on KV heads (granularity 'head') and cannot generate; the playground shows "
-                "routers of layers, or a calibrated adapter"
+                "these routers decide on KV heads (granularity 'head') and save nothing; the playground shows routers "
+                "of layers, or a calibrated adapter"
             )
         self.model, self.tokenizer, self.routing, self.name, self.adapter = model, tokenizer, routing, name, adapter
         self.has_chat = has_chat(tokenizer)

@@ -166,7 +166,7 @@ class Recipe:
     start : str, optional
         Adapter whose routers training goes on from, a directory or Hub id (``shipped`` for the one that comes along);
         it says all that ``routers`` would. Multipliers start as ``objective`` says. Of a calibrated adapter, which has
-        no routers, fresh ones start from its ranking of layers.
+        no routers, fresh ones start from its ranking of layers; by head, where ``routers`` has that ``granularity``.
     decide : {"prefill", "ends"}, optional
         When routers read a prompt, see ``FluxConfig``; default: as ``start`` says, else "prefill".
     budget : bool
@@ -219,7 +219,7 @@ class Recipe:
     training: _Keys = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.start is not None and self.routers:
+        if self.start is not None and set(self.routers) - {"granularity"}:
             raise RecipeError(f"routers and start are both there: the adapter {self.start} says what `routers` would")
         if taken := sorted({"decide", "budget", "ranking", "base_model"} & set(self.routers)):
             raise RecipeError(
@@ -294,7 +294,7 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """The recipe as ``to_dict`` gives it, with the defaults within ``routers`` and ``training`` written out."""
         routers = {name: getattr(self.flux_config, name) for name in ROUTER_KEYS}
-        routers = routers if self.start is None else {}
+        routers = routers if self.start is None else self.routers
         return {**self.to_dict(), "routers": routers, "training": self.training_arguments}
 
     @property

@@ -107,6 +107,8 @@ def check_start(start: FluxConfig, recipe: Recipe) -> None:
             f"{recipe.start} rounds to blocks of {block} tokens (block_size), which training does not compute; leave "
             "block_size out of its flux_config.json for exact tokens (flux-attention import --exact)"
         )
+    if start.ranking is None and recipe.routers:
+        raise RecipeError(f"{recipe.start} has routers, so it says what `routers` would: leave granularity out")
     if start.ranking is None and (start.budget is not None) != recipe.budget:
         kind = "without budgets" if start.budget is None else "with budgets"
         raise RecipeError(
@@ -116,9 +118,10 @@ def check_start(start: FluxConfig, recipe: Recipe) -> None:
 
 
 def from_ranking(start: FluxConfig, recipe: Recipe) -> FluxConfig:
-    """Make the configuration of routers that are trained from a ranking of layers: its patterns and sizes."""
+    """Make the configuration of routers, by layer or head, that are trained from a ranking: its patterns and sizes."""
     budget = MEAN_BUDGET if recipe.budget else None
-    return replace(start, ranking=None, budget=budget, decide=recipe.decide or "prefill", base_model=None)
+    fixed: dict[str, Any] = dict(ranking=None, budget=budget, decide=recipe.decide or "prefill", base_model=None)
+    return replace(start, **fixed, **recipe.routers)
 
 
 def check_output(recipe: Recipe, folder: Path, restart: bool = False) -> None:

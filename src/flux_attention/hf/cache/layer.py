@@ -8,6 +8,8 @@ Shape suffixes: B batch, S new tokens, C columns seen, K KV heads, D head dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -32,8 +34,8 @@ class RoutedLayer(CacheLayerMixin):
 
     Attributes
     ----------
-    routes : list of bool or None
-        Of each row; None until the first prefill decides.
+    routes : list or None
+        bool of each row, or of each row a tuple of its KV heads'; None until the first prefill decides.
     lengths : list of int
         Tokens that are kept or were seen of each row, without padding.
     seen : int
@@ -54,7 +56,7 @@ class RoutedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, routes too: the next call is a new prompt."""
-        self.routes: list[bool] | None = None
+        self.routes: list[Any] | None = None
         self.decide_again = False
         self.lengths: list[int] = []
         self.seen = 0
@@ -110,14 +112,14 @@ class RoutedLayer(CacheLayerMixin):
 
     # What attention calls.
 
-    def route(self, routes: list[bool]) -> None:
+    def route(self, routes: list[Any]) -> None:
         """Set the rows' routes, True for full attention; of a new prompt, what each row is to keep follows from it."""
         self.routes, self.decide_again = routes, False
         if self.seen:  # re-routed, for which all rows keep everything
             return
         self.buffers = {}
         for keeps in (True, False):
-            rows = [row for row, route in enumerate(routes) if (route or self.keep_full) == keeps]
+            rows = [row for row, route in enumerate(routes) if (self.keep_full or route) == keeps]
             if rows:
                 self.buffers[keeps] = KVBuffer(rows, self.sink, self.window, is_ring=not keeps)
 

@@ -177,6 +177,8 @@ def unsupported(routing: AttachedModel) -> str | None:
         return "its modules have forward hooks of others, which a graph would leave out"
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
+    if routing.units != routing.layers:
+        return "its heads are routed one by one"
     if len(routing.layers) < base.num_layers:
         return "some layers have no router"
     if model.dtype not in kernels.DTYPES:
