@@ -7,6 +7,7 @@ Run: ``python benchmarks/show_pages.py``. Writes a page beside each result file,
 import show_blocks
 import show_how
 import show_idea
+import show_press
 import show_quality
 import show_real
 import show_serving
@@ -74,7 +75,7 @@ def pages():
     found = {f"benchmarks/results/{name}.md": text for name, text in {**own, "README": index(own)}.items()}
     marked = {
         "README.md": {"key figures": key_figures()},
-        "docs/comparison.md": {"heads": show_quality.heads()},
+        "docs/comparison.md": {"heads": show_quality.heads(), "presses": show_press.press_tables()},
         "docs/guide.md": {"ends": show_speed.ends_table()},
         "docs/performance.md": {"at a glance": show_speed.at_a_glance()},
         "docs/block-sparse.md": {
