@@ -1,6 +1,8 @@
 """Ranking layers and judging budgets: against the stock model under masks, interrupted runs, and rows made by hand."""
 
 import json
+from dataclasses import replace
+from itertools import product
 from statistics import fmean
 
 import numpy as np
@@ -11,9 +13,18 @@ from helpers.oracles import oracle_logits
 
 from flux_attention import CalibrationError, FluxConfig, attach
 from flux_attention.calibration import calibrator
-from flux_attention.calibration.calibrator import Calibrator, answered, choose_budget, eliminate
+from flux_attention.calibration.calibrator import (
+    Calibrator,
+    answered,
+    choose_budget,
+    choose_threshold,
+    dense_of,
+    eliminate,
+    threshold_rows,
+)
 from flux_attention.calibration.samples import CalibrationSet
-from flux_attention.patterns import full_pattern, sparse_pattern
+from flux_attention.calibration.thresholds import by_threshold
+from flux_attention.patterns import BlockSparse, full_pattern, sparse_pattern
 from flux_attention.tasks import generation
 from flux_attention.tasks.questions import Question
 from flux_attention.tasks.samples import Sample
@@ -203,6 +214,84 @@ def test_figures_of_other_weights_are_not_mixed(tmp_path):
     other.model.layers[3].self_attn.v_proj.weight.data.mul_(-1)
     with pytest.raises(ValueError, match=r"holds results of other settings \(weights\)"):
         calibrator_of(other, folder=tmp_path)
+
+
+BLOCKS = {"pattern": "block_sparse", "select": "mass", "from_tokens": 0}
+
+
+def long_samples():
+    """Of more than two blocks, so that some can be left out."""
+    judged = {}
+    for seed, family in enumerate(("first", "second")):
+        made = sample(seed, family, length=420)
+        judged[family] = [Sample(made.input_ids, [(400, 420)], family)]
+    return CalibrationSet([], judged, dict(length=420))
+
+
+def test_thresholds_are_judged_where_full_layers_are_block_sparse(monkeypatch, tmp_path):
+    monkeypatch.setitem(calibrator.TRIED, "mass", (0.01, 0.6, 1.0))
+    routed, full, told = calibrator_of(model(), long_samples(), folder=tmp_path), [1, 3, 4], []
+    routed.progress = lambda *told_of: told.append(told_of)
+    exact = routed.routing.full
+    # On a GPU a prompt so short would attend exactly.
+    pattern = BlockSparse(select="mass", from_tokens=10**6)
+    rows = routed.judge_thresholds(full, pattern, [])
+    assert routed.routing.full is exact and told[-1] == ("judging thresholds", 6, 6)
+    assert [(row["threshold"], row["task"]) for row in rows] == list(product((0.01, 0.6, 1.0), ("first", "second")))
+    for row in rows:
+        routing = attach(model(), replace(CONFIG, full={**BLOCKS, "threshold": row["threshold"]}))
+        expected = calibrator.evaluate(routing.model, routed.samples.judged[row["task"]], routing, 1, full).nats
+        assert row["nats"] == pytest.approx(expected[0], abs=1e-5) and row["full_layers"] == full
+    least, more, most = ([row for row in rows if row["threshold"] == value] for value in (0.01, 0.6, 1.0))
+    # Of ten causal blocks the diagonal and the first ones are in always.
+    assert all(row["density"] == 0.7 for row in least) and all(row["density"] == 1.0 for row in most)
+    assert all(0.7 <= row["density"] <= 1 for row in more)
+    for row in most:
+        judged = routed.samples.judged[row["task"]]
+        assert row["nats"] == pytest.approx(expected_loss(model(), judged[0], set(full)), abs=2e-4)
+    assert least[0]["nats"] != most[0]["nats"]
+
+    monkeypatch.setattr(calibrator, "evaluate", None)  # all is there
+    again = calibrator_of(model(), long_samples(), folder=tmp_path)
+    assert again.judge_thresholds(full, pattern, []) == rows == threshold_rows(tmp_path, full, pattern)
+    assert threshold_rows(tmp_path, full, BlockSparse()) == threshold_rows(tmp_path, [1, 3], pattern) == []
+
+
+def test_answers_are_generated_with_what_is_judged(monkeypatch):
+    asked = []
+
+    def generate(model, tokenizer, samples, *arguments, **options):
+        asked.append((samples[0].family, options["routing"].full.threshold, options["routes"]))
+        return type("Answers", (), dict(full=[], texts=["x"]))
+
+    monkeypatch.setattr(generation, "generate_answers", generate)
+    monkeypatch.setitem(calibrator.TRIED, "maximum", (0.2, 0.1))
+    judged = {name: [sample(20, name, "match")] for name in ("first", "second")}
+    rows = calibrator_of(model(), CalibrationSet([], judged, {})).judge_thresholds([2, 0], BlockSparse(), ["first"])
+    assert asked == [("first", 0.2, [0, 2]), ("first", 0.1, [0, 2])]
+    assert [row["accuracy"] for row in rows] == [1.0, None] * 2
+
+
+@pytest.mark.parametrize(
+    "table, threshold",
+    [
+        ({0.2: {"a": (1.1, 1.0)}, 0.1: {"a": (1.04, 0.99)}, 0.05: {"a": (1.0, 1.0)}}, 0.1),
+        ({0.2: {"a": (1.0, 0.9)}, 0.1: {"a": (1.0, 1.0)}}, 0.1),  # answers are lost
+        ({0.2: {"a": (1.0, 1.0)}, 0.1: {"a": (1.2, 1.0)}}, 0.2),
+        ({0.2: {"a": (1.2, 1.0)}, 0.1: {"a": (float("nan"), 1.0)}}, None),
+    ],
+)
+def test_the_threshold_that_selects_fewest_blocks_and_loses_nothing_is_chosen(table, threshold):
+    dense = rows_of({0: {"a": (1.0, 1.0), "b": (1.0, 0.1)}})
+    table = {value: {**families, "b": (9.0, None)} for value, families in table.items()}  # b: dense does not answer it
+    rows = [dict(row, threshold=row["sparsity"], density=row["sparsity"]) for row in rows_of(table)]
+    found = dense_of([*({**row, "sparsity": 0.5, "nats": 7.0} for row in dense), *dense], answered(dense))
+    assert found == {"a": dense[0]}
+    assert choose_threshold(rows, found, answered(dense), tolerance=0.05, max_lost=0.02) == threshold
+    points = by_threshold(rows, found)
+    assert [point["threshold"] for point in points] == list(table)
+    nats, right = table[0.2]["a"]
+    assert points[0] == dict(threshold=0.2, density=0.2, rise=nats - 1.0, accuracy=right)
 
 
 def rows_of(table):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from flux_attention import AdapterError, CalibrationError, FluxConfig, attach, c
 from flux_attention.calibration import calibrator, run
 from flux_attention.calibration.calibrator import Calibrator
 from flux_attention.calibration.samples import generated_samples, given_samples, text_samples
+from flux_attention.patterns import BlockSparse
 from flux_attention.tasks.questions import Question
 
 SIZES = dict(sink=8, window=24)
@@ -52,6 +54,47 @@ def test_the_command_writes_an_adapter_and_says_what_it_found(calibrated, base, 
     found = json.loads(again.stdout)
     assert tuple(found["ranking"]) == config.ranking and found["budget"] == config.budget
     assert {point["sparsity"] for point in found["budgets"]} >= {0.0, 1.0}
+
+
+def test_a_threshold_is_chosen_for_block_sparse_full_layers(calibrated, base, text, tmp_path, monkeypatch):
+    """After a calibration without it, whose figures are there."""
+    before, _, options = calibrated
+    folder, judge = tmp_path / "adapter", Calibrator._judged
+    shutil.copytree(before, folder)
+
+    def judged(self, family, full, layers, asks, watched=None):
+        assert watched or self._find(phase="judge", task=family, full_layers=full), "measured again"
+        row = judge(self, family, full, layers, asks, watched)
+        # A tiny model's prompts have one block: let few blocks cost something.
+        return row if watched is None else {**row, "nats": row["nats"] + 10 * (watched.threshold > 0.05)}
+
+    monkeypatch.setattr(Calibrator, "_judged", judged)
+    command = ["calibrate", base, "--output", folder, "--text", text, *options, "--full", "block_sparse"]
+    result = flux(*command)
+    assert result.returncode == 0, result.stderr
+    config, exact = (FluxConfig.from_json(each / "flux_config.json") for each in (folder, before))
+    assert config == replace(exact, full={"pattern": "block_sparse", "threshold": 0.05})
+    assert "full layers are block-sparse, threshold 0.05: 100% of the blocks at 256 tokens" in result.stdout
+    assert "| full attention, in the prompt | block_sparse, threshold 0.05 |" in (folder / "README.md").read_text()
+    found = json.loads(flux(*command, "--json").stdout)
+    assert [point["threshold"] for point in found["thresholds"]] == [0.2, 0.1, 0.05, 0.03, 0.02, 0.01]
+    assert found["full"] == config.full
+    routing = attach(AutoModelForCausalLM.from_pretrained(base), folder)
+    assert routing.full == BlockSparse(0.05)
+    refused = flux(*command[:-1], "blocks")
+    assert refused.returncode == 1 and "pattern is 'blocks', expected one of ['full', 'block_sparse']" in refused.stderr
+
+
+def test_full_layers_stay_exact_where_every_threshold_loses(base, tokenizer, text, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    options = dict(texts=[text.read_text()], length=256, samples=1, judged=1, rounds=1)
+    blocks = FluxConfig(**SIZES, full={"pattern": "block_sparse", "select": "mass", "stride": 8})
+    chosen = calibrate(model, tokenizer, config=blocks, **options, tolerance=9)
+    assert chosen.full == {"pattern": "block_sparse", "select": "mass", "stride": 8, "threshold": 0.8}
+    monkeypatch.setattr(run, "choose_threshold", lambda *arguments: None)
+    assert calibrate(model, tokenizer, config=blocks, **options).full == {"pattern": "full"}
+    given = replace(blocks, full={"pattern": "block_sparse", "threshold": 0.5})
+    assert calibrate(model, tokenizer, config=given, **options).full == given.full
 
 
 def test_the_adapter_runs_the_same_layers_for_every_input(calibrated, base):

@@ -17,8 +17,10 @@ from statistics import fmean
 from typing import Any
 
 from flux_attention.calibration.samples import CalibrationSet
+from flux_attention.calibration.thresholds import TRIED, Watched
 from flux_attention.errors import CalibrationError
 from flux_attention.hf.handle import Routing
+from flux_attention.patterns import BlockSparse
 from flux_attention.results import begun_rows, write_results
 from flux_attention.tasks.generation import generate_answers, score_answers, with_answers
 from flux_attention.tasks.samples import Sample
@@ -216,13 +218,45 @@ class Calibrator:
         self.progress("judging budgets", total, total)
         return rows
 
-    def _judged(self, family: str, full: list[int], layers: int, asks: bool) -> dict[str, Any]:
-        facts = dict(phase="judge", task=family, full_layers=full)
+    def judge_thresholds(self, full: Sequence[int], pattern: BlockSparse, asked: Sequence[str]) -> list[dict[str, Any]]:
+        """
+        Measure, at each threshold of ``TRIED``, held-out loss and generated answers where full layers are block-sparse.
+
+        Parameters
+        ----------
+        full : sequence of int
+            The full layers.
+        pattern : BlockSparse
+            What they compute, but for the threshold.
+        asked : sequence of str
+            The families that answers are generated of.
+        """
+        rows, exact, thresholds = [], self.routing.full, TRIED[pattern.select]
+        total, layers = len(thresholds) * len(self.samples.judged), len(self.routing.layers)
+        try:
+            for threshold in thresholds:
+                for family in self.samples.judged:
+                    self.progress("judging thresholds", len(rows), total)
+                    # Samples may be shorter than the prompts for which selection is faster.
+                    self.routing.full = watched = Watched(threshold, **rule_of(pattern), from_tokens=0)
+                    rows.append(self._judged(family, sorted(full), layers, family in asked, watched))
+        finally:
+            self.routing.full = exact
+        self.progress("judging thresholds", total, total)
+        return rows
+
+    def _judged(
+        self, family: str, full: list[int], layers: int, asks: bool, watched: Watched | None = None
+    ) -> dict[str, Any]:
+        facts: dict[str, Any] = dict(phase="judge", task=family, full_layers=full)
+        if watched is not None:
+            facts |= dict(phase="threshold", full=watched.name, **rule_of(watched), threshold=watched.threshold)
         row = self._find(**facts)
         if row is not None:
             return row
         model, samples = self.routing.model, self.samples.judged[family]
         nats = evaluate(model, samples, self.routing, self.batch_size, full).nats
+        selected = {} if watched is None else {"density": round(fmean(watched.densities), 4)}
         question, scores = samples[0].question, None
         metric = "perplexity" if question is None else question.metric
         if asks and metric in MIN_DENSE:
@@ -231,11 +265,12 @@ class Calibrator:
             **facts,
             task_class=family if question is None else question.task_class,
             metric=metric,
-            method="dense" if len(full) == layers else "static-nll",
+            method="dense" if len(full) == layers and watched is None else "static-nll",
             sparsity=1 - len(full) / layers,
             nats=_finite(round(fmean(nats), 6), family),
             accuracy=None if scores is None else round(fmean(scores), 6),
             n=len(samples),
+            **selected,
         )
 
     def judge_dense(self) -> list[dict[str, Any]]:
@@ -301,6 +336,18 @@ def judged_rows(folder: Path, ranking: Sequence[int]) -> list[dict[str, Any]]:
     return [row for row in rows if row["phase"] == "judge" and row["full_layers"] in sets]
 
 
+def threshold_rows(folder: Path, full: Sequence[int], pattern: BlockSparse) -> list[dict[str, Any]]:
+    """Read what ``Calibrator.judge_thresholds`` measured with these arguments into a folder."""
+    facts = dict(phase="threshold", full_layers=sorted(full), **rule_of(pattern))
+    rows = json.loads((folder / ROWS_FILE).read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if all(row.get(key) == value for key, value in facts.items())]
+
+
+def rule_of(pattern: BlockSparse) -> dict[str, Any]:
+    """Return how a pattern selects blocks, but for the threshold."""
+    return {name: getattr(pattern, name) for name in ("select", "stride", "correct")}
+
+
 def choose_budget(
     rows: Sequence[Mapping[str, Any]], answered: Sequence[str], tolerance: float = TOLERANCE, max_lost: float = MAX_LOST
 ) -> float:
@@ -318,10 +365,46 @@ def choose_budget(
     max_lost : float
         By how much the mean accuracy may fall below that of budget 0.
     """
+    kept = _that_lose_nothing(rows, "sparsity", dense_of(rows, answered), answered, tolerance, max_lost)
+    return max(kept)
+
+
+def choose_threshold(
+    rows: Sequence[Mapping[str, Any]],
+    dense: Mapping[str, Mapping[str, Any]],
+    answered: Sequence[str],
+    tolerance: float = TOLERANCE,
+    max_lost: float = MAX_LOST,
+) -> float | None:
+    """
+    Choose the threshold that selects fewest blocks of those at which nothing is lost; None where all lose.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        As ``Calibrator.judge_thresholds`` gives them.
+    dense : dict of str to dict
+        See ``dense_of``.
+    answered, tolerance, max_lost
+        As in ``choose_budget``; what is lost by sparse layers counts, too.
+    """
+    return next(iter(_that_lose_nothing(rows, "threshold", dense, answered, tolerance, max_lost)), None)
+
+
+def dense_of(rows: Sequence[Mapping[str, Any]], answered: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Return, of each family that counts, the row with all layers full and exact."""
+    return {
+        row["task"]: row
+        for row in rows
+        if row["sparsity"] == 0 and (row["task"] in answered or row["accuracy"] is None)
+    }
+
+
+def _that_lose_nothing(rows, key, dense, answered, tolerance, max_lost) -> list[float]:
+    """List the values of ``key``, in order, at which no loss of ``dense`` rises and the answers stay."""
     at: dict[float, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        at.setdefault(row["sparsity"], {})[row["task"]] = row
-    dense = {task: row for task, row in at[0.0].items() if task in answered or row["accuracy"] is None}
+        at.setdefault(row[key], {})[row["task"]] = row
 
     def loses_nothing(found: dict[str, Mapping[str, Any]]) -> bool:
         if not all(found[task]["nats"] - dense[task]["nats"] <= tolerance for task in dense):
@@ -329,4 +412,4 @@ def choose_budget(
         lost = [dense[task]["accuracy"] - found[task]["accuracy"] for task in answered]
         return not lost or fmean(lost) <= max_lost + 1e-9
 
-    return max(sparsity for sparsity, found in at.items() if loses_nothing(found))
+    return [value for value, found in at.items() if loses_nothing(found)]

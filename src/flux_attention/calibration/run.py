@@ -20,15 +20,19 @@ from flux_attention.calibration.calibrator import (
     Progress,
     answered,
     choose_budget,
+    choose_threshold,
+    dense_of,
 )
 from flux_attention.calibration.card import card
 from flux_attention.calibration.plot import plot
 from flux_attention.calibration.samples import check_length, generated_samples, given_samples, text_samples
+from flux_attention.calibration.thresholds import unset_threshold
 from flux_attention.config import FluxConfig
 from flux_attention.errors import CalibrationError
 from flux_attention.files import check_writable
 from flux_attention.hf.attach import attach
 from flux_attention.hf.support import check_head, max_positions
+from flux_attention.patterns import Full, full_pattern
 from flux_attention.tasks.questions import NATURAL, Question
 from flux_attention.validation import check_known
 
@@ -68,7 +72,8 @@ def calibrate(
         Folder for the adapter (``flux_config.json`` and its card), the figures (``calibration.json``) and their plot;
         a run that was interrupted goes on from what lies there.
     config : FluxConfig, optional
-        The patterns and their sizes; default ``FluxConfig()``.
+        The patterns and their sizes; default ``FluxConfig()``. For full layers that are block-sparse and are given no
+        threshold one is chosen, after the budget; until then they are exact.
     questions : sequence of Question, optional
         The user's own, of which ``samples`` and ``judged`` are not asked; default: generated ones of ``families``.
     texts : sequence of str, optional
@@ -82,7 +87,7 @@ def calibrate(
     judged : int
         Generated questions of each family by which budgets are judged.
     tolerance : float
-        Nats a token by which no family's loss may rise at the default budget.
+        Nats a token by which no family's loss may rise at the default budget, with the threshold that is chosen.
     rounds : int
         Of the ranking: 1 leaves out one layer at a time, all others full; more also see what layers do together, for
         layers × (rounds + 1) / 2 evaluations.
@@ -98,7 +103,8 @@ def calibrate(
     Returns
     -------
     FluxConfig
-        With ``ranking`` and the default ``budget``, for ``attach``.
+        With ``ranking`` and the default ``budget``, for ``attach``; ``full`` is exact where no threshold that was tried
+        keeps loss and answers.
 
     Raises
     ------
@@ -118,22 +124,34 @@ def calibrate(
         made = text_samples(tokenizer, texts, length, samples, judged)
     else:
         made = generated_samples(tokenizer, families or tuple(NATURAL), length, samples, judged, chat)
-    routing = attach(model, config)
+    pattern, full = unset_threshold(config), config.full
+    routing = attach(model, config if pattern is None else replace(config, full=Full().to_dict()))
     try:
         check_head(routing)
         calibrator = Calibrator(routing, tokenizer, made, batch_size, folder, restart, progress)
         calibrator.judge_dense()  # first: it may be all that is needed to refuse
         ranking = calibrator.rank(rounds)
         rows = calibrator.judge(ranking)
+        budget = choose_budget(rows, answered(rows), tolerance)
+        config = replace(routing.config, ranking=ranking, budget=budget)
+        if pattern is not None:
+            asked = answered(rows)
+            judged_rows = calibrator.judge_thresholds(block_sparse_layers(config), pattern, asked)
+            threshold = choose_threshold(judged_rows, dense_of(rows, asked), asked, tolerance)
+            if threshold is not None:
+                config = replace(config, full={**full, "threshold": threshold})
     finally:
         routing.detach()
-    budget = choose_budget(rows, answered(rows), tolerance)
-    config = replace(routing.config, ranking=ranking, budget=budget)
     if folder is not None:
         adapters.save(folder, config, nn.ModuleDict())
         card(config, rows, answered(rows)).save(folder / adapters.CARD_FILE)  # also over that of a former run
         plot(rows, answered(rows), budget, tolerance, folder / PLOT_FILE)
     return config
+
+
+def block_sparse_layers(config: FluxConfig) -> tuple[int, ...]:
+    """Return the layers that thresholds are judged in: the full ones, or all where the default budget leaves none."""
+    return config.full_layers or tuple(sorted(config.ranking or ()))
 
 
 def check_arguments(
@@ -159,6 +177,7 @@ def check_arguments(
         check_known("families", families, NATURAL)
     if config.granularity == "head":
         raise CalibrationError("granularity is 'head', but calibration ranks layers; leave it out")
+    full_pattern(config)
     check_length(config, length, positions)
     if folder is None:
         return

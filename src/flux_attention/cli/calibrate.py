@@ -40,20 +40,51 @@ def _print_points(points: list[dict], key: str, title: str) -> None:
     print_table(["budget", *(f"{budget:.2f}" for budget in budgets)], lines, title)
 
 
-def _tell(config, output: Path, as_json: bool) -> None:
-    """Print what was found, as the output folder has it."""
-    from flux_attention.calibration.calibrator import PLOT_FILE, ROWS_FILE, answered, judged_rows
+def _print_thresholds(config, points: list[dict], length: int) -> None:
+    """Print what each threshold selects and loses, and which one is chosen."""
+    lines = [
+        ["blocks selected", *(f"{point['density']:.1%}" for point in points)],
+        ["loss above dense", *(f"{point['rise']:.3f}" for point in points)],
+    ]
+    if all(point["accuracy"] is not None for point in points):
+        lines.append(["score of answers", *(f"{point['accuracy']:.2f}" for point in points)])
+    thresholds = [f"{point['threshold']:g}" for point in points]
+    print_table(["threshold", *thresholds], lines, "full layers block-sparse, at the default budget")
+    threshold = config.full.get("threshold")
+    if threshold is None:
+        text = "no threshold that was tried keeps loss and answers: full layers stay exact"
+    else:
+        share = next(point["density"] for point in points if point["threshold"] == threshold)
+        text = f"full layers are block-sparse, threshold {threshold:g}: {share:.0%} of the blocks at {length:,} tokens"
+    out.print(text, highlight=False, soft_wrap=True)
+
+
+def _tell(config, output: Path, pattern, as_json: bool) -> None:
+    """Print what was found, as the output folder has it; ``pattern`` is one whose threshold was to be chosen."""
+    from flux_attention.calibration.calibrator import (
+        PLOT_FILE,
+        ROWS_FILE,
+        answered,
+        dense_of,
+        judged_rows,
+        threshold_rows,
+    )
     from flux_attention.calibration.plot import by_class
+    from flux_attention.calibration.run import block_sparse_layers
+    from flux_attention.calibration.thresholds import by_threshold
 
     rows = judged_rows(output, config.ranking)
     told = answered(rows)
     untold = list(dict.fromkeys(row["task"] for row in rows if row["accuracy"] is not None and row["task"] not in told))
-    points = by_class(rows, told)
+    points, thresholds = by_class(rows, told), []
+    if pattern is not None:
+        found = threshold_rows(output, block_sparse_layers(config), pattern)
+        thresholds = by_threshold(found, dense_of(rows, told))
     settings = json.loads((output / ROWS_FILE).read_text(encoding="utf-8"))["meta"]["settings"]
     left_out = settings.get("left_out", 0)
     if as_json:
         facts = {"ranking": config.ranking, "budget": config.budget, "not_answered": untold, "left_out": left_out}
-        print(json.dumps({**facts, "budgets": points}))
+        print(json.dumps({**facts, "full": config.full, "budgets": points, "thresholds": thresholds}))
         return
     _print_points(points, "rise", "loss above dense, nats a token, of the worst family")
     if any(point["accuracy"] is not None for point in points):
@@ -74,6 +105,8 @@ def _tell(config, output: Path, as_json: bool) -> None:
         out.print(f"{text}; longer samples or a larger window may help", highlight=False, soft_wrap=True)
     text = f"default budget {config.budget:.3g}: {full} of {len(config.ranking)} layers full, the rest sparse"
     out.print(text, highlight=False)
+    if thresholds:
+        _print_thresholds(config, thresholds, settings["length"])
     out.print(f"the adapter is {output}; look at {output / PLOT_FILE}", highlight=False, soft_wrap=True)
 
 
@@ -99,6 +132,9 @@ def calibrate(
     chat: Chat = None,
     sink: Annotated[int, about_routes("First tokens that sparse layers see.", min=0, metavar=NUMBER)] = 128,
     window: Annotated[int, about_routes("Last tokens that sparse layers see.", min=1, metavar=NUMBER)] = 1024,
+    full: Annotated[
+        str, about_routes("What full layers compute: full, or block_sparse with a threshold to choose.", metavar="NAME")
+    ] = "full",
     tolerance: Annotated[float, about_routes("Nats a token by which no loss may rise.", min=0, metavar="NATS")] = 0.05,
     rounds: Annotated[
         int, about_routes("Of the ranking: 1 is quick, more see layers together.", min=1, metavar=NUMBER)
@@ -127,9 +163,11 @@ def calibrate(
     with working(f"looking at {model}"):
         from flux_attention.calibration.run import calibrate as run
         from flux_attention.calibration.run import check_arguments
+        from flux_attention.calibration.thresholds import unset_threshold
         from flux_attention.config import FluxConfig
 
-        config, named = FluxConfig(sink=sink, window=window), families.split(",") if families else None
+        config = FluxConfig(sink=sink, window=window, full={"pattern": full})
+        named = families.split(",") if families else None
         check_arguments(config, size, None, records, texts, named)
     subject = Subject(model, [], device, dtype)
     check_arguments(config, size, subject.positions, folder=output)
@@ -157,4 +195,4 @@ def calibrate(
             restart=restart,
             progress=bars,
         )
-    _tell(found, output, as_json)
+    _tell(found, output, unset_threshold(config), as_json)

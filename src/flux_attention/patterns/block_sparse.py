@@ -136,6 +136,13 @@ class BlockSparse(Pattern):
         """Return the tokens from which prompts select, on the device of these queries."""
         return kernels.block_sparse_from(query_BHSD) if self.from_tokens is None else self.from_tokens
 
+    def density(self, query_BHSD, key_BKTD, scale) -> float:
+        """Return what share of the causal blocks is selected, at any length: mean over sequences and heads."""
+        share = torch.tensor(self.threshold, dtype=torch.float32)
+        blocks = kernels.selected_blocks(query_BHSD, key_BKTD, scale, self.select, share, self.stride)
+        rows, columns = blocks.shape[2:]
+        return blocks.sum((2, 3)).float().mean().item() / (rows * (2 * columns - rows + 1) / 2)
+
     def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
         """See ``Pattern.spans``: there are none."""
         raise UnsupportedModelError(
