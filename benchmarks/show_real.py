@@ -159,7 +159,8 @@ def cell(pair, families, is_enough):
 def full_layers(row):
     """Write which layers ran full, and how often where it was not always."""
     if "fa_rate" not in row:
-        return ", ".join(map(str, row.get("full_layers") or ())) or {"dense": "all"}.get(row["method"], "none")
+        others = {"dense": "all", "random": "others for each input"}.get(row["method"], "none")
+        return ", ".join(map(str, row.get("full_layers") or ())) or others
     rates = {layer: rate for layer, rate in row["fa_rate"].items() if rate}
     return ", ".join(layer if rate == 1 else f"{layer} ({rate:.0%})" for layer, rate in rates.items()) or "none"
 
@@ -181,13 +182,16 @@ def route_table(name=LARGER):
         for inputs, layers, some in routes(mine):
             shares = [f"{kept(sparsity(some), length, meta['settings']['sparse']):.2f}" for length in by_length]
             lines.append([name, inputs, layers, *shares])
-    calibrated = meta["adapters"]["calibrated"]
-    ranking = f"""
-    Calibration ranks the layers, by need: {", ".join(map(str, calibrated["ranking"]))}. Its default budget is
-    {calibrated["budget"]:g}.
-    """
+    rankings = "\n\n".join(
+        prose(f"""
+        {title[0].upper() + title[1:]}: layers by need are {", ".join(map(str, facts["ranking"]))}. The default budget is
+        {facts["budget"]:g}.
+        """)
+        for title, facts in meta["adapters"].items()
+        if "ranking" in facts
+    )
     columns = ["method", "inputs", "full layers", *(f"KV cache ÷ dense's, {length:,} tokens" for length in by_length)]
-    return table(columns, lines) + f"\n{prose(ranking)}\n"
+    return table(columns, lines) + f"\n{rankings}\n"
 
 
 def routes(rows):

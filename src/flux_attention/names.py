@@ -19,7 +19,8 @@ GGUF_MARK = " (GGUF)"
 BACKBONE = Path(__file__).parent / "shipped" / "backbone"
 #: Router adapter for it.
 ROUTERS = Path(__file__).parent / "shipped" / "routers"
-#: Calibrated adapters of the Hub's models, in folders that are called as those are, without their owner.
+#: Calibrated adapters of the Hub's models, in folders that are called as those are, without their owner; some with the
+#: length behind it at which they were calibrated, where that is another than ``calibrate`` takes by default.
 RANKINGS = Path(__file__).parent / "shipped" / "rankings"
 
 
