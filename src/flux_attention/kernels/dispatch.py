@@ -127,8 +127,8 @@ def selected_blocks(
 
 
 #: By the GPU's name, the keys from which a prompt's attention to a fifth of the blocks is faster than exact attention;
-#: ``flux-attention bench blocks`` measures it. Nothing below was timed yet.
-BLOCK_SPARSE_FROM = {"NVIDIA H200": 2**15}
+#: ``flux-attention bench blocks`` measures it.
+BLOCK_SPARSE_FROM = {"NVIDIA H200": 2**13}
 
 
 def block_sparse_from(query_BHSD: torch.Tensor) -> int:
