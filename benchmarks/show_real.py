@@ -184,8 +184,8 @@ def route_table(name=LARGER):
             lines.append([name, inputs, layers, *shares])
     rankings = "\n\n".join(
         prose(f"""
-        {title[0].upper() + title[1:]}: layers by need are {", ".join(map(str, facts["ranking"]))}. The default budget is
-        {facts["budget"]:g}.
+        {title[0].upper() + title[1:]}: layers by need are {", ".join(map(str, facts["ranking"]))}.
+        The default budget is {facts["budget"]:g}.
         """)
         for title, facts in meta["adapters"].items()
         if "ranking" in facts
