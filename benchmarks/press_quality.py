@@ -8,7 +8,8 @@ there already is not measured again.
 A press reads what the prefill leaves, so the stock model reads each prompt once, and each layer's keys and values go
 through every press's own ``compress``. All caches then answer in batches: what a shorter one lacks, and what a press
 masks by head, gets no attention. With ``--question-apart`` the prompt is compressed up to where the question begins, as
-in kvpress's pipeline; else the presses read the question too, as routers do.
+in kvpress's pipeline; else the presses read the question too, as routers do. With ``--routers`` the layers of a
+calibrated adapter answer beside them, at ``--budgets``.
 
 kv_bytes     what the prompts' caches hold, mean over samples; what DuoAttentionPress masks counts as dropped
 prefill_ms   of one prompt, the press's own time included, and
@@ -33,18 +34,19 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from show_tables import load
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from flux_attention import attach
 from flux_attention.evaluation.material import CALIBRATION_SEED, Material
 from flux_attention.evaluation.measures import answer_measures
+from flux_attention.evaluation.savings import mean_kv
 from flux_attention.hf.loading import load_model, load_tokenizer
 from flux_attention.names import model_name
 from flux_attention.results import begun_rows, write_results
 from flux_attention.tasks.corpus import local_corpus
 from flux_attention.tasks.encoding import encode_prompt
-from flux_attention.tasks.generation import room_for
+from flux_attention.tasks.generation import room_for, score_answers
 from flux_attention.tasks.metrics import score_answer
 from flux_attention.tasks.questions import NATURAL, PROSE
 
@@ -56,7 +58,7 @@ SIZES = {"SimLayerKVPress": ("n_initial", "n_recent"), "DuoAttentionPress": ("si
 #: What kvpress imports for functions that are not called here.
 UNUSED = ("datasets", "fire", "requests")
 #: What tells rows apart.
-KEY = "seq_len", "task", "method", "kept", "question_apart", "n"
+KEY = "seq_len", "task", "method", "kept", "budget", "question_apart", "n"
 #: Tokens of what is timed.
 TOKENS = 8
 
@@ -306,6 +308,16 @@ class Asking:
     apart: bool
     batch_size: int
     group: int
+    routers: str | None = None
+
+    def routed(self, samples, budget):
+        """Return the scores of a calibrated adapter's layers, and mean bytes kept."""
+        routing = attach(self.model, self.routers, budget=budget)
+        try:
+            scores, full = score_answers(self.model, self.tokenizer, samples, self.batch_size, routing=routing)
+        finally:
+            routing.detach()
+        return scores, mean_kv(routing, full, [len(sample.prompt_ids) for sample in samples])["kv_bytes"]
 
     def answer(self, samples, presses):
         """Yield (key, scores, mean bytes kept) of each press."""
@@ -361,36 +373,37 @@ def rows_of(asking, material, kvpress, args, done, until):
     for length in args.lengths:
         prompts = [material.make(family, length, 1, CALIBRATION_SEED)[0].prompt_ids for family in material.families]
         made = make_presses(kvpress, asking.model, prompts, args.presses, args.kept, length)
-        presses, times = {("dense", 1.0): None, **made}, None
+        presses, times = {("dense", 1.0, None): None, **{(*key, None): press for key, press in made.items()}}, None
+        ours = [("static-nll", None, budget) for budget in args.budgets]
         for family in material.families:
             samples = material.make(family, length, args.samples)
-            keys = {key: (length, family, *key, args.question_apart, len(samples)) for key in presses}
+            keys = {key: (length, family, *key, args.question_apart, len(samples)) for key in [*presses, *ours]}
             missing = {key: press for key, press in presses.items() if keys[key] not in have}
-            if not missing:
-                yield [have[keys[key]] for key in presses]
+            wanted = [key for key in ours if keys[key] not in have]
+            if not missing and not wanted:
+                yield [have[key] for key in keys.values()]
                 continue
             if time.monotonic() > until:
                 return
-            times = times or (
-                asking.times(samples[0], presses, args.runs) if args.runs else {key: {} for key in presses}
-            )
-            question, answers = samples[0].question, asking.answer(samples, missing)
+            times = times or (asking.times(samples[0], presses, args.runs) if args.runs else {})
+            question, answers = samples[0].question, asking.answer(samples, missing) if missing else {}
+            answers |= {key: asking.routed(samples, key[-1]) for key in wanted}
             dense = fmean(len(sample.prompt_ids) for sample in samples) * token_bytes(asking.model)
             yield [
-                have.get(keys[key])
+                have.get(names)
                 or {
-                    **dict(zip(KEY, keys[key], strict=True)),
+                    **dict(zip(KEY, names, strict=True)),
                     **dict(
                         model=Path(model_name(args.model)).name.lower(),
                         task_class=question.task_class,
                         metric=question.metric,
                     ),
                     **dict(kv_bytes=round(answers[key][1]), baseline_kv_bytes=round(dense)),
-                    **times[key],
-                    "press": settings_of(press),
+                    **times.get(key, {}),
+                    "press": settings_of(presses.get(key)),
                     **answer_measures(answers[key][0]),
                 }
-                for key, press in presses.items()
+                for key, names in keys.items()
             ]
 
 
@@ -418,6 +431,8 @@ def main():
     parser.add_argument("--kvpress", help="folder of an unpacked wheel, and of what it needs")
     parser.add_argument("--presses", nargs="+", choices=PRESSES, default=list(PRESSES), metavar="PRESS")
     parser.add_argument("--kept", type=numbers, default=[0.64, 0.55, 0.46], help="shares of the KV cache")
+    parser.add_argument("--routers", help="a calibrated adapter, to answer beside the presses")
+    parser.add_argument("--budgets", type=numbers, default=[], help="its shares of sparse layers")
     parser.add_argument("--question-apart", action="store_true", help="compress before the question is read")
     parser.add_argument("--families", nargs="+", default=[family for family in NATURAL if family != PROSE])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
@@ -433,11 +448,11 @@ def main():
     args = parser.parse_args()
     if PROSE in args.families:
         parser.error("prose is scored in the prefill, which presses leave as it is: leave it out")
+    if bool(args.budgets) != (args.routers is not None):
+        parser.error("budgets are of an adapter: give both --routers and --budgets, or neither")
     until = time.monotonic() + args.limit
     tokenizer = load_tokenizer(args.model)
     material = Material(tokenizer, args.families)
-    if material.settings["text"] != load("quality_real")["meta"]["settings"]["text"]:
-        print("this machine's questions are not those of quality_real.json: nothing can be paired with it", flush=True)
     for length in args.lengths:  # before kvpress is on the path, see above
         for count, seed in ((args.samples, 0), (1, CALIBRATION_SEED)):
             material.make(args.families[0], length, count, seed)
@@ -445,7 +460,7 @@ def main():
     model = load_model(args.model, args.dtype, args.device).to(args.device).eval()
     facts = {key: material.settings[key] for key in ("chat", "text")}
     settings = {"dtype": str(model.dtype).removeprefix("torch."), "kvpress": version("kvpress"), **facts}
-    asking = Asking(model, tokenizer, facts["chat"], args.question_apart, args.batch_size, args.group)
+    asking = Asking(model, tokenizer, facts["chat"], args.question_apart, args.batch_size, args.group, args.routers)
     done, rows = begun_rows(args.output, settings), []
     for some in rows_of(asking, material, kvpress, args, done, until):
         rows += some

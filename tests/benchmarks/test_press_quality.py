@@ -66,11 +66,10 @@ def test_rows_are_decoded_as_they_are_alone(press_quality, tokenizer, cut):
 def show(monkeypatch):
     """A function that makes the tables of such rows."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    module, real = importlib.import_module("show_press"), importlib.import_module("show_real")
+    module = importlib.import_module("show_press")
 
     def tables(files):
-        for each in (module, real):
-            monkeypatch.setattr(each, "load", lambda name: files.get(name, {"meta": {}, "rows": []}))
+        monkeypatch.setattr(module, "load", lambda name: files.get(name, {"meta": {}, "rows": []}))
         return module.press_tables()
 
     return tables
@@ -85,39 +84,31 @@ def rows_of(right, **facts):
 
 @pytest.fixture
 def files():
-    ours = [
-        *rows_of(10, method="dense", routers=None, sparsity=0.0),
-        *rows_of(9, method="static-nll", routers="calibrated", budget=0.5, sparsity=0.5),
-        *rows_of(0, method="sparse", routers=None, sparsity=1.0),
+    facts = dict(question_apart=False, model="some", baseline_kv_bytes=1000)
+    rows = [
+        *rows_of(10, method="dense", kept=1.0, budget=None, kv_bytes=1000, **facts),
+        *rows_of(9, method="static-nll", kept=None, budget=0.5, kv_bytes=640, **facts),
+        *rows_of(10, method="static-nll", kept=None, budget=0.25, kv_bytes=800, **facts),
+        *rows_of(4, method="SnapKVPress", kept=0.5, budget=None, kv_bytes=500, **facts),
     ]
-    facts = dict(question_apart=False, baseline_kv_bytes=1000)
-    theirs = [
-        *rows_of(10, method="dense", kept=1.0, kv_bytes=1000, **facts),
-        *rows_of(4, method="SnapKVPress", kept=0.5, kv_bytes=500, **facts),
-    ]
-    sizes = {"sparse": {"pattern": "streaming", "sink": 128, "window": 1024}}
-    return {
-        "quality_real": {"meta": {"settings": {"text": "1f", **sizes}}, "rows": ours},
-        "press_quality": {
-            "meta": {"device": "a GPU", "transformers": "5", "settings": {"text": "1f", "kvpress": "0.5"}},
-            "rows": theirs,
-        },
-    }
+    meta = {"device": "a GPU", "transformers": "5", "settings": {"text": "1f", "kvpress": "0.5"}}
+    return {"press_quality": {"meta": meta, "rows": rows}}
 
 
 def test_presses_stand_beside_dense_and_calibrated_layers(show, files):
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in show(files).splitlines() if line[:1] == "|"
     ]
-    calibrated, press = lines[2:]
-    assert calibrated[:2] == ["static-nll (calibrated) at 0.5", "0.64"] and calibrated[5] == ""
-    assert press[:2] == ["`SnapKVPress`", "0.50"]
-    assert [cell.split(" ±")[0] for cell in press[2:]] == ["−30.0", "−60.0", "−60.0", "−25.0"]
-    assert calibrated[2].startswith("−5.0")
+    dense, *calibrated, press = lines[2:]
+    assert dense == ["dense", "1.00", "0.750", "", ""]
+    assert [line[:2] for line in calibrated] == [
+        ["calibrated layers, budget 0.25", "0.80"],
+        ["calibrated layers, budget 0.5", "0.64"],
+    ]
+    assert calibrated[1][3].startswith("−5.0") and calibrated[1][4] == ""
+    assert press[:3] == ["`SnapKVPress`", "0.50", "0.450"]
+    assert [cell.split(" ±")[0] for cell in press[3:]] == ["−30.0", "−25.0"]
 
 
-def test_tables_say_what_is_missing(show, files):
+def test_nothing_measured_is_said(show):
     assert "Not measured here" in show({})
-    files["press_quality"]["meta"]["settings"]["text"] = "2e"
-    with pytest.raises(ValueError, match="other questions"):
-        show(files)
