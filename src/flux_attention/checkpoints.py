@@ -42,7 +42,7 @@ ARCHITECTURES = {
 #: Tokens to which the kernel that they were trained with rounds sink and window.
 BLOCK_SIZE = 128
 #: Block-sparse prefill as the authors call it.
-BLOCK_SPARSE = {"pattern": "block_sparse", "threshold": 0.8, "select": "mass"}
+BLOCK_SPARSE = {"pattern": "block_sparse", "threshold": 0.8, "select": "mass", "from_tokens": 0}
 #: What else than configuration and weights a model folder has: tokenizer, chat template, generation settings.
 OTHER_FILES = (".json", ".jinja", ".txt", ".model")
 #: Where a layer's router lies, and what its parts are called there.

@@ -216,7 +216,7 @@ def test_routes_are_told_apart_by_kind_where_they_differ(show, parts):
     assert (
         "| dense | all | all | 1.00 |" in made.route_table() and "| sparse | all | none | 0.01 |" in made.route_table()
     )
-    assert "by need: 2, 0, 1. Its default budget is 0." in made.route_table()
+    assert "Calibrated: layers by need are 2, 0, 1. The default budget is 0." in made.route_table()
     data = json.loads((parts[1] / "quality.json").read_text())
     data["rows"][0]["fa_rate"] = {"0": 1.0, "1": 0.25, "2": 0.0}
     (parts[1] / "quality.json").write_text(json.dumps(data))

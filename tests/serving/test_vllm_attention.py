@@ -10,7 +10,7 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_attention.patterns import Full, Streaming
+from flux_attention.patterns import BlockSparse, Full, Streaming
 from flux_attention.serving.backend import DecodeGraphs, OnCpu, OnGpu, RoutedLayer
 from flux_attention.serving.routes import Unrotation
 
@@ -24,6 +24,7 @@ class Metadata:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    max_seq_len: int
     slot_mapping: None = None
 
 
@@ -76,6 +77,9 @@ def test_full_rows_are_vllms_and_sparse_ones_ours(platform, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     decodes = data.draw(st.booleans())
     lengths = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=3))
+    # All blocks are selected, so that attention is exact.
+    from_tokens = data.draw(st.sampled_from([None, 0, 100]))
+    blocks = None if from_tokens is None else BlockSparse(1.0, "mass", from_tokens=from_tokens)
     queries = [1 if decodes else data.draw(st.integers(1, length)) for length in lengths]
     routes = [data.draw(st.booleans()) for _ in lengths]
     counts = [-(-length // PAGE) for length in lengths]
@@ -97,12 +101,15 @@ def test_full_rows_are_vllms_and_sparse_ones_ours(platform, data):
         from flux_attention.kernels.triton_paged import PagedWorkspace
 
         workspace = PagedWorkspace(4, HEADS, KV_HEADS, DIM, torch.device("cpu"))
-    impl.routed = RoutedLayer(0, SINK, WINDOW, Unrotation(None), routes_N, workspace)
+    impl.routed = RoutedLayer(
+        place=0, sink=SINK, window=WINDOW, unrotate=Unrotation(None), routes_N=routes_N, blocks=blocks,
+        workspace=workspace,
+    )  # fmt: skip
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     total = sum(queries)
     query = torch.randn(total, HEADS, DIM, generator=generator).to(cache.dtype)
     output = torch.full((total, HEADS, DIM), float("nan"), dtype=cache.dtype)
-    metadata = Metadata(total, max(queries), starts, torch.tensor(lengths).int(), table)
+    metadata = Metadata(total, max(queries), starts, torch.tensor(lengths).int(), table, max(lengths))
     impl.forward(None, query, None, None, cache, metadata, output)
     for row, full in enumerate(routes):
         new = slice(starts[row], starts[row + 1])
@@ -112,7 +119,9 @@ def test_full_rows_are_vllms_and_sparse_ones_ours(platform, data):
         if max(queries) == 1:  # ours alone: a CUDA graph may hold it
             assert not hasattr(impl, "rows")
         else:
-            assert impl.rows == [length * full for length, full in zip(lengths, routes, strict=True)]
+            rows = zip(lengths, queries, routes, strict=True)
+            theirs = [full and not (blocks and new > 1 and length >= from_tokens) for length, new, full in rows]
+            assert impl.rows == [length * own for length, own in zip(lengths, theirs, strict=True)]
 
 
 @dataclass

@@ -126,9 +126,9 @@ def selected_blocks(
     return SELECT[select](block_scores(query_BHSD, key_BKTD, stride, scale), first, total, share) & seen
 
 
-#: By the GPU's name, the keys from which a prompt's attention to a fifth of the blocks is faster than exact attention;
-#: ``flux-attention bench blocks`` measures it.
-BLOCK_SPARSE_FROM = {"NVIDIA H200": 2**13}
+#: By the GPU's name, the keys from which attention to two fifths of a prompt's blocks is faster than exact attention:
+#: ``flux-attention bench blocks`` measures a fifth, benchmarks/show_blocks.py reckons.
+BLOCK_SPARSE_FROM = {"NVIDIA H200": 2**14}
 
 
 def block_sparse_from(query_BHSD: torch.Tensor) -> int:

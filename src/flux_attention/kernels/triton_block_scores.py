@@ -31,7 +31,7 @@ STEPS = tl.constexpr(26)
 
 @triton.jit
 def _sequence(
-    unit, starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, least, table_b,
+    unit, starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, from_tokens, table_b,
     BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """
@@ -53,15 +53,15 @@ def _sequence(
     offset = length - queries
     full = tl.load(routes_ptr + tl.load(table_ptr + low.to(tl.int64) * table_b).to(tl.int64)) != 0
     unit -= start // UNIT + 2 * low
-    there = full & (queries > 1) & (length >= least) & (offset // BLOCK * BLOCK + unit * UNIT < length)
+    there = full & (queries > 1) & (length >= from_tokens) & (offset // BLOCK * BLOCK + unit * UNIT < length)
     return low, start, offset, tl.where(there, length, 0), unit
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "tiles", "blocks", "rows", "least"])
+@triton.jit(do_not_specialize=["offset", "T", "first", "tiles", "blocks", "rows", "from_tokens"])
 def _tile_scores(
     query_ptr, key_ptr, lse_ptr, starts_ptr, lengths_ptr, routes_ptr, table_ptr,
     query_b, query_h, query_s, key_b, key_h, key_t, table_b,
-    offset, T, first, tiles, blocks, rows, least, scale_log2,
+    offset, T, first, tiles, blocks, rows, from_tokens, scale_log2,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _tile_scores(
     place = tl.program_id(2).to(tl.int64) * tiles  # of the sequence's first tile
     if starts_ptr is not None:
         row, start, offset, T, group = _sequence(
-            group, starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, least, table_b, PER * STRIDE, M * STRIDE
+            group, starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, from_tokens, table_b, PER * STRIDE, M * STRIDE
         )
         first = offset // (PER * STRIDE) * PER
         place += (start // (PER * STRIDE) + 2 * row) * PER
@@ -112,10 +112,10 @@ def _tile_scores(
         tl.store(lse_ptr + (place + i)[:, None] * blocks + block[None, :], lse, mask=there)
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "least"])
+@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "from_tokens"])
 def _select(
     lse_ptr, share_ptr, list_ptr, count_ptr, chosen_ptr, score_ptr, starts_ptr, lengths_ptr, routes_ptr, table_ptr,
-    table_b, offset, T, first, blocks, rows, least, share_h,
+    table_b, offset, T, first, blocks, rows, from_tokens, share_h,
     H: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, MASS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """List the blocks of keys that a block of queries of a head sees, in order: its own is the last."""
@@ -123,7 +123,7 @@ def _select(
     row = first + tl.program_id(0)
     if starts_ptr is not None:
         _, _, offset, T, row = _sequence(
-            tl.program_id(0), starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, least, table_b, PER * STRIDE,
+            tl.program_id(0), starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, from_tokens, table_b, PER * STRIDE,
             PER * STRIDE,
         )  # fmt: skip
         row += offset // (PER * STRIDE)
@@ -188,8 +188,8 @@ class Paged:
     routes_N : torch.Tensor
         uint8, at a sequence's first page whether it is full (1) or sparse (0).
     longest : int
-        Tokens of the longest sequence, at least.
-    least : int
+        Tokens of the longest sequence, at from_tokens.
+    from_tokens : int
         Tokens that a sequence has to have.
     """
 
@@ -198,7 +198,7 @@ class Paged:
     lengths_B: torch.Tensor
     routes_N: torch.Tensor
     longest: int
-    least: int = 0
+    from_tokens: int = 0
 
     def units(self, tokens: int, unit: int) -> int:
         """Count the pieces of ``unit`` tokens that so many new tokens may need, as ``_sequence`` counts them."""
@@ -266,18 +266,19 @@ def select_blocks(
     score = new(shape, dtype=torch.float32) if scores else None
     rows = paged.units(length, sizes["M"] * stride) if paged else triton.cdiv(tiles, sizes["M"])
     seen = total if paged else first + count  # to the last query's own
-    where, table_b, several, least = places(paged)
+    where, table_b, several, from_tokens = places(paged)
     constants = dict(H=heads, STRIDE=stride, PER=per_block)
     with on_device(query_BHSD):
         _tile_scores[(rows, triton.cdiv(seen * per_block, sizes["N"]), batch * heads)](
             query_BHSD, key_BKTD, lse, *where, *query_BHSD.stride()[:3], *key_BKTD.stride()[:3], table_b,
-            keys - length, keys, first * per_block, tiles, total, several, least, scale / stride * LOG2E.value,
+            keys - length, keys, first * per_block, tiles, total, several, from_tokens, scale / stride * LOG2E.value,
             G=heads // key_BKTD.shape[1], D=dim, P=key_BKTD.shape[2] if paged else None,
             **constants, **sizes, **options,
         )  # fmt: skip
         _select[(count, batch * heads)](
             lse, share, lists, counts, chosen, score, *where, table_b, keys - length, keys, first, total, several,
-            least, 0 if share.numel() == 1 else 1, MASS=mass, NP=triton.next_power_of_2(seen), **constants, num_warps=8,
+            from_tokens, 0 if share.numel() == 1 else 1, MASS=mass, NP=triton.next_power_of_2(seen), **constants,
+            num_warps=8,
         )  # fmt: skip
     return lists, counts, chosen, score
 
@@ -287,4 +288,4 @@ def places(paged: Paged | None) -> tuple:
     if paged is None:
         return (None,) * 4, 0, 0, 0
     where = paged.starts, paged.lengths_B, paged.routes_N, paged.table_BL
-    return where, paged.table_BL.stride(0), len(paged.lengths_B), paged.least
+    return where, paged.table_BL.stride(0), len(paged.lengths_B), paged.from_tokens

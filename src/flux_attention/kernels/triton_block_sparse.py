@@ -33,7 +33,8 @@ def _keys(
     """Load the keys or values of tokens from ``begin`` on, of a batch's row or of a table's pages."""
     if TMA:
         if table_ptr is not None:  # a page holds whole steps
-            batch, begin = tl.load(table_ptr + begin // P), begin % P
+            # Behind the last page any will do: what it holds is masked.
+            batch, begin = tl.load(table_ptr + begin // P, mask=begin < limit, other=0), begin % P
         found = pointer.load([batch.to(tl.int32), kv_head.to(tl.int32), begin, 0]).reshape([N, D])
     elif table_ptr is not None:
         j_N = begin + tl.arange(0, N)
@@ -65,12 +66,12 @@ def _step(
     return new_top, total * shrink + tl.sum(weight, 1), tl.dot(weight.to(value.dtype), value, acc * shrink[:, None])
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "least"])
+@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "from_tokens"])
 def _attend(
     query_ptr, key_ptr, value_ptr, output_ptr, list_ptr, count_ptr, chosen_ptr, mean_key_ptr, mean_value_ptr,
     starts_ptr, lengths_ptr, routes_ptr, table_ptr,
     query_b, query_h, query_s, key_b, key_h, key_t, value_b, value_h, value_t, output_b, output_h, output_s,
-    mean_b, mean_h, mean_n, table_b, offset, T, first, blocks, rows, least, scale_log2,
+    mean_b, mean_h, mean_n, table_b, offset, T, first, blocks, rows, from_tokens, scale_log2,
     G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of queries; with ``chosen_ptr`` other blocks count by their mean key and value."""
@@ -84,7 +85,7 @@ def _attend(
         if count == 0:
             return
         sequence, start, offset, T, row = _sequence(
-            block, starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, least, table_b, M, M
+            block, starts_ptr, lengths_ptr, routes_ptr, table_ptr, rows, from_tokens, table_b, M, M
         )
         row += offset // M
         query_ptr += start.to(tl.int64) * query_s
@@ -225,12 +226,12 @@ def _launch(query, key, value, output, tile, described, found, scale, first=0, m
     batch, heads, length, dim = query.shape
     lists, counts, chosen, _ = found
     mean_strides = means[0].stride()[:3] if means else (0, 0, 0)
-    where, table_b, several, least = places(paged)
+    where, table_b, several, from_tokens = places(paged)
     keys = key.shape[2]
     with on_device(query):
         _attend[(counts.shape[2], heads, batch)](
             query, *described, output, lists, counts, chosen, *(means or (None, None)), *where,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *mean_strides, table_b,
-            keys - length, keys, first, lists.shape[3], several, least, scale * LOG2E.value,
+            keys - length, keys, first, lists.shape[3], several, from_tokens, scale * LOG2E.value,
             G=heads // key.shape[1], D=dim, P=keys if paged else None, M=BLOCK, **tile,
         )  # fmt: skip

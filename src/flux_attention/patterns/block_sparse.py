@@ -126,14 +126,14 @@ class BlockSparse(Pattern):
             raise UnsupportedModelError(
                 f"there are {threshold.numel()} thresholds, expected 1 or {heads}, one each head"
             )
-        if key_BKTD.shape[2] < self.least(query_BHSD):
+        if key_BKTD.shape[2] < self.selects_from(query_BHSD):
             return kernels.full(query_BHSD, key_BKTD, value_BKTD, scale)
         return kernels.block_sparse(
             query_BHSD, key_BKTD, value_BKTD, scale, self.select, threshold, self.stride, self.correct
         )
 
-    def least(self, query_BHSD) -> int:
-        """Return the tokens from which prompts select, on the device of these queries."""
+    def selects_from(self, query_BHSD) -> int:
+        """Return the tokens from which prompts select: ``from_tokens``, or what is fast on these queries' device."""
         return kernels.block_sparse_from(query_BHSD) if self.from_tokens is None else self.from_tokens
 
     def density(self, query_BHSD, key_BKTD, scale) -> float:

@@ -8,6 +8,7 @@ Shape suffixes: T tokens of all rows, B rows (sequences), N pages, P tokens of a
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from flux_attention.patterns import BlockSparse
 from flux_attention.serving.routes import Ends, InPrefill, Unrotation
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RoutedLayer:
     """
     What a routed layer's implementation knows besides vLLM's.
@@ -133,20 +134,23 @@ class OnGpu(RoutedAttention):
             )
             return
         seen = torch.where(mine.routes_N[table[:, 0].long()] != 0, lengths, 0)
-        least = mine.blocks.least(query.transpose(0, 1)[None]) if mine.blocks else None
-        if least is not None and metadata.max_seq_len >= least:
-            self._attend_blocks(query, pages, answer, metadata, table, lengths, least)
-            seen = seen.where((lengths < least) | (metadata.query_start_loc.diff() == 1), 0)
-        full(replace(metadata, seq_lens=seen))  # rows of no keys cost next to nothing
+        first = mine.blocks.selects_from(query.transpose(0, 1)[None]) if mine.blocks else None
+        selects = first is not None and metadata.max_seq_len >= first
+        if selects:
+            seen = seen.where((lengths < first) | (metadata.query_start_loc.diff() == 1), 0)
+        # Rows of no keys cost next to nothing, but are written to: what computes them comes after.
+        full(replace(metadata, seq_lens=seen))
+        if selects:
+            self._attend_blocks(query, pages, answer, metadata, table, lengths, first)
         triton_paged.sparse_prefill(query, *pages, answer, table, metadata.query_start_loc, lengths, **shared)
 
-    def _attend_blocks(self, query, pages, answer, metadata, table, lengths, least):
+    def _attend_blocks(self, query, pages, answer, metadata, table, lengths, from_tokens):
         """Compute the new tokens of long full rows block-sparse."""
         from flux_attention.kernels import triton_block_sparse
 
         mine, blocks = self.routed, self.routed.blocks
         paged = triton_block_sparse.Paged(
-            table, metadata.query_start_loc, lengths, mine.routes_N, metadata.max_seq_len, least
+            table, metadata.query_start_loc, lengths, mine.routes_N, metadata.max_seq_len, from_tokens
         )
         share = query.new_full((1,), blocks.threshold, dtype=torch.float32)
         triton_block_sparse.paged_block_sparse(
@@ -169,11 +173,11 @@ class OnCpu(RoutedAttention):
         rows = len(metadata.query_start_loc) - 1
         starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens[:rows].tolist()
         is_full = mine.routes_N[metadata.block_table[:rows, 0].long()].tolist()
-        if any(is_full):
-            full(metadata)  # also of sparse rows, for nothing
+        news = [stop - start for start, stop in itertools.pairwise(starts)]
+        if any(is_full[row] and (mine.blocks is None or news[row] == 1) for row in range(rows)):
+            full(metadata)  # also of other rows, for nothing
         for row in range(rows):
-            new = slice(starts[row], starts[row + 1])
-            count = new.stop - new.start
+            new, count = slice(starts[row], starts[row + 1]), news[row]
             blocks = mine.blocks if is_full[row] and count > 1 else None
             if count == 0 or (is_full[row] and blocks is None):
                 continue

@@ -88,14 +88,14 @@ class RequestRouter:
             )  # fmt: skip
         for place, (layer, attention) in enumerate(self.attentions.items()):
             attention.impl.routed = RoutedLayer(
-                place,
-                self.config.sparse["sink"],
-                self.config.sparse["window"],
-                Unrotation(self.rotary[layer]),
-                self.routes_LN[place],
-                blocks,
-                workspace,
-                self.in_prefill,
+                place=place,
+                sink=self.config.sparse["sink"],
+                window=self.config.sparse["window"],
+                unrotate=Unrotation(self.rotary[layer]),
+                routes_N=self.routes_LN[place],
+                blocks=blocks,
+                workspace=workspace,
+                in_prefill=self.in_prefill,
             )
 
     def _blocks(self) -> BlockSparse | None:
