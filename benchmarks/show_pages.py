@@ -48,9 +48,10 @@ def index(pages):
     """List the result files."""
     lines = []
     for name, (what, command) in FILES.items():
-        meta = load(name)["meta"]
+        meta, rows = load(name)["meta"], load(name)["rows"]
+        commits = dict.fromkeys(row.get("commit", meta["commit"])[:7] for row in [meta, *rows])
         shown = f"[{what}]({name}.md)" if name in pages else what
-        source = f"{meta['device']}, {meta['commit'][:7]}, {meta['date']}"
+        source = f"{meta['device']}, {' and '.join(commits)}, {meta['date']}"
         lines.append([f"[{name}.json]({name}.json)", shown, f"`{command}`", source])
     about = """
     Numbers in the documentation come from these files; notes of trials say where one does not. A file says on what
