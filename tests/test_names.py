@@ -57,6 +57,8 @@ def test_why_a_repository_cannot_be_had(monkeypatch):
     response = SimpleNamespace(status_code=503, headers={}, request=None)
     assert answer(errors.HfHubHTTPError("lecture", response=response)) == "the Hub answered 503"
     assert "not the id of a Hub repository" in names.unreachable("a b", "config.json")
+    assert answer(ConnectError("no route")).endswith("ConnectError")
+    assert names.unreachable("shiped", "config.json").endswith("did you mean shipped?")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in names.unreachable("owner/name", "config.json")
     monkeypatch.setattr(names, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -111,7 +112,7 @@ def unreachable(repo_id: str, filename: str, revision: str | None = None) -> str
         if isinstance(try_to_load_from_cache(repo_id, filename, revision=revision), str):
             return None
         if constants.HF_HUB_OFFLINE:
-            return "it is not in the cache, and HF_HUB_OFFLINE forbids downloads"
+            return f"it is not in the cache, and HF_HUB_OFFLINE forbids downloads{_meant(repo_id)}"
         get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), timeout=TIMEOUT)
     except HFValidationError:
         return "no such folder, and not the id of a Hub repository: owner/name"
@@ -120,8 +121,15 @@ def unreachable(repo_id: str, filename: str, revision: str | None = None) -> str
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 404):
-            return f"no such folder, and the Hub has no such repository with a {filename}, or it is private"
+            private = f"the Hub has no such repository with a {filename}, or it is private"
+            return f"no such folder, and {private}{_meant(repo_id)}"
         return f"the Hub answered {status}"
     except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
-        return f"no such folder, and the Hub cannot be reached: {type(error).__name__}"
+        return f"no such folder, and the Hub cannot be reached: {type(error).__name__}{_meant(repo_id)}"
     return None
+
+
+def _meant(name: str) -> str:
+    """Ask whether something that comes along was meant."""
+    found = get_close_matches(name, ["shipped", *known_rankings()], 1)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -77,7 +77,10 @@ def blocks(dim, capability, limit):
     used, types = {}, TYPES | {"count_ptr": "*i32", "chosen_ptr": "*u8", "table_ptr": "*i32"}
     tables = dict.fromkeys(("starts_ptr", "lengths_ptr", "routes_ptr", "table_ptr", "P"))
     means = dict.fromkeys(("chosen_ptr", "mean_key_ptr", "mean_value_ptr"))
-    for kind, missing in (("", tables | means), (", corrected", tables), (", pages", {"P": 64} | means)):
+    kinds = {"": tables | means, ", corrected": tables, ", pages": {"P": 64} | means}
+    for kind, missing in kinds.items():
+        if kind and dim != 128:  # they take no more than the first kind, and minutes to compile
+            continue
 
         def of(name, kernel, constants, options, kind=kind, missing=missing, loop=True):
             constants |= {name: value for name, value in missing.items() if name in kernel.arg_names}
