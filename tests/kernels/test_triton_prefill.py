@@ -147,7 +147,7 @@ def test_tiles_fit_every_supported_gpu():
     assert result.returncode == 0, result.stderr[-2000:]
     reports = result.stdout.strip().split("\n")[-len(SHARED) :]
     for (capability, limit), used in zip(SHARED.items(), map(json.loads, reports), strict=True):
-        assert len(used) == 45
+        assert len(used) == 48
         assert max(used.values()) <= limit, (capability, used)
 
 
