@@ -10,7 +10,7 @@ import gradio as gr
 
 from flux_attention.hf.report import Report
 from flux_attention.playground import drawing
-from flux_attention.playground.documents import documents
+from flux_attention.playground.documents import IN_MENU, documents
 from flux_attention.playground.drawing import Card
 from flux_attention.playground.examples import EXAMPLES, example_text, right_answer
 from flux_attention.playground.player import WAYS, LayerDecided, Player, PromptError
@@ -143,7 +143,7 @@ class Page:
             free.click(self.free, outputs=[message, strip, free], queue=False, **quiet)
             blocks.unload(self.leave)
         for address, (name, content) in pages.items():
-            with blocks.route(name, address):
+            with blocks.route(name, address, show_in_navbar=address in IN_MENU):
                 gr.Navbar(main_page_name="Playground")
                 gr.Markdown(content)
         return blocks
