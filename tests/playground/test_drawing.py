@@ -67,6 +67,16 @@ def test_cards_show_what_was_answered_and_took():
     assert "But nothing is saved in the prompt" in drawing.summary(short, shown["dense"], {}, "")
 
 
+@pytest.mark.parametrize(
+    "places, said",
+    [((64, 295), "All lie outside"), ((63, 296), "None lies outside"), ((63, 295), "1 of them lie outside")],
+)
+def test_facts_are_said_to_be_where_sparse_layers_see_them_or_not(places, said):
+    html = drawing.planted(dict(zip(("<a>", "b"), places, strict=True)), ("<a>",), 1000, Streaming(64, 704))
+    assert f"{said} the first 64 and latest 704 tokens" in html and f"&lt;a&gt;</q> (token {places[0]})" in html
+    assert "of 1,000 tokens" in html and "and 1 more" in html
+
+
 def test_colours_are_those_of_the_figures(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import show_idea
