@@ -100,10 +100,11 @@ def visit(browser, address):
 def test_an_example_runs_from_end_to_end(visit):
     visitor = visit(color_scheme="light")
     assert visitor.routes() == ["undecided"] * 10 and visitor.answers() == [""] * 3
-    visitor.page.click("text=One fact")
+    assert "Press Ask" in visitor.page.locator(".summary").inner_text()
+    assert "Gustav is a guest of Otto in secret." in visitor.page.locator("#planted").inner_text()
+    visitor.page.click("text=One fact")  # which asks
     filled = "text => document.querySelector('#question textarea').value == text"
     visitor.page.wait_for_function(filled, arg=EXAMPLES[1].question)
-    visitor.ask()
     visitor.page.wait_for_selector(".layer.latest")  # they light up one by one
     assert "undecided" in visitor.routes()
     visitor.wait()
@@ -177,8 +178,7 @@ def test_empty_and_too_long_texts_and_stopping(visit):
     visitor.ask()
     visitor.page.wait_for_selector("text=too long")
     assert "reads at most 8,128 with 64 behind them" in visitor.message() and visitor.answers() == [""] * 3
-    visitor.page.click("text=No question")
-    visitor.ask()
+    visitor.page.click("text=No question")  # which asks
     visitor.page.wait_for_selector(".layer.latest")
     visitor.page.click('.layer[data-layer="9"]')
     visitor.page.wait_for_selector("text=wait, or press Stop")
@@ -187,6 +187,29 @@ def test_empty_and_too_long_texts_and_stopping(visit):
     visitor.write(SHORT, QUESTION)  # the page goes on
     visitor.ask()
     visitor.page.wait_for_selector(".summary:has-text('layers ran full')")
+
+
+def test_what_one_types_takes_old_answers_away(visit):
+    visitor = visit()
+    visitor.write(SHORT, QUESTION)
+    visitor.page.wait_for_selector("#planted p", state="hidden")  # it is not about this text
+    visitor.ask()
+    visitor.wait()
+    assert "undecided" not in visitor.routes() and all(visitor.answers())
+    visitor.page.focus("#question textarea, #question input")
+    visitor.page.keyboard.type(" And x4?", delay=20)
+    visitor.page.wait_for_selector(".summary:has-text('Press Ask')")
+    assert visitor.routes() == ["undecided"] * 10 and visitor.answers() == [""] * 3
+    visitor.page.keyboard.press("Enter")
+    visitor.page.wait_for_selector(".layer.latest")
+    visitor.page.keyboard.type(" And x5?", delay=20)  # while it runs
+    visitor.page.wait_for_selector(".summary:has-text('Press Ask')")
+    visitor.page.wait_for_timeout(1500)
+    assert visitor.routes() == ["undecided"] * 10 and visitor.answers() == [""] * 3
+    visitor.page.click("text=Two look-ups")
+    visitor.wait()
+    assert visitor.answers()[0] == EXAMPLES[0].answer
+    assert visitor.page.locator("#planted p").is_visible() and not visitor.complaints
 
 
 def test_two_visitors_at_once_do_not_mix(visit):

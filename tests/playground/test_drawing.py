@@ -10,8 +10,9 @@ import yaml
 
 from flux_attention.hf.report import Report
 from flux_attention.patterns import Full, Streaming
+from flux_attention.playground import documents as documents_room
 from flux_attention.playground import drawing
-from flux_attention.playground.documents import ELSEWHERE, documents
+from flux_attention.playground.documents import ELSEWHERE, IN_MENU, documents
 from flux_attention.playground.player import LayerDecided
 from flux_attention.routes import Routes
 
@@ -66,6 +67,16 @@ def test_cards_show_what_was_answered_and_took():
     assert "But nothing is saved in the prompt" in drawing.summary(short, shown["dense"], {}, "")
 
 
+@pytest.mark.parametrize(
+    "places, said",
+    [((64, 295), "All lie outside"), ((63, 296), "None lies outside"), ((63, 295), "1 of them lie outside")],
+)
+def test_facts_are_said_to_be_where_sparse_layers_see_them_or_not(places, said):
+    html = drawing.planted(dict(zip(("<a>", "b"), places, strict=True)), ("<a>",), 1000, Streaming(64, 704))
+    assert f"{said} the first 64 and latest 704 tokens" in html and f"&lt;a&gt;</q> (token {places[0]})" in html
+    assert "of 1,000 tokens" in html and "and 1 more" in html
+
+
 def test_colours_are_those_of_the_figures(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import show_idea
@@ -80,22 +91,54 @@ def test_colours_are_those_of_the_figures(monkeypatch):
 
 def test_pages_link_to_each_other_and_to_nothing_that_is_not_there():
     pages = documents()
-    assert list(pages) == ["serve", "calibrate", "train", "glossary"]
+    assert list(pages) == [
+        *("serve", "calibrate", "train", "glossary"),
+        *("guide", "performance", "evaluation"),
+        *("training", "serving"),
+    ]
+    assert set(IN_MENU) < set(pages)
     for _, text in pages.values():
         targets = set(re.findall(r"\]\(([^)]+)\)", text))
         assert all(target.startswith("http") or target[1:] in pages for target in targets)
+        assert not re.search(r"^\[[^\]]+\]: |\]\[|!\[|\[[^\]]*\.md\]", text, re.M)  # links read as words
     assert "](/glossary)" in pages["serve"][1] and "](/train)" in pages["serve"][1]
+    assert "the [guide](/guide)" in pages["serve"][1] and "See [how to calibrate](/calibrate)." in pages["glossary"][1]
+    assert "(table (`benchmarks/results/cpu_prefill.md`))" in pages["performance"][1]
 
 
-def test_pages_name_the_files_that_they_would_link_to():
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """The pages as a built package has them, which holds fewer."""
+    for file in re.findall(r'^"docs/(.+)" = ', (ROOT / "pyproject.toml").read_text(), re.M):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text((ROOT / "docs" / file).read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(documents_room, "PLACES", (tmp_path,))
+    return documents()
+
+
+def test_pages_of_a_built_package_name_the_files_that_they_would_link_to(built):
     """As the playground has no page of them: where they are in the repository, and that it is there."""
-    for name, (_, text) in documents().items():
-        named = set(re.findall(r"`((?:docs|recipes|src)/[\w./-]+\.(?:md|py))`", text))
-        assert named and all((ROOT / file).is_file() for file in named), name
+    assert list(built) == ["serve", "calibrate", "train", "glossary"]
+    for name, (_, text) in built.items():
+        assert named_files(text) and all((ROOT / file).is_file() for file in named_files(text)), name
         assert text.rstrip().endswith(ELSEWHERE)
-    assert "the guide (`docs/guide.md`)" in documents()["serve"][1]
-    assert "Recipes (`recipes/models/README.md`)" in documents()["train"][1]
-    assert "See `docs/training.md`." in documents()["glossary"][1]
+        assert all(target.startswith("http") or target[1:] in built for target in re.findall(r"\]\(([^)]+)\)", text))
+    assert "the guide (`docs/guide.md`)" in built["serve"][1]
+    assert "Recipes (`recipes/models/README.md`)" in built["train"][1]
+    assert "See what a recipe says (`docs/training.md`)." in built["glossary"][1]
+
+
+def test_pages_of_a_checkout_do_so_where_there_is_still_no_page():
+    pages = documents()
+    for name, (_, text) in pages.items():
+        assert all((ROOT / file).is_file() for file in named_files(text)), name
+        assert text.rstrip().endswith(ELSEWHERE) is bool(named_files(text)), name
+    assert "Recipes (`recipes/models/README.md`)" in pages["train"][1]
+    assert "[what a recipe says](/training)" in pages["glossary"][1]
+
+
+def named_files(text):
+    return set(re.findall(r"`((?:docs|recipes|src|benchmarks)/[\w./-]+\.(?:md|py|svg))`", text))
 
 
 def test_the_space_has_what_the_package_needs_in_the_versions_that_are_tested():

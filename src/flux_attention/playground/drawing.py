@@ -16,7 +16,8 @@ TITLES = {
     "sparse": ("Sparse", "every layer sparse"),
 }
 
-
+#: Stands where layers and answers of the text and the question will be.
+PRESS = '<p class="summary press">Press <b>Ask</b> to see which layers this text and question need.</p>'
 #: New tokens from which their speed says something.
 TIMED = 8
 
@@ -56,6 +57,32 @@ def reach(pattern: Pattern) -> str:
     """Say in words what a sparse layer sees."""
     sizes = pattern.later.to_dict()
     return f"only the first {sizes['sink']:,} and the latest {sizes['window']:,}"
+
+
+def planted(places: Mapping[str, int], named: tuple[str, ...], length: int, pattern: Pattern) -> str:
+    """
+    Say where an example's facts are, and whether sparse layers see them when they answer.
+
+    Parameters
+    ----------
+    places : mapping of str to int
+        The tokens before each fact.
+    named : tuple of str
+        Those that are asked for; the others are counted.
+    length : int
+        Of the text, in tokens.
+    pattern : Pattern
+        Of the sparse layers.
+    """
+    sizes = pattern.later.to_dict()
+    hidden = sum(sizes["sink"] <= place < length - sizes["window"] for place in places.values())
+    facts = ", ".join(f"<q>{escape(fact)}</q> (token {places[fact]:,})" for fact in named)
+    which = {len(places): "All lie outside", 0: "None lies outside"}.get(hidden, f"{hidden} of them lie outside")
+    return (
+        f'<p class="small">Planted in this text of {length:,} tokens: {facts} and {len(places) - len(named)} more. '
+        f"{which} the first {sizes['sink']:,} and latest {sizes['window']:,} tokens, which is all that a sparse layer "
+        "sees.</p>"
+    )
 
 
 def legend(pattern: Pattern) -> str:
@@ -144,6 +171,15 @@ def summary(card: Card, dense: Card, pins: Mapping[int, bool], answer: str) -> s
     if report.routes.note:
         text += f" But {escape(report.routes.note)}."
     return f'<p class="summary">{text}</p>'
+
+
+def times(has_page: bool) -> str:
+    """Say what to expect of the cards' times, as docs/performance.md has it, which may have a page."""
+    pays = '<a href="/performance">pay</a>' if has_page else "pay"
+    return (
+        "<p>At a few thousand tokens the three times hardly differ; the KV cache does. In time sparse layers "
+        f"{pays} from 8,000 tokens on a GPU, and by 16,000 on a CPU.</p>"
+    )
 
 
 def cards(shown: Mapping[str, Card], source: str) -> str:

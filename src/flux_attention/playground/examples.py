@@ -30,16 +30,19 @@ class Example:
         What is asked about the text; empty to continue it.
     answer : str
         What the text says; empty where there is no right answer.
+    facts : tuple of str
+        The sentences that say so.
     """
 
     name: str
     question: str
     answer: str = ""
+    facts: tuple[str, ...] = ()
 
 
 EXAMPLES = (
-    Example("Two look-ups", "In which city is Gustav?", "Durban"),
-    Example("One fact", "What is the secret code of the silver whale?", "48213"),
+    Example("Two look-ups", "In which city is Gustav?", "Durban", (FACTS[5], FACTS[0])),
+    Example("One fact", "What is the secret code of the silver whale?", "48213", (FACTS[8],)),
     Example("No question", ""),
 )
 

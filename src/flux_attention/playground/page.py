@@ -10,14 +10,16 @@ import gradio as gr
 
 from flux_attention.hf.report import Report
 from flux_attention.playground import drawing
-from flux_attention.playground.documents import documents
+from flux_attention.playground.documents import IN_MENU, documents
 from flux_attention.playground.drawing import Card
-from flux_attention.playground.examples import EXAMPLES, example_text, right_answer
+from flux_attention.playground.examples import EXAMPLES, FACTS, example_text, right_answer
 from flux_attention.playground.player import WAYS, LayerDecided, Player, PromptError
 
 STYLE = Path(__file__).parent / "style.css"
 #: Routed first, as its layers are what a visitor waits to see.
 ORDER = ("routed", "dense", "sparse")
+#: How events run: nothing spins, and no other program calls them.
+QUIET = dict(show_progress="hidden", api_visibility="private")
 #: A click on a layer tells its number; the button that was clicked keeps the keyboard when the strip is drawn anew.
 CLICKS = """
 let clicked = null;
@@ -37,6 +39,8 @@ class Visit:
 
     Attributes
     ----------
+    about : tuple of str or None
+        Text and question that layers and answers are about; None before there are any.
     prompt : list of int
         What was asked last.
     answer : str
@@ -58,12 +62,16 @@ class Visit:
     """
 
     def __init__(self):
-        self.prompt: list[int] = []
+        self.pins: dict[int, bool] = {}
+        self.stop, self.is_running, self.asked = threading.Event(), False, deque[bool]()
+        self.clear()
+
+    def clear(self, about: tuple[str, str] | None = None) -> None:
+        """Forget layers and answers: they were about another text or question."""
+        self.about, self.prompt = about, list[int]()
         self.decided: dict[int, LayerDecided] = {}
         self.cards = {way: Card(way) for way in WAYS}
-        self.pins: dict[int, bool] = {}
         self.answer = self.notice = ""
-        self.stop, self.is_running, self.asked = threading.Event(), False, deque[bool]()
 
 
 class Page:
@@ -96,19 +104,14 @@ class Page:
             with gr.Row(elem_classes="asking"):
                 with gr.Column(scale=3):
                     text = gr.Textbox(self.text, label="Text", lines=8, max_lines=8, elem_id="text")
+                    planted = gr.HTML(self._planted(), elem_id="planted")
                 with gr.Column(scale=2):
                     question = gr.Textbox(
                         EXAMPLES[0].question, label="Question about it (none: continue the text)", elem_id="question"
                     )
-                    gr.HTML('<p class="small">Examples, all about one text:</p>')
+                    gr.HTML('<p class="small">Examples, all about one text; a click asks:</p>')
                     with gr.Row(elem_classes="examples"):
-                        for example in EXAMPLES:
-                            gr.Button(example.name, size="sm", min_width=80).click(
-                                lambda example=example: (self.text, example.question),
-                                outputs=[text, question],
-                                queue=False,
-                                api_visibility="private",
-                            )
+                        examples = [gr.Button(example.name, size="sm", min_width=80) for example in EXAMPLES]
                     budget = gr.Slider(
                         0,
                         1,
@@ -123,7 +126,7 @@ class Page:
                         stop = gr.Button("Stop", min_width=80, elem_id="stop")
             message = gr.HTML(elem_id="message")
             strip = gr.HTML(
-                drawing.strip(routing.layers, {}, {}) + '<p class="summary"></p>',
+                drawing.strip(routing.layers, {}, {}) + drawing.PRESS,
                 html_template=f"<h2>Layers</h2>{drawing.legend(routing.sparse)}${{value}}",
                 js_on_load=CLICKS,
                 elem_id="strip",
@@ -131,22 +134,39 @@ class Page:
             )
             free = gr.Button("Let all layers go", size="sm", visible=False, elem_id="free")
             cards = gr.HTML(
-                drawing.cards(Visit().cards, self.source), html_template="<h2>Answers</h2>${value}", elem_id="cards"
+                drawing.cards(Visit().cards, self.source),
+                html_template=f"<h2>Answers</h2>{drawing.times('performance' in pages)}${{value}}",
+                elem_id="cards",
             )
             gr.HTML(self._onwards(pages))
-            shown = [message, strip, cards]
-            quiet = dict(show_progress="hidden", api_visibility="private")
-            asked = gr.on([ask.click, question.submit], self.begin, outputs=shown, queue=False, **quiet)
-            asked.then(self.ask, [text, question, budget], shown, concurrency_limit=1, **quiet)
-            stop.click(self.stop, queue=False, **quiet)
-            strip.click(self.pin, outputs=[message, strip, free], queue=False, **quiet)
-            free.click(self.free, outputs=[message, strip, free], queue=False, **quiet)
+            self._connect_asking(ask, examples, [text, question, budget], [message, strip, cards])
+            text.change(lambda text: gr.update(visible=text == self.text), text, planted, queue=False, **QUIET)
+            stop.click(self.stop, queue=False, **QUIET)
+            strip.click(self.pin, outputs=[message, strip, free], queue=False, **QUIET)
+            free.click(self.free, outputs=[message, strip, free], queue=False, **QUIET)
             blocks.unload(self.leave)
         for address, (name, content) in pages.items():
-            with blocks.route(name, address):
+            with blocks.route(name, address, show_in_navbar=address in IN_MENU):
                 gr.Navbar(main_page_name="Playground")
                 gr.Markdown(content)
         return blocks
+
+    def _connect_asking(self, ask: gr.Button, examples: list[gr.Button], inputs: list, shown: list) -> None:
+        """Connect all that asks, one after the other, and what takes answers away."""
+        text, question, _ = inputs
+        boxes = [text, question]
+
+        def run(begun: gr.events.Dependency) -> None:
+            begun.then(self.ask, inputs, shown, concurrency_limit=1, concurrency_id="ask", **QUIET)
+
+        run(gr.on([ask.click, question.submit], self.begin, boxes, shown, queue=False, **QUIET))
+        for button, example in zip(examples, EXAMPLES, strict=True):
+            filled = button.click(
+                lambda example=example: (self.text, example.question), outputs=boxes, queue=False, **QUIET
+            )
+            run(filled.then(self.begin, boxes, shown, queue=False, **QUIET))
+        typed = dict(queue=False, trigger_mode="always_last", **QUIET)
+        gr.on([text.input, question.input], self.edit, boxes, shown, **typed)
 
     def _introduction(self) -> str:
         player, routing = self.player, self.player.routing
@@ -175,6 +195,11 @@ class Page:
             f"{', '.join(facts)}</p>"
         )
 
+    def _planted(self) -> str:
+        places = {fact: self.player.count(self.text[: self.text.index(fact)].rstrip(" ")) for fact in FACTS}
+        named = tuple(fact for example in EXAMPLES for fact in example.facts)
+        return drawing.planted(places, named, self.player.count(self.text), self.player.routing.sparse)
+
     def _onwards(self, pages: dict[str, tuple[str, str]]) -> str:
         steps = (
             ("serve", "Serve a model", "FLUX_ATTENTION_ROUTERS=ADAPTER vllm serve MODEL", "faster, in less memory"),
@@ -192,21 +217,35 @@ class Page:
         words = ' Words are in the <a href="/glossary">glossary</a>.' if "glossary" in pages else ""
         return (
             f'<h2>Where to go from here</h2><ul class="onwards">{boxes}</ul><p class="small">The three ways run one '
-            "after the other, so that their times can be compared. On a CPU, at a few thousand tokens, they hardly "
-            f"differ; the KV cache does, and time at longer prompts.{words}</p>"
+            f"after the other, so that their times can be compared.{words}</p>"
         )
 
     # What its buttons do.
 
     def _drawn(self, visit: Visit, error: str = "", is_reading: bool = False) -> tuple[str, str, str]:
         strip = drawing.strip(self.player.routing.layers, visit.decided, visit.pins, is_reading)
-        summary = drawing.summary(visit.cards["routed"], visit.cards["dense"], visit.pins, visit.answer)
+        summary = drawing.PRESS
+        if visit.about is not None:
+            summary = drawing.summary(visit.cards["routed"], visit.cards["dense"], visit.pins, visit.answer)
         return drawing.message(error or visit.notice), strip + summary, drawing.cards(visit.cards, self.source)
 
-    def begin(self, request: gr.Request):
+    def edit(self, text: str, question: str, request: gr.Request):
+        """Take away, with what runs, layers and answers that are not about what now stands in the boxes."""
+        visit = self.visit(request)
+        if visit.about is None or visit.about == (text, question):
+            return (gr.skip(),) * 3
+        visit.stop.set()
+        visit.stop, visit.is_running = threading.Event(), False
+        visit.asked = deque([False] * len(visit.asked))
+        visit.clear()
+        return self._drawn(visit)
+
+    def begin(self, text: str, question: str, request: gr.Request):
         """Show at once that answers are to come, as other visitors may be first; what runs makes way."""
         visit = self.visit(request)
         visit.stop.set()
+        if visit.about != (text, question):
+            visit.clear((text, question))
         visit.stop, visit.is_running = threading.Event(), True
         visit.asked = deque([False] * len(visit.asked) + [True])
         visit.cards = {way: card.changed(state="waiting for its turn") for way, card in visit.cards.items()}
@@ -231,6 +270,8 @@ class Page:
                 yield from self._answer(visit, way, budget, is_question=bool(question.strip()))
         except PromptError as problem:
             error = str(problem)
+            if visit.stop is stop:
+                visit.clear()
         except Exception as problem:  # such as too little memory: the page lives on
             error = f"The model failed, {type(problem).__name__}: {problem}. Try a shorter text."
         finally:
@@ -249,9 +290,10 @@ class Page:
             stop=visit.stop,
             one_line=is_question and not player.has_chat,
         )
+        cards, decided = visit.cards, visit.decided  # what a later question begins anew with is not written to
         if way == "routed":
-            visit.decided = {}
-        visit.cards[way] = card = Card(way, "reading")
+            decided.clear()
+        cards[way] = card = Card(way, "reading")
         yield self._drawn(visit, is_reading=way == "routed")
         layers = 0
         for event in player.ask(visit.prompt, way, **options):
@@ -259,12 +301,12 @@ class Page:
                 layers += 1
                 card = card.changed(state=f"reading, {layers}/{len(routing.layers)}")
                 if way == "routed":
-                    visit.decided[event.layer] = event
+                    decided[event.layer] = event
             elif isinstance(event, Report):
                 card = card.changed(state="", report=event)
             else:
                 card = card.changed(state="writing", text=card.text + event)
-            visit.cards[way] = card
+            cards[way] = card
             yield self._drawn(visit, is_reading=way == "routed" and not card.text)
 
     def stop(self, request: gr.Request) -> None:
@@ -297,9 +339,11 @@ class Page:
         return self._pinned(visit)
 
     def _pinned(self, visit: Visit):
-        says = "Layers are forced: ask again to see what that does." if visit.pins else "Ask again."
-        strip = drawing.strip(self.player.routing.layers, visit.decided, visit.pins)
-        return "", f'{strip}<p class="summary">{says}</p>', gr.update(visible=bool(visit.pins))
+        strip, summary = drawing.strip(self.player.routing.layers, visit.decided, visit.pins), drawing.PRESS
+        if visit.about is not None:
+            says = "Layers are forced: ask again to see what that does." if visit.pins else "Ask again."
+            summary = f'<p class="summary">{says}</p>'
+        return "", strip + summary, gr.update(visible=bool(visit.pins))
 
 
 def theme() -> gr.Theme:

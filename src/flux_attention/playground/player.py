@@ -127,6 +127,10 @@ class Player:
         mark = "# " if self.name == "shipped" else ""  # which was trained on questions in comments
         return f"{text.rstrip()}\n{mark}Question: {question}\n{mark}Answer:"
 
+    def count(self, text: str) -> int:
+        """Return how many tokens a text has, outside a chat."""
+        return len(encode_prompt(text, self.tokenizer, False))
+
     def ask(
         self,
         ids: list[int],
