@@ -109,7 +109,7 @@ def test_the_adapter_says_what_the_checkpoint_says(tmp_path):
 
 def test_what_is_block_sparse_stays_so(tmp_path):
     write_checkpoint(tmp_path / "released", settings={"retrieval_mode": "xattn"})
-    blocks = {"pattern": "block_sparse", "threshold": 0.8, "select": "mass"}
+    blocks = {"pattern": "block_sparse", "threshold": 0.8, "select": "mass", "from_tokens": 0}
     found = import_checkpoint(tmp_path / "released", tmp_path / "out").config
     assert found.full == blocks and found.sparse["block_size"] == 128
     assert import_checkpoint(tmp_path / "released", tmp_path / "exact", full="full").config.full == {"pattern": "full"}

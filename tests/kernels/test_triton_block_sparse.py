@@ -115,7 +115,7 @@ def test_sequences_in_pages_are_computed_as_alone(device, data):
     queries = [max(1, length - data.draw(st.sampled_from([0, 1, 97, 200]))) for length in lengths]
     queries = [data.draw(st.sampled_from([new, 1])) for new in queries]
     routes = [data.draw(st.sampled_from([1, 1, 0])) for _ in lengths]
-    least = data.draw(st.sampled_from([0, 200]))
+    from_tokens = data.draw(st.sampled_from([0, 200]))
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     states = [
         [part.to(device, dtype) for part in structured(new, length, kv_heads * group, kv_heads, dim, row, batch=1)]
@@ -130,11 +130,11 @@ def test_sequences_in_pages_are_computed_as_alone(device, data):
     output = torch.full_like(query, float("nan"))
     starts = torch.tensor([0, *queries], device=device).cumsum(0).int()
     where = table, starts, torch.tensor(lengths, device=device).int(), routes_N
-    paged = Paged(*where, longest=max(lengths) + data.draw(st.sampled_from([0, 300])), least=least)
+    paged = Paged(*where, longest=max(lengths) + data.draw(st.sampled_from([0, 300])), from_tokens=from_tokens)
     triton_block_sparse.paged_block_sparse(query, key, value, output, paged, 0.2, mass, share, 16)
     for row, (q, k, v) in enumerate(states):
         mine = output[starts[row] : starts[row + 1]].transpose(0, 1)[None]
-        if routes[row] and queries[row] > 1 and lengths[row] >= least:
+        if routes[row] and queries[row] > 1 and lengths[row] >= from_tokens:
             expected = triton_block_sparse.block_sparse(q, k, v, 0.2, mass, share, 16, False)
             torch.testing.assert_close(mine, expected, atol=2e-3, rtol=2e-3)
         else:
