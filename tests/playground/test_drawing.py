@@ -106,29 +106,15 @@ def test_pages_link_to_each_other_and_to_nothing_that_is_not_there():
     assert "(table (`benchmarks/results/cpu_prefill.md`))" in pages["performance"][1]
 
 
-@pytest.fixture
-def built(monkeypatch, tmp_path):
-    """The pages as a built package has them, which holds fewer."""
-    for file in re.findall(r'^"docs/(.+)" = ', (ROOT / "pyproject.toml").read_text(), re.M):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text((ROOT / "docs" / file).read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(documents_room, "PLACES", (tmp_path,))
-    return documents()
+def test_built_packages_hold_every_page():
+    packed = re.findall(
+        r'^"docs/(.+)" = "flux_attention/playground/docs/(.+)"', (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    assert packed == [(file, file) for _, file in documents_room.PAGES.values()]
 
 
-def test_pages_of_a_built_package_name_the_files_that_they_would_link_to(built):
-    """As the playground has no page of them: where they are in the repository, and that it is there."""
-    assert list(built) == ["serve", "calibrate", "train", "glossary"]
-    for name, (_, text) in built.items():
-        assert named_files(text) and all((ROOT / file).is_file() for file in named_files(text)), name
-        assert text.rstrip().endswith(ELSEWHERE)
-        assert all(target.startswith("http") or target[1:] in built for target in re.findall(r"\]\(([^)]+)\)", text))
-    assert "the guide (`docs/guide.md`)" in built["serve"][1]
-    assert "Recipes (`recipes/models/README.md`)" in built["train"][1]
-    assert "See what a recipe says (`docs/training.md`)." in built["glossary"][1]
-
-
-def test_pages_of_a_checkout_do_so_where_there_is_still_no_page():
+def test_pages_name_the_files_that_they_would_link_to_where_there_is_no_page():
+    """Where they are in the repository, and that it is there."""
     pages = documents()
     for name, (_, text) in pages.items():
         assert all((ROOT / file).is_file() for file in named_files(text)), name

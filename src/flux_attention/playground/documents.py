@@ -6,7 +6,7 @@ import posixpath
 import re
 from pathlib import Path
 
-#: Each page's address and name, and where it is below docs/. Built packages hold the first four, checkouts all.
+#: Each page's address and name, and where it is below docs/; built packages hold them, too.
 PAGES = {
     "serve": ("Serve a model", "start/serve.md"),
     "calibrate": ("Calibrate", "calibration.md"),
