@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from helpers.serving import CHUNK, ask, make_prompts, metric, transformers_engine
+from helpers.serving import CHUNK, ask, block_sparse_adapter, make_prompts, metric, transformers_engine
 from vllm import LLM
 
 from flux_attention.names import BACKBONE
@@ -114,6 +114,22 @@ def test_requests_that_make_way_come_back_with_their_routes(prompts, stock, opti
 def test_routers_may_decide_in_the_prefill_of_whole_prompts(prompts, stock):
     llm = engine("prefill", max_model_len=2048)
     check(llm, [prompt[-1900:] for prompt in prompts if len(prompt) > 1], stock, "prefill")
+    stop(llm)
+
+
+def test_full_layers_may_read_prompts_block_sparse(prompts, stock, tmp_path):
+    adapter = block_sparse_adapter(tmp_path)
+    llm = engine(routers=adapter, max_num_batched_tokens=4096)
+    score, exact = transformers_engine("ends", "cuda", adapter), transformers_engine("ends", "cuda")
+    near, far = [], []
+    for prompt in [prompt for prompt in prompts if len(prompt) > 1000]:
+        # One at a time: a chunk's last queries select otherwise than those of a whole prompt.
+        ((answer, losses, _),) = ask(llm, [prompt], wishes=[{"flux_routes": "full"}])
+        expected = score(prompt, answer, "full")[0]
+        near.append((torch.tensor(losses) - expected).abs().mean().item())
+        far.append((exact(prompt, answer, "full")[0] - expected).abs().mean().item())
+    print(f"float32 {fmean(near):.4f} (most {max(near):.4f}), stock {fmean(stock):.4f}, exact {fmean(far):.4f}")
+    assert fmean(near) < fmean(far) / 2  # rounding selects some blocks otherwise
     stop(llm)
 
 
