@@ -63,8 +63,7 @@ def watching():
     def watched(query, key, value, scale, select, share, stride=16, correct=False):
         output = block_sparse(query, key, value, scale, select, share, stride, correct)
         blocks = kernels.selected_blocks(query, key, scale, select, share, stride)
-        pairs = blocks.shape[2] * (2 * blocks.shape[3] - blocks.shape[2] + 1) / 2
-        found["density"].append(blocks.sum((2, 3)).float().mean().item() / pairs)
+        found["density"].append(kernels.density(blocks).item())
         found["recall"].append(recall(query, key, scale, blocks))
         exact = kernels.full(query, key, value, scale).float()
         found["output_error"].append(((output.float() - exact).norm() / exact.norm()).item())

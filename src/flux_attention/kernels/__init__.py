@@ -5,7 +5,7 @@ All functions take query states after rotary embedding and grouped KV heads (GQA
 left-aligned: a shorter sequence has its padding at the end, where causality hides it from every real query.
 """
 
-from flux_attention.kernels.block_sparse import SELECT, block_scores, by_mass, by_maximum
+from flux_attention.kernels.block_sparse import SELECT, block_scores, by_mass, by_maximum, density
 from flux_attention.kernels.device import DTYPES, HEAD_DIMS, has_triton, index_on, on_device, to_device
 from flux_attention.kernels.dispatch import (
     block_sparse,
@@ -32,6 +32,7 @@ __all__ = [
     "by_mass",
     "by_maximum",
     "decode",
+    "density",
     "full",
     "has_triton",
     "index_on",

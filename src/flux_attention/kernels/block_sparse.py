@@ -125,6 +125,12 @@ def by_maximum(scores_BHMN: torch.Tensor, first: int, total: int, share: torch.T
 SELECT = {"mass": by_mass, "maximum": by_maximum}
 
 
+def density(blocks_BHMN: torch.Tensor) -> torch.Tensor:
+    """Return what share of the causal blocks is selected: float32, the mean over sequences and heads."""
+    rows, columns = blocks_BHMN.shape[2:]
+    return blocks_BHMN.sum((2, 3)).float().mean() / (rows * (2 * columns - rows + 1) / 2)
+
+
 def block_sparse(
     query_BHSD: torch.Tensor,
     key_BKTD: torch.Tensor,

@@ -118,18 +118,9 @@ def selected_blocks(
     seen = torch.arange(total, device=device) <= torch.arange(first, total, device=device)[:, None]
     if _triton_prefill(query_BHSD):
         from flux_attention.kernels.triton_block_scores import select_blocks  # only where Triton is installed
-        from flux_attention.kernels.triton_prefill import _rows_contiguous
 
         found = select_blocks(
-            _rows_contiguous(query_BHSD),
-            _rows_contiguous(key_BKTD),
-            stride,
-            scale,
-            share,
-            select == "mass",
-            first,
-            total - first,
-            masks=True,
+            query_BHSD, key_BKTD, stride, scale, share, select == "mass", first, total - first, masks=True
         )
         return found[2].bool() & seen
     return SELECT[select](block_scores(query_BHSD, key_BKTD, stride, scale), first, total, share) & seen

@@ -24,6 +24,7 @@ import triton.language as tl
 from flux_attention.kernels.block_sparse import BLOCK, FIRST, LAST, LAST_ROWS
 from flux_attention.kernels.device import on_device
 from flux_attention.kernels.triton_attention import LOG2E
+from flux_attention.kernels.triton_prefill import _rows_contiguous
 
 #: Steps of the bisection: the highest score is told from one that is smaller by a factor of 2 ** -STEPS.
 STEPS = tl.constexpr(26)
@@ -188,7 +189,7 @@ class Paged:
     routes_N : torch.Tensor
         uint8, at a sequence's first page whether it is full (1) or sparse (0).
     longest : int
-        Tokens of the longest sequence, at from_tokens.
+        Tokens of the longest sequence, at least.
     from_tokens : int
         Tokens that a sequence has to have.
     """
@@ -230,7 +231,7 @@ def select_blocks(
     Parameters
     ----------
     query_BHSD, key_BKTD : torch.Tensor
-        bf16 or fp16, rows in one piece; the last S of T positions. If ``paged``, new tokens and pages: (1, H, T, D) and
+        bf16 or fp16; the last S of T positions. If ``paged``, new tokens and pages: (1, H, T, D) and
         (N, K, P, D).
     stride : int
         Divides ``BLOCK``, and the pages' tokens.
@@ -255,6 +256,7 @@ def select_blocks(
     chosen, score : torch.Tensor or None
         uint8 and float32 (B, H, M, N), where they were asked for; undefined behind the queries' own block.
     """
+    query_BHSD, key_BKTD = map(_rows_contiguous, (query_BHSD, key_BKTD))
     batch, heads, length, dim = query_BHSD.shape
     keys, per_block = paged.longest if paged else key_BKTD.shape[2], BLOCK // stride
     total, tiles = triton.cdiv(keys, BLOCK), count * per_block

@@ -140,8 +140,7 @@ class BlockSparse(Pattern):
         """Return what share of the causal blocks is selected, at any length: mean over sequences and heads."""
         share = torch.tensor(self.threshold, dtype=torch.float32)
         blocks = kernels.selected_blocks(query_BHSD, key_BKTD, scale, self.select, share, self.stride)
-        rows, columns = blocks.shape[2:]
-        return blocks.sum((2, 3)).float().mean().item() / (rows * (2 * columns - rows + 1) / 2)
+        return kernels.density(blocks).item()
 
     def spans(self, length: int, prompt_length: int) -> list[tuple[int, int, int, int]]:
         """See ``Pattern.spans``: there are none."""
