@@ -33,6 +33,7 @@ def describe(folder, given=None):
         name, facts = "calibrated", {"ranking": list(config.ranking), "budget": config.budget}
     else:
         name, facts = {"prefill": "trained", "ends": "trained for ends"}[config.decide], {"decide": config.decide}
+        name += " by head" if config.granularity == "head" else ""
     return adapter_hash(folder), given or name, {**facts, "sparse": config.sparse, "full": config.full}
 
 
@@ -96,8 +97,12 @@ def complete(rows, families, samples):
 
 
 def slim(row):
-    """Leave out how often each layer ran full, where that is known beforehand."""
-    return row if row["method"] in ROUTED else {fact: value for fact, value in row.items() if fact != "fa_rate"}
+    """Leave out how often each layer ran full, where other facts say so."""
+    return (
+        row
+        if row["method"] in (*ROUTED, "head-static")
+        else {fact: value for fact, value in row.items() if fact != "fa_rate"}
+    )
 
 
 def without(row, commit):

@@ -16,6 +16,8 @@ LOOK_UPS = ("look_up", "several_keys", "all_values", "place", "several_queries")
 EQUAL = 0.045
 #: Sets of full layers of a method that are listed one by one.
 FEW = 4
+#: Methods of KV heads, which are named as layer.head.
+BY_HEAD = ("head", "head-static")
 #: Result files.
 LARGER, SMALLER = "quality_real", "quality_real_small"
 
@@ -180,7 +182,8 @@ def route_table(name=LARGER):
     lines = []
     for name, mine in found.items():
         for inputs, layers, some in routes(mine):
-            shares = [f"{kept(sparsity(some), length, meta['settings']['sparse']):.2f}" for length in by_length]
+            ratio = 0 if some[0]["method"] in BY_HEAD else sparsity(some)  # their cache is dense
+            shares = [f"{kept(ratio, length, meta['settings']['sparse']):.2f}" for length in by_length]
             lines.append([name, inputs, layers, *shares])
     rankings = "\n\n".join(
         prose(f"""
@@ -260,6 +263,10 @@ LOOKS = {
     "static-nll": ("o", "calibrated layers"),
     "routed": ("D", "trained"),
     "routed-ends": ("x", "trained, by the ends"),
+    "head": ("P", "KV heads, trained"),
+    "head-static": ("P", "fixed KV heads"),
+    "static": ("s", "layers chosen greedily"),
+    "random": ("^", "random layers"),
 }
 
 

@@ -15,6 +15,7 @@ META = dict(device="a GPU", torch="2", triton="3", transformers="5", commit="abc
 PATTERN = {"sparse": {"pattern": "streaming", "sink": 8, "window": 24}, "full": {"pattern": "full"}}
 #: Full layers of the tiny model's three, of each method.
 LAYERS = {"dense": (0, 1, 2), "sparse": (), "static-nll": (2,), "routed": (0,), "routed-ends": (0,)}
+LAYERS |= {"head": (0,), "head-static": (1,)}
 
 
 @pytest.fixture
@@ -42,7 +43,12 @@ def show(monkeypatch, tmp_path, merger):
 def adapters(base, tmp_path_factory):
     """A ranking and routers for the tiny model."""
     model, folder = AutoModelForCausalLM.from_pretrained(base), tmp_path_factory.mktemp("somewhere")
-    for name, more in (("one", dict(ranking=(2, 0, 1), budget=0.0)), ("two", dict(pool_size=16))):
+    kinds = (
+        ("one", dict(ranking=(2, 0, 1), budget=0.0)),
+        ("two", dict(pool_size=16)),
+        ("heads", dict(granularity="head")),
+    )
+    for name, more in kinds:
         routing = attach(model, FluxConfig(sink=8, window=24, **more))
         routing.save_pretrained(folder / name)
         routing.detach()
@@ -223,3 +229,15 @@ def test_routes_are_told_apart_by_kind_where_they_differ(show, parts):
     text = show(parts).route_table()
     assert "| routed (trained) | 4,096 tokens: look up | 0, 1 (25%) |" in text
     assert "| routed (trained) | 4,096 tokens: worked maths, prose | 0 |" in text
+
+
+def test_heads_are_named_with_their_layers_and_keep_a_dense_cache(show, parts, write, adapters):
+    def halves(method, layer):
+        rates = {f"{each}.{head}": float(each == layer or head == 1) for each in range(3) for head in range(2)}
+        return rows_of(method, 8, fa_rate=rates)
+
+    some = [*halves("head", 0), *halves("head-static", 1)]
+    made = show([*parts, adapters / "heads", write("by-head", some, "heads")])
+    assert "| head (trained by head) | all | 0.0, 0.1, 1.1, 2.1 | 1.00 |" in made.route_table()
+    assert "| head-static (trained by head) | all | 0.1, 1.0, 1.1, 2.1 | 1.00 |" in made.route_table()
+    assert "| head (trained by head) | head-static (trained by head) | +0.0" in made.length_tables()
