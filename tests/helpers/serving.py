@@ -9,10 +9,11 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_WORKER_MULTIPROCESSING_METHOD="spawn")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers.models import randomize
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from vllm import SamplingParams, TokensPrompt
 
-from flux_attention import attach
+from flux_attention import FluxConfig, attach
 from flux_attention.adapters import CONFIG_FILE, load_config
 from flux_attention.names import BACKBONE, ROUTERS
 from flux_attention.tasks.families import FAMILIES
@@ -46,9 +47,34 @@ def block_sparse_adapter(folder):
     return str(folder)
 
 
-def transformers_engine(decide, device="cpu", routers="shipped"):
+def wide_model(folder, hidden_size, heads, head_dim, layers=6, device="cpu"):
+    """
+    Write a random Qwen3 of 8 KV heads, which four cards can share, and routers that differ by prompt and layer.
+
+    Returns the folders of both.
+    """
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=AutoTokenizer.from_pretrained(BACKBONE).vocab_size, hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
+        head_dim=head_dim, max_position_embeddings=8192,
+    )  # fmt: skip
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():  # else attention is nearly uniform, and what a layer drops hardly shows
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight.mul_(3.0)
+    routing = randomize(attach(model, FluxConfig(sink=SINK, window=WINDOW)))
+    routers, backbone = Path(folder) / "routers", Path(folder) / "model"
+    routing.save_pretrained(routers)
+    routing.detach()
+    model.save_pretrained(backbone)
+    return str(backbone), str(routers)
+
+
+def transformers_engine(decide, device="cpu", routers="shipped", model=BACKBONE):
     """Give the log-probabilities of a prompt's next tokens, and its Omega, by the transformers engine in float32."""
-    model = AutoModelForCausalLM.from_pretrained(BACKBONE, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
     routing = attach(model, routers, decide=decide)
 
     def score(prompt, answer, routes=None):

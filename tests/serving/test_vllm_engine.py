@@ -6,7 +6,16 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 import pytest
 import torch
-from helpers.serving import CHUNK, NEW, ask, block_sparse_adapter, make_prompts, metric, transformers_engine
+from helpers.serving import (
+    CHUNK,
+    NEW,
+    ask,
+    block_sparse_adapter,
+    make_prompts,
+    metric,
+    transformers_engine,
+    wide_model,
+)
 from vllm import LLM
 from vllm.platforms import current_platform
 
@@ -27,9 +36,9 @@ def reference():
     return transformers_engine("ends")
 
 
-def engine(max_model_len=4096, decide="ends", routers="shipped", **options):
+def engine(max_model_len=4096, decide="ends", routers="shipped", model=BACKBONE, **options):
     return LLM(
-        str(BACKBONE),
+        str(model),
         dtype="float32",
         enforce_eager=True,
         max_model_len=max_model_len,
@@ -121,10 +130,16 @@ def test_full_layers_may_read_prompts_block_sparse(prompts, tmp_path):
     assert sum(nats > 1e-2 for nats in apart) >= 2
 
 
-def test_processes_that_share_the_heads_decide_alike(prompts, reference, monkeypatch):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_share_the_heads_decide_alike(prompts, reference, processes, monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    llm = engine(max_num_batched_tokens=CHUNK, max_num_seqs=8, tensor_parallel_size=2)
+    more = {}
+    if processes == 4:  # of the shipped model's six heads four cannot have as many each
+        model, routers = wide_model(tmp_path, 128, 16, 32)
+        reference = transformers_engine("ends", routers=routers, model=model)
+        more = dict(model=model, routers=routers, skip_tokenizer_init=True)
+    llm = engine(max_num_batched_tokens=CHUNK, max_num_seqs=8, tensor_parallel_size=processes, **more)
     some = [prompt for prompt in prompts if len(prompt) > 800][:5]
     apart = check(llm, some, reference)  # ranks that decide otherwise would give other answers
     assert sum(nats > 1e-2 for nats in apart) >= 2

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from helpers.serving import CHUNK, ask, block_sparse_adapter, make_prompts, metric, transformers_engine
+from helpers.serving import CHUNK, ask, block_sparse_adapter, make_prompts, metric, transformers_engine, wide_model
 from vllm import LLM
 
 from flux_attention.names import BACKBONE
@@ -25,7 +25,7 @@ def prompts():
     return make_prompts(PAGE)
 
 
-def engine(decide="ends", routers="shipped", **options):
+def engine(decide="ends", routers="shipped", model=BACKBONE, **options):
     plugin.register()  # also in a checkout that is not installed
     settings = {"flux_attention": {"routers": routers, "decide": decide, "debug": True}} if routers else {}
     options = (
@@ -38,12 +38,11 @@ def engine(decide="ends", routers="shipped", **options):
         )
         | options
     )
-    return LLM(str(BACKBONE), dtype="bfloat16", additional_config=settings, **options)
+    return LLM(str(model), dtype="bfloat16", additional_config=settings, **options)
 
 
-def distances(answers, prompts, decide, wishes=None):
+def distances(answers, prompts, score, wishes=None):
     """Return how far log-probabilities are from float32's, in nats, as means by prompt; and from dense ones."""
-    score = transformers_engine(decide, "cuda")
     near, far, agreed = [], [], 0
     for prompt, wish, (answer, losses, omega) in zip(prompts, wishes or [None] * len(prompts), answers, strict=True):
         routes = (wish or {}).get("flux_routes") if omega is not None else "full"
@@ -62,7 +61,7 @@ def distances(answers, prompts, decide, wishes=None):
 def stock(prompts):
     """How far stock vLLM is from float32: bfloat16's own error."""
     llm = engine(routers=None, **EAGER)
-    near, _, _ = distances(ask(llm, prompts), prompts, "ends")
+    near, _, _ = distances(ask(llm, prompts), prompts, transformers_engine("ends", "cuda"))
     stop(llm)
     return near
 
@@ -73,7 +72,7 @@ def stop(llm):
 
 def check(llm, prompts, stock, decide="ends", wishes=None, new=16):
     answers = ask(llm, prompts, new, wishes)
-    near, far, agreed = distances(answers, prompts, decide, wishes)
+    near, far, agreed = distances(answers, prompts, transformers_engine(decide, "cuda"), wishes)
     print(f"float32 {fmean(near):.4f} (most {max(near):.4f}), stock {fmean(stock):.4f} (most {max(stock):.4f}), "
           f"dense {fmean(far):.4f}, agreed {agreed:.3f}")  # fmt: skip
     assert agreed >= 0.9
@@ -138,3 +137,19 @@ def test_cards_that_share_the_heads_decide_alike(prompts, stock):
     llm = engine(max_num_batched_tokens=CHUNK * 2, tensor_parallel_size=2)
     check(llm, prompts, stock)
     stop(llm)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+def test_four_cards_decide_alike(prompts, tmp_path):
+    model, routers = wide_model(tmp_path, 4096, 32, 128, device="cuda")  # Qwen3-8B's sizes
+    score = transformers_engine("ends", "cuda", routers, model)
+    options = dict(model=model, max_num_batched_tokens=CHUNK * 2, tensor_parallel_size=4, skip_tokenizer_init=True)
+    near = []
+    for given in (None, routers):
+        llm = engine(routers=given, **options)
+        found, far, agreed = distances(ask(llm, prompts), prompts, score)
+        near.append(fmean(found))
+        stop(llm)
+    print(f"float32 {near[1]:.4f}, stock {near[0]:.4f}, dense {fmean(far):.4f}, agreed {agreed:.3f}")
+    assert agreed >= 0.9 and near[1] < 1.5 * near[0]
+    assert fmean(far) > 2 * near[1]  # ranks that decide otherwise would answer otherwise

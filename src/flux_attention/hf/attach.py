@@ -26,7 +26,7 @@ from flux_attention.hf.generation.install import install_generation
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.hooks import (
     QueryHooks,
-    enter_attention,
+    in_context,
     refuse_copies,
     routed_decoder,
     show_query,
@@ -192,13 +192,13 @@ def _install(routing: Routing, model: nn.Module, decoder: nn.Module, attentions:
     undo.callback(replace_forward(decoder, routed_decoder(begin, routing.publish, lambda: routing.is_attached)))
     _hook(routing, decoder.register_forward_pre_hook, refuse_copies(decoder))
     for attention in attentions.values():
-        _hook(routing, attention.register_forward_pre_hook, enter_attention, with_kwargs=True)
+        undo.callback(replace_forward(attention, in_context))
 
 
-def _hook(routing: Routing, register: Callable, hook: Callable, **options: Any) -> None:
+def _hook(routing: Routing, register: Callable, hook: Callable) -> None:
     """Register a hook that ``detach`` removes, and that is known as ours."""
     routing.own_hooks.add(hook)
-    routing.undo.callback(register(hook, **options).remove)
+    routing.undo.callback(register(hook).remove)
 
 
 def _use_attention(undo, decoder: nn.Module) -> None:

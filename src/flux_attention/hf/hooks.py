@@ -110,10 +110,25 @@ def refuse_copies(decoder: nn.Module) -> Callable:
     return check
 
 
-def enter_attention(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Make the context that a layer was given this thread's, as gradient checkpointing may be computing it again."""
-    if kwargs.get(COMPILED):
-        return
+def in_context(stock: Callable) -> Callable:
+    """
+    Make the forward of an attention module that makes the context it was given this thread's, for ``replace_forward``.
+
+    Gradient checkpointing may be computing the layer again. It is no hook that takes keyword arguments: these are known
+    by a number, on which PyTorch 2.10 compiles each layer anew.
+    """
+
+    @functools.wraps(stock)
+    def forward(module, *args, **kwargs):
+        if not kwargs.get(COMPILED):
+            enter_attention(module, kwargs)
+        return stock(module, *args, **kwargs)
+
+    return forward
+
+
+def enter_attention(module: nn.Module, kwargs: dict) -> None:
+    """Make the context in an attention module's keyword arguments this thread's."""
     if CONTEXT not in kwargs:
         if current.get() is None:  # a layer that is called alone, or was copied to another model
             return

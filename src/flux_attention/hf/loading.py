@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
 from importlib.util import find_spec
 from typing import Any, cast
@@ -123,7 +124,14 @@ def read_gguf(model: str) -> GgufFile:
     return GgufFile.read(model)
 
 
+def _tell_version() -> None:
+    """Tell transformers the version of ``gguf``: on Python 3.10 its older releases do not find it, and read no file."""
+    package = importlib.import_module("gguf")
+    package.__version__ = importlib.metadata.version("gguf")
+
+
 def _from_file(kind, file: GgufFile, **options: Any):
+    _tell_version()
     # From an empty folder: a tokenizer or a template that happens to lie beside the file may be another model's.
     with tempfile.TemporaryDirectory() as folder:
         try:
