@@ -1,7 +1,6 @@
 """``calibrate`` finds which layers of a model need full attention, without training."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -146,8 +145,6 @@ def calibrate(
     dtype: Dtype = "auto",
 ):
     """Find, without training, which layers need full attention, and how many; write an adapter with a budget."""
-    if find_spec("matplotlib") is None:  # known now, not at the end
-        raise UserError("matplotlib is missing, which draws the plot: pip install 'flux-attention[eval]'")
     sizes = read_numbers(length, int, 256, 2**24)
     if len(sizes) > 1:
         raise UserError(f"length is {length!r}, expected one number of tokens, such as 16K")

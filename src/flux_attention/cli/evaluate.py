@@ -76,8 +76,6 @@ def _check_source(chat: bool | None, **given: Any) -> None:
         raise UserError("--chat is for questions in words: lm-eval's tasks bring their own prompts; leave it out")
     if given["tasks"] and find_spec("lm_eval") is None:
         raise UserError("lm-eval is missing, which has the tasks: pip install 'flux-attention[eval]'")
-    if find_spec("matplotlib") is None:  # known now, not at the end
-        raise UserError("matplotlib is missing, which draws the report: pip install 'flux-attention[eval]'")
 
 
 def _check_names(methods: str | None, families: str | None) -> None:

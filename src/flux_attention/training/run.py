@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +196,6 @@ def train(
     args = training_arguments(recipe)
     folder = Path(recipe.output)
     main = args.process_index == 0
-    if find_spec("matplotlib") is None:  # known now, not at the end
-        raise ImportError("matplotlib is missing, which draws the run: pip install 'flux-attention[train]'")
     check_output(recipe, folder, restart)
     check_model(recipe)
     if main:
