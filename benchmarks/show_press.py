@@ -69,7 +69,8 @@ def cell(rows, others):
 
 
 def about(meta):
+    device = "a CPU" if meta["device"] == "cpu" else meta["device"]
     return f"""
-    kvpress {meta["settings"]["kvpress"]} on {meta["device"]}, transformers {meta["transformers"]}, by
+    kvpress {meta["settings"]["kvpress"]} on {device}, transformers {meta["transformers"]}, by
     `benchmarks/press_quality.py`, all in one run; intervals of 95 %.
     """

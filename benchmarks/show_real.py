@@ -264,7 +264,7 @@ LOOKS = {
     "routed": ("D", "trained"),
     "routed-ends": ("x", "trained, by the ends"),
     "head": ("P", "KV heads, trained"),
-    "head-static": ("P", "fixed KV heads"),
+    "head-static": ("h", "fixed KV heads"),
     "static": ("s", "layers chosen greedily"),
     "random": ("^", "random layers"),
 }
@@ -285,7 +285,8 @@ def images():
             draw(axes, score_points(rows))
             axes.set_title(f"{meta['settings']['model'].split('/')[-1]}, {length:,} tokens", size=9)
         row[0].set_ylabel("mean score of generated answers")
-    panels[0][0].legend(frameon=False, fontsize=9, loc="lower left")
+    named = {name: mark for axes in panels.flat for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    panels[0][0].legend(named.values(), named.keys(), frameon=False, fontsize=9, loc="lower left")
     save(figure, "real_models")
 
 

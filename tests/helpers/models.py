@@ -88,7 +88,8 @@ def randomize(routing, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for router in routing.routers.values():
         with torch.no_grad():
-            router.head[-1].weight.normal_(std=3.0, generator=generator)
+            weight = router.head[-1].weight
+            weight.copy_(torch.empty(weight.shape).normal_(std=3.0, generator=generator))
             router.head[-1].bias.zero_()
             router.encoder[0].weight.mul_(8.0)
             router.encoder[2].weight.mul_(4.0)

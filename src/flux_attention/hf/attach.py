@@ -26,7 +26,8 @@ from flux_attention.hf.generation.install import install_generation
 from flux_attention.hf.handle import Routing
 from flux_attention.hf.hooks import (
     QueryHooks,
-    in_context,
+    enter_attention,
+    hook_attention,
     refuse_copies,
     routed_decoder,
     show_query,
@@ -191,8 +192,9 @@ def _install(routing: Routing, model: nn.Module, decoder: nn.Module, attentions:
 
     undo.callback(replace_forward(decoder, routed_decoder(begin, routing.publish, lambda: routing.is_attached)))
     _hook(routing, decoder.register_forward_pre_hook, refuse_copies(decoder))
+    routing.own_hooks.add(enter_attention)
     for attention in attentions.values():
-        undo.callback(replace_forward(attention, in_context))
+        undo.callback(hook_attention(attention))
 
 
 def _hook(routing: Routing, register: Callable, hook: Callable) -> None:

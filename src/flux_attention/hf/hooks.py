@@ -22,6 +22,8 @@ LAYER = "flux_layer"
 #: Arguments of models around a decoder that tell which tokens are text, and inputs that are not.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs")
+#: The number of attention modules' hooks, none that PyTorch gives.
+ENTERS = -1
 
 
 def routed_decoder(
@@ -110,25 +112,10 @@ def refuse_copies(decoder: nn.Module) -> Callable:
     return check
 
 
-def in_context(stock: Callable) -> Callable:
-    """
-    Make the forward of an attention module that makes the context it was given this thread's, for ``replace_forward``.
-
-    Gradient checkpointing may be computing the layer again. It is no hook that takes keyword arguments: these are known
-    by a number, on which PyTorch 2.10 compiles each layer anew.
-    """
-
-    @functools.wraps(stock)
-    def forward(module, *args, **kwargs):
-        if not kwargs.get(COMPILED):
-            enter_attention(module, kwargs)
-        return stock(module, *args, **kwargs)
-
-    return forward
-
-
-def enter_attention(module: nn.Module, kwargs: dict) -> None:
-    """Make the context in an attention module's keyword arguments this thread's."""
+def enter_attention(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Make the context that a layer was given this thread's, as gradient checkpointing may be computing it again."""
+    if kwargs.get(COMPILED):
+        return
     if CONTEXT not in kwargs:
         if current.get() is None:  # a layer that is called alone, or was copied to another model
             return
@@ -137,6 +124,23 @@ def enter_attention(module: nn.Module, kwargs: dict) -> None:
             "they cannot be routed; call detach() to use the model as it was"
         )
     current.set(kwargs[CONTEXT])
+
+
+def hook_attention(module: nn.Module) -> Callable[[], None]:
+    """
+    Register ``enter_attention`` as a forward pre-hook, and return what removes it.
+
+    PyTorch numbers hooks, and its release 2.10 compiles a layer anew for each number of a hook that takes keyword
+    arguments. So all layers' hooks have one number here.
+    """
+    module._forward_pre_hooks[ENTERS] = enter_attention
+    module._forward_pre_hooks_with_kwargs[ENTERS] = True
+
+    def remove() -> None:
+        module._forward_pre_hooks.pop(ENTERS, None)
+        module._forward_pre_hooks_with_kwargs.pop(ENTERS, None)
+
+    return remove
 
 
 def show_query(module: nn.Module, args: tuple, output: torch.Tensor) -> None:

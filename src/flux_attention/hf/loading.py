@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -125,9 +127,11 @@ def read_gguf(model: str) -> GgufFile:
 
 
 def _tell_version() -> None:
-    """Tell transformers the version of ``gguf``: on Python 3.10 its older releases do not find it, and read no file."""
+    """Tell transformers the version of ``gguf``, which its older releases do not find on Python 3.10."""
     package = importlib.import_module("gguf")
-    package.__version__ = importlib.metadata.version("gguf")
+    if sys.version_info < (3, 11) and not hasattr(package, "__version__"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            package.__version__ = importlib.metadata.version("gguf")
 
 
 def _from_file(kind, file: GgufFile, **options: Any):
