@@ -131,7 +131,7 @@ def _tell_version() -> None:
     package = importlib.import_module("gguf")
     if sys.version_info < (3, 11) and not hasattr(package, "__version__"):
         with suppress(importlib.metadata.PackageNotFoundError):
-            package.__version__ = importlib.metadata.version("gguf")
+            vars(package)["__version__"] = importlib.metadata.version("gguf")
 
 
 def _from_file(kind, file: GgufFile, **options: Any):
