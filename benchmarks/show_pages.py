@@ -29,6 +29,7 @@ FILES = {
     "e2e_blocks": ("prefill of whole models, block-sparse", "flux-attention bench blocks"),
     "blocks": ("one layer's block-sparse prefill", "flux-attention bench blocks"),
     "block_quality": ("what block-sparse prefill loses on a real model", "python benchmarks/block_quality.py"),
+    "press_quality": ("kvpress's presses beside calibrated layers", "python benchmarks/press_quality.py"),
     "profile": ("where the time of a prompt and a step goes", "python benchmarks/profile_speed.py --compile"),
     "memory": ("bytes of KV caches, by arithmetic", "flux-attention bench memory"),
     "training": ("speed and memory of router training", "flux-attention bench training"),
