@@ -98,11 +98,9 @@ def complete(rows, families, samples):
 
 def slim(row):
     """Leave out how often each layer ran full, where other facts say so."""
-    return (
-        row
-        if row["method"] in (*ROUTED, "head-static")
-        else {fact: value for fact, value in row.items() if fact != "fa_rate"}
-    )
+    if row["method"] in (*ROUTED, "head-static"):
+        return row
+    return {fact: value for fact, value in row.items() if fact != "fa_rate"}
 
 
 def without(row, commit):

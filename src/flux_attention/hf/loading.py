@@ -128,10 +128,10 @@ def read_gguf(model: str) -> GgufFile:
 
 def _tell_version() -> None:
     """Tell transformers the version of ``gguf``, which its older releases do not find on Python 3.10."""
-    package = importlib.import_module("gguf")
-    if sys.version_info < (3, 11) and not hasattr(package, "__version__"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            vars(package)["__version__"] = importlib.metadata.version("gguf")
+    if sys.version_info >= (3, 11):
+        return
+    with suppress(importlib.metadata.PackageNotFoundError):
+        vars(importlib.import_module("gguf")).setdefault("__version__", importlib.metadata.version("gguf"))
 
 
 def _from_file(kind, file: GgufFile, **options: Any):
