@@ -2,8 +2,9 @@
 
 Run: ``python benchmarks/serving.py`` on a GPU with vLLM. Engines are started one after the other, each in a process of
 its own: ``stock``; ``routed``, whose routers read each prompt's ends and decide the same for all, and which with
-``full`` also runs prompts with all layers forced full; ``fixed``, with a fixed set of layers. Each measurement is
-written to ``benchmarks/results/serving.json`` as soon as it is there.
+``full`` also runs prompts with all layers forced full; ``blocks``, the same routers where full layers read prompts
+block-sparse (measured by prompts alone); ``fixed``, with a fixed set of layers. Each measurement is written to
+``benchmarks/results/serving.json`` as soon as it is there.
 
 decode       milliseconds of a decode step of one sequence: means of 64 steps
 prefill      milliseconds to the first token of one prompt
@@ -33,7 +34,8 @@ from served.rows import joined
 from flux_attention.results import earlier_rows, merged, write_results
 from flux_attention.serving.settings import VARIABLE
 
-ENGINES, MEASURES = ("stock", "routed", "full", "fixed"), ("decode", "prefill", "throughput", "concurrency", "load")
+ENGINES = "stock", "routed", "full", "blocks", "fixed"
+MEASURES = "decode", "prefill", "throughput", "concurrency", "load"
 #: No look-ups on the network, and a sampler that needs no compiler.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "PYTHONUNBUFFERED": "1",

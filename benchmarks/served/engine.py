@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from flux_attention.serving import plugin
 from flux_attention.serving.pages import pages_needed
 from flux_attention.serving.settings import KEY
-from served.models import make_model, make_ranking, make_routers
+from served.models import BLOCKS_OF_ALL, make_model, make_ranking, make_routers
 from served.rows import Step
 
 
@@ -86,8 +87,8 @@ class Engine:
 
     Parameters
     ----------
-    name : {"stock", "routed", "fixed"}
-        Without our plugin, with routers, or with a fixed set of layers.
+    name : {"stock", "routed", "blocks", "fixed"}
+        Without our plugin, with routers, with block-sparse full layers, too, or with a fixed set of layers.
     args : argparse.Namespace
         See ``serving.py``.
     folder : path
@@ -100,9 +101,13 @@ class Engine:
         self.vocabulary, self.layers, routed = base.vocab_size, base.num_layers, {}
         if name != "stock":
             plugin.register()  # also in a checkout that is not installed
-            make = make_routers if name == "routed" else make_ranking
+            make = {
+                "routed": make_routers, "blocks": partial(make_routers, prompts=BLOCKS_OF_ALL), "fixed": make_ranking
+            }[name]  # fmt: skip
             self.omega = make(folder / "adapter", base, args.sparsity, args.sink, args.window)
             routed = {"additional_config": {KEY: {"routers": str(folder / "adapter")}}}
+            if name == "blocks":
+                routed["worker_extension_cls"] = "served.worker.Worker"
         page = args.page if name == "stock" else args.routed_page or args.page
         options = {"block_size": page, "num_gpu_blocks_override": args.pages and args.pages * self.shares}
         self.llm = AsyncLLM.from_engine_args(
@@ -125,6 +130,7 @@ class Engine:
         )
         cache = self.llm.vllm_config.cache_config
         self.page, self.pages = cache.block_size, cache.num_gpu_blocks
+        self.selects = name == "blocks"
 
     @property
     def shares(self) -> int:
@@ -176,6 +182,8 @@ class Engine:
 
         Short prompts come last: as many as tell the scheduler what the next ones will be like.
         """
+        if self.selects:
+            await self.llm.collective_rpc("set_norms")
         chunk = self.args.chunk
         lengths = [min(length, self.args.longest - 32) for length in (512, chunk + 16, 2 * chunk + chunk // 2 + 1)]
         for length in lengths:
@@ -184,6 +192,13 @@ class Engine:
         kinds = itertools.cycle(routes)
         await together(self.ask(self.prompt(length), 16, next(kinds)) for length in lengths * 2)
         await self.settle()
+
+    async def density(self, length: int) -> float | None:
+        """Read a prompt once more, and return what share of their blocks full layers select; None if they do not."""
+        await self.llm.collective_rpc("watch_blocks")
+        await self.ask(self.prompt(length), 1)
+        (found,) = await self.llm.collective_rpc("selected")
+        return None if found is None else round(found, 4)
 
     async def settle(self) -> None:
         """Make the scheduler expect requests that are routed as by the adapter, not as those that were forced."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from served.engine import Answer, Engine, together
+from served.models import BLOCKS_OF_ALL
 from served.rows import arrivals, concurrency, latencies, spread
 
 #: Steps that one time of a decode step is the mean of, and how many such times a prompt gives.
@@ -23,10 +24,12 @@ Measure = tuple[str, Callable[[], Awaitable[Rows]]]
 
 def plan(engine: Engine, name: str, args: Any) -> list[Measure]:
     """List what to measure of an engine, each with its name, in the order in which it is measured."""
-    asked = args.measure_fixed if name == "fixed" else args.measure
+    asked = {"fixed": args.measure_fixed, "blocks": ["prefill"]}.get(name, args.measure)
     facts = dict(shape=args.shape, engine="vllm" if name == "stock" else "flux-vllm", block_size=engine.page)
-    method = {"stock": "dense", "routed": "routed-ends", "fixed": "static"}[name]
+    method = {"stock": "dense", "fixed": "static"}.get(name, "routed-ends")
     own = dict(facts, method=method, sparsity=engine.omega or 0.0)
+    if name == "blocks":
+        own |= {"full": "block_sparse", "select": BLOCKS_OF_ALL.select, "threshold": BLOCKS_OF_ALL.threshold}
     kinds = [("", None, own)]
     if name == "routed" and "full" in args.engines:
         kinds.append((", all layers full", "full", dict(facts, method="dense", sparsity=0.0)))
@@ -74,6 +77,8 @@ async def one_prompt(
         for first in range(0, new - 1, STEPS):
             steps.append(1000 * (answer.times[first + STEPS] - answer.times[first]) / STEPS)
     times = {"prefill": prefill, "decode": steps}
+    if "full" in facts:
+        facts = dict(facts, density=await engine.density(length))
     return [dict(facts, seq_len=length, batch=1, phase=phase, **spread(times[phase])) for phase in phases]
 
 

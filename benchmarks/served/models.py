@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flux_attention import adapters
 from flux_attention.config import BaseModel, FluxConfig
+from flux_attention.patterns import BlockSparse, Full, Pattern
 from flux_attention.router import LayerRouter
 from flux_attention.routes import parse_routes
 from flux_attention.sizes import SHAPES
@@ -32,6 +33,9 @@ EVERY_SHAPE: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
     ),
 }
+
+#: What full layers of random weights, where all keys count alike, select about 15 % of the blocks by.
+BLOCKS_OF_ALL = BlockSparse(0.15, "mass")
 
 
 def make_model(folder: Path, shape: str, longest: int, dtype: str) -> BaseModel:
@@ -54,9 +58,13 @@ def make_model(folder: Path, shape: str, longest: int, dtype: str) -> BaseModel:
     )
 
 
-def make_routers(folder: Path, base: BaseModel, sparsity: float, sink: int, window: int) -> float:
+def make_routers(
+    folder: Path, base: BaseModel, sparsity: float, sink: int, window: int, prompts: Pattern | None = None
+) -> float:
     """
     Write an adapter whose routers read prompts as any others do, and decide the same for each.
+
+    ``prompts`` is the pattern by which full layers read them; fully unless it is given.
 
     Returns
     -------
@@ -70,7 +78,9 @@ def make_routers(folder: Path, base: BaseModel, sparsity: float, sink: int, wind
         with torch.no_grad():
             router.head[-1].bias.copy_(torch.tensor([0.0, 1.0] if full else [1.0, 0.0]))
         routers[str(layer)] = router
-    adapters.save(folder, FluxConfig(sink=sink, window=window, decide="ends", base_model=base), routers)
+    pattern = (prompts or Full()).to_dict()
+    config = FluxConfig(sink=sink, window=window, full=pattern, decide="ends", base_model=base)
+    adapters.save(folder, config, routers)
     return 1 - sum(routes) / len(routes)
 
 

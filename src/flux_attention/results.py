@@ -18,7 +18,8 @@ from flux_attention.files import replacing
 
 #: The facts of a row that say what was measured.
 MEASURED = (
-    "shape", "seq_len", "batch", "phase", "engine", "method", "sparsity", "queries", "measure", "output_tokens",
+    "shape", "seq_len", "batch", "phase", "engine", "method", "sparsity", "full", "queries", "measure",
+    "output_tokens",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from served.models import make_model, make_ranking, make_routers
+from served.models import BLOCKS_OF_ALL, make_model, make_ranking, make_routers
 from served.rows import arrivals, concurrency, joined, latencies, spread
 
 from flux_attention import adapters
@@ -92,6 +92,9 @@ def test_adapters_of_models_without_weights_decide_what_would_be_forced(tmp_path
     pooled = torch.randn(3, base.head_dim)
     found = torch.stack([hard_route(router(pooled)) for router in routers.values()], dim=1)
     assert torch.equal(found, routes) and config.decide == "ends"
+    assert config.full == {"pattern": "full"}
+    make_routers(tmp_path / "blocks", base, 0.5, 8, 16, BLOCKS_OF_ALL)
+    assert adapters.load(tmp_path / "blocks", base)[0].full["pattern"] == "block_sparse"
     assert make_ranking(tmp_path / "ranking", base, 0.5, 8, 16) == 0.5
     config, _ = adapters.load(tmp_path / "ranking", base)
     assert list(config.full_layers) == routes[0].nonzero().flatten().tolist() != [0, 1]
