@@ -3,7 +3,7 @@
 Run: ``python benchmarks/block_quality.py MODEL --select mass=0.8,0.9 --select maximum=0.1``. Layers that are full
 attend block-sparse in the prefill: all of them, or with ``--routers`` those that an adapter's ranking leaves full at
 ``--budget``. Writes benchmarks/results/block_quality.json, a row for each rule, threshold and family beside the exact
-one; what is there already is not measured again.
+one; what is there already is not measured again, so that several calls add to one file.
 
 density        of the causal blocks, what share was selected: mean over layers and samples
 recall         of the exact attention, what share lies in selected blocks: mean over layers, heads and some blocks' rows
@@ -93,6 +93,7 @@ def rows_of(model, tokenizer, material, args, done):
             for family in material.families:
                 samples = material.make(family, length, args.samples)
                 facts = dict(model=model_name(args.model), seq_len=length, task=family, full=full["pattern"])
+                facts["n"] = len(samples)
                 facts["sparsity"] = (
                     round(1 - len(routing.config.full_layers) / len(routing.layers), 4) if base.ranking else 0.0
                 )
@@ -105,7 +106,7 @@ def rows_of(model, tokenizer, material, args, done):
 
 
 #: What tells rows apart.
-KEY = "model", "seq_len", "task", "full", "sparsity", "select", "threshold", "stride", "correct"
+KEY = "model", "seq_len", "task", "full", "n", "sparsity", "select", "threshold", "stride", "correct"
 
 
 def measured(model, tokenizer, routing, samples, args, watch):
@@ -116,7 +117,7 @@ def measured(model, tokenizer, routing, samples, args, watch):
             evaluate(model, samples[: args.watched], routing, 1)
         found = {name: round(fmean(values), 4) for name, values in seen.items()}
     scores = evaluate(model, samples, routing, args.batch_size)
-    found |= {"nats": round(fmean(scores.nats), 5), "n": len(samples)}
+    found["nats"] = round(fmean(scores.nats), 5)
     question = samples[0].question
     if question.is_prose:
         return found | token_measures(scores, True)
@@ -144,7 +145,8 @@ def main():
     model = load_model(args.model, args.dtype, args.device).to(args.device).eval()
     tokenizer = load_tokenizer(args.model)
     material = Material(tokenizer, args.families)
-    settings = {"samples": args.samples, "watched": args.watched, "dtype": str(model.dtype), **material.settings}
+    settings = {"watched": args.watched, "dtype": str(model.dtype), **material.settings}
+    del settings["families"]  # each row is of one
     rows = []
     done = begun_rows(args.output, settings)
     for row in rows_of(model, tokenizer, material, args, done):

@@ -32,11 +32,13 @@ def whole_table():
     """Return prompts of whole models, by what full layers do."""
     rows = load("e2e_blocks")["rows"]
     lines = []
-    for length in sorted({row["seq_len"] for row in rows}):
-        found = {(row["full"], row["sparsity"] > 0): row for row in rows if row["seq_len"] == length}
+    for engine, length in sorted({(row["engine"], row["seq_len"]) for row in rows}):
+        mine = [row for row in rows if (row["engine"], row["seq_len"]) == (engine, length)]
+        found = {(row["full"], row["sparsity"] > 0): row for row in mine}
         density = found["block_sparse", True]["density"]
         cells = [f"{found[kind]['ms'] / 1000:.3g} (× {found[kind]['speedup']:.2f})" for kind in KINDS]
-        lines.append([f"{length // 1024} K", f"{density:.0%}", *cells])
+        name = f"{length // 1024} K" + (", compiled" if engine == "flux-compile" else "")
+        lines.append([name, f"{density:.0%}", *cells])
     return table(["tokens", "blocks selected", *(f"{name}, s" for name in KINDS.values())], lines)
 
 
@@ -88,34 +90,58 @@ def beats(row):
 
 
 def quality_table():
-    """Return what selections lose on a real model, beside exact attention."""
+    """Return what selections lose on real models, beside exact attention of the same layers."""
     groups = {}
     for row in load("block_quality")["rows"]:
-        groups.setdefault((row["seq_len"], row.get("select"), row.get("threshold")), []).append(row)
+        kind = row["model"].split("/")[-1], row["seq_len"], row["sparsity"], row["n"]
+        groups.setdefault((*kind, row.get("select"), row.get("threshold")), []).append(row)
     lines = []
-    for (length, select, threshold), rows in sorted(groups.items(), key=lambda item: (item[0][0], density(item[1]))):
-        exact = groups[length, None, None]
+    chosen = {key: rows for key, rows in groups.items() if key[4] is not None}
+    for key, rows in sorted(chosen.items(), key=lambda item: (*item[0][:4], density(item[1]))):
+        model, length, sparsity, samples, select, threshold = key
+        exact = groups[(*key[:4], None, None)]
         asked = [row["task"] for row in rows if "accuracy" in row]
-        if select is None:
-            continue
-        ratio, width = compare.difference(rows, exact)[1]
+        answers = ["–"] * 4
+        if asked:
+            family, lost = worst(rows, exact, asked)
+            some = "" if len(asked) == 5 else f" ({len(asked)} kinds)"
+            answers = [
+                f"{density(rows):.1%}", f"{fmean(row['output_error'] for row in rows if 'accuracy' in row):.3f}",
+                f"{shown(points(rows, exact, asked))}{some}", f"{shown(lost)} ({family})",
+            ]  # fmt: skip
         lines.append([
-            f"{select}, {threshold:g}", f"{density(rows):.1%}", f"{fmean(row['recall'] for row in rows):.3f}",
-            f"{fmean(row['output_error'] for row in rows):.3f}", shown(points(rows, exact, asked)),
-            shown(worst(rows, exact, asked)), f"{ratio:.4f} ± {width:.4f}",
+            f"{model.split('-')[0]}, {length // 1024} K", f"{sparsity:.0%}", f"{select}, {threshold:g}", samples,
+            *answers, *_prose(rows, exact),
         ])  # fmt: skip
     columns = [
-        "rule, threshold", "blocks selected", "attention in them", "error of outputs", "look-ups, points beside exact",
-        "the worst kind", "perplexity of prose, ratio",
+        "model, tokens", "layers sparse", "rule, threshold", "samples", "blocks selected", "error of outputs",
+        "look-ups, points beside exact", "the worst kind", "of prose: blocks", "perplexity, ratio",
     ]  # fmt: skip
     return table(columns, lines)
 
 
+def beside_routing():
+    """Return what look-ups lose where half of the layers are sparse and the others select, in points."""
+    rows = [row for row in load("block_quality")["rows"] if row["sparsity"] > 0 and "accuracy" in row]
+    exact, ours = ([row for row in rows if row["full"] == full] for full in ("full", "block_sparse"))
+    return shown(points(ours, exact, [row["task"] for row in ours]))
+
+
+def _prose(rows, exact):
+    """Return the share of blocks and the perplexity beside exact attention's."""
+    found = [row for row in rows if row["task"] == "prose"]
+    if not found:
+        return "–", "–"
+    ratio, width = compare.difference(found, [row for row in exact if row["task"] == "prose"])[1]
+    return f"{found[0]['density']:.1%}", f"{ratio:.4f} ± {width:.4f}"
+
+
 def density(rows):
-    """Return the mean share of selected blocks over the look-ups; 0 of exact attention."""
-    return fmean(row.get("density", 0) for row in rows if "accuracy" in row)
+    """Return the mean share of selected blocks over the look-ups, or of prose where there are none."""
+    return fmean([row["density"] for row in rows if "accuracy" in row] or [row["density"] for row in rows])
 
 
 def worst(rows, exact, families):
-    """Return the difference of the family that loses most."""
-    return min((points(rows, exact, [family]) for family in families), key=lambda found: found[0])
+    """Return the family that loses most, and its difference."""
+    found = {family: points(rows, exact, [family]) for family in families}
+    return min(found.items(), key=lambda item: item[1][0])

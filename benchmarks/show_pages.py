@@ -67,7 +67,7 @@ def index(pages):
 
 def key_figures():
     """Return README's three numbers."""
-    cells = [*show_speed.key_figures(), show_shipped.key_figure()]
+    cells = [*show_speed.key_figures(show_blocks.beside_routing()), show_shipped.key_figure()]
     return table([f"**{headline}**" for headline, _ in cells], [[explanation for _, explanation in cells]])
 
 
@@ -94,7 +94,11 @@ def pages():
             "layers of the small one": show_real.route_table(show_real.SMALLER),
             "lengths of the small one": show_real.length_tables(show_real.SMALLER),
         },
-        "docs/serving.md": {"speed": show_serving.speed_table(), "many": show_serving.many_table()},
+        "docs/serving.md": {
+            "speed": show_serving.speed_table(),
+            "many": show_serving.many_table(),
+            "load": show_serving.load_table(),
+        },
         "docs/training.md": {
             "quick start": show_shipped.quickstart_table(),
             "speed": show_speed.training_table(),
