@@ -291,9 +291,9 @@ def images():
 
 
 def draw(axes, found):
-    """Draw the methods of one length, and a line through fixed layers."""
-    line = sorted(point[:2] for method in ("dense", "static-nll", "sparse") for point in found[method])
-    axes.plot(*zip(*line, strict=True), color=COLOURS["static-nll"], zorder=1)
+    """Draw the methods of one length, and a line through the best calibrated layers of each number."""
+    line = dict(sorted(point[:2] for method in ("dense", "static-nll", "sparse") for point in found[method]))
+    axes.plot(line.keys(), line.values(), color=COLOURS["static-nll"], zorder=1)
     for method, (marker, name) in LOOKS.items():
         if method in found:
             ratios, means, widths = zip(*found[method], strict=True)
