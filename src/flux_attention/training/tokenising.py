@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,13 +152,14 @@ def _map(opened: Source, work: _Tokenise, first: int, last: int, path: str, fold
     quick = worth < 2 and not datasets.are_progress_bars_disabled()
     if quick:  # it would come and go
         datasets.disable_progress_bars()
+    several = processes > 1
     try:
-        with workers_end_quietly():
+        with workers_end_quietly(), _for_processes(work) if several else nullcontext(work) as call:
             rows.map(
-                work,
+                call,
                 batched=True,
                 batch_size=BATCH,
-                num_proc=processes if processes > 1 else None,
+                num_proc=processes if several else None,
                 remove_columns=rows.column_names,
                 features=_features(),
                 cache_file_name=str(folder / "tokens.arrow"),
@@ -168,6 +169,37 @@ def _map(opened: Source, work: _Tokenise, first: int, last: int, path: str, fold
     finally:
         if quick:
             datasets.enable_progress_bars()
+
+
+#: What a forked process finds here, and need not be sent.
+_INHERITED: list[_Tokenise] = []
+
+
+def _inherited(batch: dict[str, list]) -> dict[str, list]:
+    return _INHERITED[-1](batch)
+
+
+@contextmanager
+def _for_processes(work: _Tokenise) -> Iterator[Callable[[dict[str, list]], dict[str, list]]]:
+    """
+    Give what several processes call.
+
+    Forked ones inherit it: to send a large tokenizer takes seconds for each. In a process a tokenizer has one thread,
+    as each would start as many as there are cores.
+    """
+    import multiprocess  # which datasets forks by
+
+    threads = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _INHERITED.append(work)
+    try:
+        yield _inherited if multiprocess.get_start_method() == "fork" else work
+    finally:
+        _INHERITED.pop()
+        if threads is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = threads
 
 
 def _fingerprint(opened: Source, work: _Tokenise, first: int, last: int) -> str:
