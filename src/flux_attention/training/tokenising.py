@@ -193,7 +193,8 @@ def _for_processes(work: _Tokenise) -> Iterator[Callable[[dict[str, list]], dict
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _INHERITED.append(work)
     try:
-        yield _inherited if multiprocess.get_start_method() == "fork" else work
+        method = multiprocess.get_start_method()  # ty: ignore[missing-attribute]  # made as it is imported
+        yield _inherited if method == "fork" else work
     finally:
         _INHERITED.pop()
         if threads is None:
