@@ -2,8 +2,9 @@
 
 Run: ``python benchmarks/block_quality.py MODEL --select mass=0.8,0.9 --select maximum=0.1``. Layers that are full
 attend block-sparse in the prefill: all of them, or with ``--routers`` those that an adapter's ranking leaves full at
-``--budget``. Writes benchmarks/results/block_quality.json, a row for each rule, threshold and family beside the exact
-one; what is there already is not measured again, so that several calls add to one file.
+``--budget``; ``--select own`` is the adapter's own rule and thresholds. Writes benchmarks/results/block_quality.json, a
+row for each rule, threshold and family beside the exact one; what is there already is not measured again, so that
+several calls add to one file.
 
 density        of the causal blocks, what share was selected: mean over layers and samples
 recall         of the exact attention, what share lies in selected blocks: mean over layers, heads and some blocks' rows
@@ -28,7 +29,7 @@ from flux_attention.evaluation.measures import answer_measures, token_measures
 from flux_attention.hf.loading import load_model, load_tokenizer
 from flux_attention.kernels.block_sparse import BLOCK
 from flux_attention.names import adapter_path, model_name
-from flux_attention.patterns import BlockSparse, Full
+from flux_attention.patterns import BlockSparse, Full, full_pattern
 from flux_attention.results import begun_rows, write_results
 from flux_attention.tasks.generation import score_answers
 from flux_attention.tasks.questions import NATURAL
@@ -76,14 +77,21 @@ def watching():
         kernels.block_sparse = block_sparse
 
 
+def patterns_of(args, base):
+    """Yield the patterns that are judged; they select at any length, also a short one."""
+    for text in args.select:
+        if text == "own":
+            yield replace(full_pattern(base), from_tokens=0)
+            continue
+        rule, values = text.split("=")
+        for value in values.split(","):
+            yield BlockSparse(float(value), rule, args.stride, args.correct, from_tokens=0)
+
+
 def rows_of(model, tokenizer, material, args, done):
     """Yield rows: of each family the exact one, then one for each rule and threshold."""
-    patterns = [None, *(
-        BlockSparse(float(value), rule, args.stride, args.correct, from_tokens=0)  # at any length, also a short one
-        for rule, values in (text.split("=") for text in args.select)
-        for value in values.split(",")
-    )]  # fmt: skip
     base = FluxConfig() if args.routers is None else load_config(adapter_path(args.routers))[1]
+    patterns = [None, *patterns_of(args, base)]
     base = base if args.budget is None else replace(base, budget=args.budget)
     have = {tuple(row.get(key) for key in KEY): row for row in done}
     for length in args.lengths:
@@ -99,6 +107,8 @@ def rows_of(model, tokenizer, material, args, done):
                 )
                 if pattern is not None:
                     facts |= {name: getattr(pattern, name) for name in ("select", "threshold", "stride", "correct")}
+                    if not isinstance(pattern.threshold, float):
+                        facts["threshold"] = "own"
                 if (row := have.get(tuple(facts.get(key) for key in KEY))) is None:
                     row = facts | measured(model, tokenizer, routing, samples, args, pattern is not None)
                 yield row
@@ -116,9 +126,10 @@ def measured(model, tokenizer, routing, samples, args, watch):
         with watching() as seen:
             evaluate(model, samples[: args.watched], routing, 1)
         found = {name: round(fmean(values), 4) for name, values in seen.items()}
-    scores = evaluate(model, samples, routing, args.batch_size)
-    found["nats"] = round(fmean(scores.nats), 5)
     question = samples[0].question
+    if question.is_prose or not args.answers_only:
+        scores = evaluate(model, samples, routing, args.batch_size)
+        found["nats"] = round(fmean(scores.nats), 5)
     if question.is_prose:
         return found | token_measures(scores, True)
     answers, _ = score_answers(model, tokenizer, samples, args.batch_size, None, routing)
@@ -128,7 +139,7 @@ def measured(model, tokenizer, routing, samples, args, watch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--select", action="append", required=True, help="mass=… or maximum=…, with thresholds")
+    parser.add_argument("--select", action="append", required=True, help="mass=… or maximum=…, with thresholds; or own")
     parser.add_argument("--routers", help="a calibrated adapter")
     parser.add_argument("--budget", type=float)
     parser.add_argument("--families", nargs="+", default=list(NATURAL))
@@ -137,6 +148,7 @@ def main():
     parser.add_argument("--watched", type=int, default=2)
     parser.add_argument("--stride", type=int, default=16)
     parser.add_argument("--correct", action="store_true")
+    parser.add_argument("--answers-only", action="store_true", help="no loss of questions, for half of the time")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -110,7 +110,7 @@ def quality_table():
                 f"{shown(points(rows, exact, asked))}{some}", f"{shown(lost)} ({family})",
             ]  # fmt: skip
         lines.append([
-            f"{model.split('-')[0]}, {length // 1024} K", f"{sparsity:.0%}", f"{select}, {threshold:g}", samples,
+            f"{model.split('-')[0]}, {length // 1024} K", f"{sparsity:.0%}", f"{select}, {threshold}", samples,
             *answers, *_prose(rows, exact),
         ])  # fmt: skip
     columns = [

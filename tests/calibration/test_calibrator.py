@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers.models import ids, tiny_model
 from helpers.oracles import oracle_logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flux_attention import CalibrationError, FluxConfig, attach
 from flux_attention.calibration import calibrator
@@ -23,7 +25,7 @@ from flux_attention.calibration.calibrator import (
     threshold_rows,
 )
 from flux_attention.calibration.samples import CalibrationSet
-from flux_attention.calibration.thresholds import by_threshold
+from flux_attention.calibration.thresholds import LIMITS, by_threshold, of_layers
 from flux_attention.patterns import BlockSparse, full_pattern, sparse_pattern
 from flux_attention.tasks import generation
 from flux_attention.tasks.questions import Question
@@ -225,19 +227,23 @@ def long_samples():
     for seed, family in enumerate(("first", "second")):
         made = sample(seed, family, length=420)
         judged[family] = [Sample(made.input_ids, [(400, 420)], family)]
-    return CalibrationSet([], judged, dict(length=420))
+    return CalibrationSet([some[0] for some in judged.values()], judged, dict(length=420))
 
 
 def test_thresholds_are_judged_where_full_layers_are_block_sparse(monkeypatch, tmp_path):
     monkeypatch.setitem(calibrator.TRIED, "mass", (0.01, 0.6, 1.0))
+    own, seen = {1: 0.6, 3: 1.0, 4: 0.01}, []
+    monkeypatch.setattr(calibrator, "of_layers", lambda *found: seen.append(found) or [own])
     routed, full, told = calibrator_of(model(), long_samples(), folder=tmp_path), [1, 3, 4], []
     routed.progress = lambda *told_of: told.append(told_of)
     exact = routed.routing.full
     # On a GPU a prompt so short would attend exactly.
     pattern = BlockSparse(select="mass", from_tokens=10**6)
     rows = routed.judge_thresholds(full, pattern, [])
-    assert routed.routing.full is exact and told[-1] == ("judging thresholds", 6, 6)
-    assert [(row["threshold"], row["task"]) for row in rows] == list(product((0.01, 0.6, 1.0), ("first", "second")))
+    assert routed.routing.full is exact and told[-1] == ("judging thresholds", 8, 8)
+    named = {str(layer): value for layer, value in own.items()}
+    expected = list(product((0.01, 0.6, 1.0, named), ("first", "second")))
+    assert [(row["threshold"], row["task"]) for row in rows] == expected
     for row in rows:
         routing = attach(model(), replace(CONFIG, full={**BLOCKS, "threshold": row["threshold"]}))
         expected = calibrator.evaluate(routing.model, routed.samples.judged[row["task"]], routing, 1, full).nats
@@ -250,6 +256,16 @@ def test_thresholds_are_judged_where_full_layers_are_block_sparse(monkeypatch, t
         judged = routed.samples.judged[row["task"]]
         assert row["nats"] == pytest.approx(expected_loss(model(), judged[0], set(full)), abs=2e-4)
     assert least[0]["nats"] != most[0]["nats"]
+    # Of the layers alone: all of the others' blocks are selected here, which is exact attention.
+    ((rises, tried),) = seen
+    assert set(rises) == set(full) and tried == (0.01, 0.6, 1.0)
+    for layer, threshold in product(full, tried):
+        alone = {str(other): threshold if other == layer else 1.0 for other in full}
+        routing = attach(model(), replace(CONFIG, full={**BLOCKS, "threshold": alone}))
+        nats = calibrator.evaluate(routing.model, routed.samples.ranked, routing, 1, full).nats
+        base = [expected_loss(model(), sample, set(full)) for sample in routed.samples.ranked]
+        assert rises[layer][tried.index(threshold)] == pytest.approx(fmean(nats) - fmean(base), abs=2e-4)
+    assert rises[4][0] != rises[3][0]
 
     monkeypatch.setattr(calibrator, "evaluate", None)  # all is there
     again = calibrator_of(model(), long_samples(), folder=tmp_path)
@@ -267,8 +283,8 @@ def test_answers_are_generated_with_what_is_judged(monkeypatch):
     monkeypatch.setattr(generation, "generate_answers", generate)
     monkeypatch.setitem(calibrator.TRIED, "maximum", (0.2, 0.1))
     judged = {name: [sample(20, name, "match")] for name in ("first", "second")}
-    rows = calibrator_of(model(), CalibrationSet([], judged, {})).judge_thresholds([2, 0], BlockSparse(), ["first"])
-    assert asked == [("first", 0.2, [0, 2]), ("first", 0.1, [0, 2])]
+    rows = calibrator_of(model(), CalibrationSet([], judged, {})).judge_thresholds([2], BlockSparse(), ["first"])
+    assert asked == [("first", 0.2, [2]), ("first", 0.1, [2])]
     assert [row["accuracy"] for row in rows] == [1.0, None] * 2
 
 
@@ -284,14 +300,40 @@ def test_answers_are_generated_with_what_is_judged(monkeypatch):
 def test_the_threshold_that_selects_fewest_blocks_and_loses_nothing_is_chosen(table, threshold):
     dense = rows_of({0: {"a": (1.0, 1.0), "b": (1.0, 0.1)}})
     table = {value: {**families, "b": (9.0, None)} for value, families in table.items()}  # b: dense does not answer it
-    rows = [dict(row, threshold=row["sparsity"], density=row["sparsity"]) for row in rows_of(table)]
+    rows = [dict(row, threshold=row["sparsity"], density=1 - row["sparsity"]) for row in rows_of(table)]
     found = dense_of([*({**row, "sparsity": 0.5, "nats": 7.0} for row in dense), *dense], answered(dense))
     assert found == {"a": dense[0]}
     assert choose_threshold(rows, found, answered(dense), tolerance=0.05, max_lost=0.02) == threshold
     points = by_threshold(rows, found)
     assert [point["threshold"] for point in points] == list(table)
     nats, right = table[0.2]["a"]
-    assert points[0] == dict(threshold=0.2, density=0.2, rise=nats - 1.0, accuracy=right)
+    assert points[0] == dict(threshold=0.2, density=0.8, rise=nats - 1.0, accuracy=right)
+
+
+def test_thresholds_by_layer_are_chosen_if_they_select_fewest_blocks():
+    dense = rows_of({0: {"a": (1.0, 1.0)}})
+    own = {"1": 0.2, "3": 0.05}
+    row = rows_of({0.5: {"a": (1.0, 1.0)}})[0]
+    rows = [dict(row, threshold=0.1, density=0.4), dict(row, threshold=own, density=0.3)]
+    assert choose_threshold(rows, dense_of(dense, ["a"]), ["a"]) == own
+    assert [point["threshold"] for point in by_threshold(rows, dense_of(dense, ["a"]))] == [0.1, own]
+    rows[1]["nats"] = 2.0
+    assert choose_threshold(rows, dense_of(dense, ["a"]), ["a"]) == 0.1
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.sampled_from([-0.01, 0.0, 0.002, 0.02]), min_size=3, max_size=3), min_size=2, max_size=4))
+def test_a_layers_threshold_selects_fewest_blocks_within_a_limit(rises):
+    tried = (0.2, 0.1, 0.05)
+    sets = [
+        {
+            layer: next((tried[i] for i in range(3) if max(mine[i:]) <= limit), tried[-1])
+            for layer, mine in enumerate(rises)
+        }
+        for limit in LIMITS
+    ]
+    found = of_layers(dict(enumerate(rises)), tried)
+    assert found == [some for i, some in enumerate(sets) if len(set(some.values())) > 1 and some not in sets[:i]]
 
 
 def rows_of(table):

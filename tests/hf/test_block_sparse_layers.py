@@ -1,13 +1,17 @@
 """Block-sparse prefill in whole models: against stock transformers with attention by loops."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.blocks import BLOCK, expected_output, naive_mass, naive_scores
 from helpers.models import ids, tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flux_attention import FluxConfig, UnsupportedModelError, attach
+from flux_attention import FluxConfig, FluxConfigError, UnsupportedModelError, attach
 from flux_attention.errors import RecipeError
+from flux_attention.patterns import BlockSparse
 from flux_attention.training.recipe import Recipe
 
 SHARE, SINK, WINDOW = 0.4, 8, 40
@@ -15,11 +19,11 @@ BLOCKS = {"pattern": "block_sparse", "threshold": SHARE, "select": "mass"}
 CONFIG = FluxConfig(full=BLOCKS, sparse={**BLOCKS, "threshold": 0.2, "sink": SINK, "window": WINDOW}, pool_size=6)
 
 
-def by_loops(routes):
+def by_loops(routes, shares):
     """An attention function of stock transformers: each layer's blocks, selected and attended to by loops."""
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        share = SHARE if routes[module.layer_idx] else 0.2
+        share = shares[module.layer_idx] if routes[module.layer_idx] else 0.2
         scale, keys, rows = scaling or query.shape[-1] ** -0.5, key.shape[2], -(-key.shape[2] // BLOCK)
         blocks = torch.zeros(query.shape[1], rows, rows, dtype=torch.bool)
         for head in range(query.shape[1]):
@@ -34,18 +38,19 @@ def by_loops(routes):
 
 
 @pytest.mark.parametrize("lengths", [(420,), (420, 330)])
+@pytest.mark.parametrize("threshold", [SHARE, {"0": SHARE, "2": 0.25}], ids=["one", "by layer"])
 @torch.no_grad()
-def test_prompts_against_stock_transformers(lengths):
-    routes = [1, 0, 1]
+def test_prompts_against_stock_transformers(lengths, threshold):
+    routes, shares = [1, 0, 1], [SHARE, 0.0, 0.25 if isinstance(threshold, dict) else SHARE]
     stock, tokens = tiny_model("llama"), ids(len(lengths), max(lengths))
     mask = torch.ones_like(tokens)
     for row, length in enumerate(lengths):
         mask[row, : max(lengths) - length] = 0  # padded on the left
-    ALL_ATTENTION_FUNCTIONS.register("by_loops", by_loops(routes))
+    ALL_ATTENTION_FUNCTIONS.register("by_loops", by_loops(routes, shares))
     stock.config._attn_implementation = "by_loops"
     expected = [stock(tokens[row : row + 1, -length:], use_cache=False).logits for row, length in enumerate(lengths)]
     model = tiny_model("llama")
-    with attach(model, CONFIG).force([0, 2]):
+    with attach(model, replace(CONFIG, full={**BLOCKS, "threshold": threshold})).force([0, 2]):
         logits = model(tokens, attention_mask=mask, use_cache=False).logits
         cached = model(tokens, attention_mask=mask).logits
     for row, length in enumerate(lengths):
@@ -53,6 +58,18 @@ def test_prompts_against_stock_transformers(lengths):
     torch.testing.assert_close(cached, logits, atol=1e-5, rtol=1e-5)
     dense = tiny_model("llama")(tokens, attention_mask=mask).logits
     assert (dense[0] - logits[0]).abs().max() > 1e-2  # else all blocks were selected
+
+
+def test_layers_may_have_thresholds_of_their_own():
+    pattern = BlockSparse({"2": 0.5, 1: [0.1, 0.2]}, select="mass")
+    assert [pattern.of_layer(layer).threshold for layer in (0, 1, 2)] == [0.95, (0.1, 0.2), 0.5]
+    assert BlockSparse(**{key: value for key, value in pattern.to_dict().items() if key != "pattern"}) == pattern
+    assert json.loads(json.dumps(pattern.to_dict()))["threshold"] == {"1": [0.1, 0.2], "2": 0.5}
+    with pytest.raises(FluxConfigError, match=r"threshold names layers \[7\], expected some of \[0, 1, 2\]"):
+        attach(tiny_model("llama"), FluxConfig(full={"pattern": "block_sparse", "threshold": {"7": 0.1}}))
+    for wrong, message in (({"a": 0.1}, r"threshold names \['a'\]"), ({"0": 2}, "threshold is 2")):
+        with pytest.raises(FluxConfigError, match=message):
+            BlockSparse(wrong)
 
 
 @torch.no_grad()

@@ -50,8 +50,8 @@ def test_layers_without_rotation_are_read_as_they_are_and_unknown_rotations_refu
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(6, 20))
-def test_the_ends_and_what_is_pooled_of_them_are_those_of_the_other_engine(lengths, end_tokens):
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(6, 20), st.booleans())
+def test_the_ends_and_what_is_pooled_of_them_are_those_of_the_other_engine(lengths, end_tokens, shared):
     prompts = [torch.randint(1, 90, (length,)) for length in lengths]
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     real = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
@@ -63,10 +63,12 @@ def test_the_ends_and_what_is_pooled_of_them_are_those_of_the_other_engine(lengt
     flat, positions, metadata = lay_out(ends, 6, torch.device("cpu"))
     assert (flat.dtype, positions.dtype) == (torch.int32, torch.int64)  # what vLLM compiles models for, unchecked
     assert flat.view(len(ends), -1).shape == positions.view(len(ends), -1).shape == tokens.shape
-    rotary, heads = Rotary(8, True), torch.randn(len(flat), 3, 8)
-    metadata.read(0, rotary(heads, positions), Unrotation(rotary))
-    expected = Pooling(counts, 6)(heads.view(*tokens.shape, 3, 8))
-    torch.testing.assert_close(metadata.pooled[0], expected, atol=1e-5, rtol=1e-4)
+    rotary, layers = Rotary(8, True), torch.randn(2, len(flat), 3, 8)
+    for layer, heads in enumerate(layers):
+        metadata.read(layer, rotary(heads, positions) if layer == 0 or shared else heads)
+    found = metadata.pooled([Unrotation(rotary), Unrotation(rotary if shared else None)])
+    expected = [Pooling(counts, 6)(heads.view(*tokens.shape, 3, 8)) for heads in layers]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)
 
 
 @settings(deadline=None, max_examples=20)

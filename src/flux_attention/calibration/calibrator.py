@@ -8,6 +8,7 @@ static hybrids as selection by negative log-likelihood (arXiv 2606.27791).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from flux_attention.calibration.samples import CalibrationSet
-from flux_attention.calibration.thresholds import TRIED, Watched
+from flux_attention.calibration.thresholds import TRIED, Alone, Watched, of_layers
 from flux_attention.errors import CalibrationError
 from flux_attention.hf.handle import Routing
 from flux_attention.patterns import BlockSparse
@@ -162,9 +163,13 @@ class Calibrator:
         own = iter(with_answers(asked, row["tokens"]))
         return [next(own) if _asks(sample) else sample for sample in self.samples.ranked]
 
-    def _ranked_loss(self, full: list[int]) -> float:
-        """Return the mean over the families that count of the ranked samples' loss with these layers full."""
-        facts = dict(phase="rank", full_layers=sorted(full))
+    def _ranked_loss(self, full: list[int], **pattern: Any) -> float:
+        """
+        Return the mean over the families that count of the ranked samples' loss with these layers full.
+
+        ``pattern`` says what they compute, if not exact attention.
+        """
+        facts = dict(phase="layer" if pattern else "rank", full_layers=sorted(full), **pattern)
         row = self._find(**facts)
         if row is None:
             nats: dict[str, list[float]] = {}
@@ -219,7 +224,9 @@ class Calibrator:
 
     def judge_thresholds(self, full: Sequence[int], pattern: BlockSparse, asked: Sequence[str]) -> list[dict[str, Any]]:
         """
-        Measure, at each threshold of ``TRIED``, held-out loss and generated answers where full layers are block-sparse.
+        Measure held-out loss and generated answers where full layers are block-sparse.
+
+        At each threshold of ``TRIED``, then where each layer has its own, by what it alone loses (``of_layers``).
 
         Parameters
         ----------
@@ -230,7 +237,8 @@ class Calibrator:
         asked : sequence of str
             The families that answers are generated of.
         """
-        rows, exact, thresholds = [], self.routing.full, TRIED[pattern.select]
+        rows, exact = [], self.routing.full
+        thresholds = [*TRIED[pattern.select], *self._own_thresholds(sorted(full), pattern)]
         total, layers = len(thresholds) * len(self.samples.judged), len(self.routing.layers)
         try:
             for threshold in thresholds:
@@ -244,12 +252,30 @@ class Calibrator:
         self.progress("judging thresholds", total, total)
         return rows
 
+    def _own_thresholds(self, full: list[int], pattern: BlockSparse) -> list[dict[int, float]]:
+        """Measure by how much each layer alone raises the loss of what ranks; return sets of thresholds by layer."""
+        if len(full) == 1:
+            return []
+        tried, exact, base = TRIED[pattern.select], self.routing.full, self._ranked_loss(full)
+        rises: dict[int, list[float]] = {layer: [] for layer in full}
+        try:
+            for done, (layer, threshold) in enumerate(itertools.product(rises, tried)):
+                self.progress("judging layers' thresholds", done, len(rises) * len(tried))
+                self.routing.full = alone = Alone(threshold, **rule_of(pattern), from_tokens=0, layer=layer)
+                facts = dict(**rule_of(alone), layer=layer, threshold=threshold)
+                rises[layer].append(self._ranked_loss(full, **facts) - base)
+        finally:
+            self.routing.full = exact
+        self.progress("judging layers' thresholds", len(rises) * len(tried), len(rises) * len(tried))
+        return of_layers(rises, tried)
+
     def _judged(
         self, family: str, full: list[int], layers: int, asks: bool, watched: Watched | None = None
     ) -> dict[str, Any]:
         facts: dict[str, Any] = dict(phase="judge", task=family, full_layers=full)
         if watched is not None:
-            facts |= dict(phase="threshold", full=watched.name, **rule_of(watched), threshold=watched.threshold)
+            threshold = watched.to_dict()["threshold"]
+            facts |= dict(phase="threshold", full=watched.name, **rule_of(watched), threshold=threshold)
         row = self._find(**facts)
         if row is not None:
             return row
@@ -374,9 +400,11 @@ def choose_threshold(
     answered: Sequence[str],
     tolerance: float = TOLERANCE,
     max_lost: float = MAX_LOST,
-) -> float | None:
+) -> float | dict[str, float] | None:
     """
     Choose the threshold that selects fewest blocks of those at which nothing is lost; None where all lose.
+
+    It may be one for all layers, or one for each.
 
     Parameters
     ----------
@@ -387,7 +415,10 @@ def choose_threshold(
     answered, tolerance, max_lost
         As in ``choose_budget``; what is lost by sparse layers counts, too.
     """
-    return next(iter(_that_lose_nothing(rows, "threshold", dense, answered, tolerance, max_lost)), None)
+    named: list[dict[str, Any]] = [{**row, "threshold": json.dumps(row["threshold"])} for row in rows]
+    kept = _that_lose_nothing(named, "threshold", dense, answered, tolerance, max_lost)
+    selected = {name: fmean(row["density"] for row in named if row["threshold"] == name) for name in kept}
+    return json.loads(min(selected, key=selected.__getitem__)) if selected else None
 
 
 def dense_of(rows: Sequence[Mapping[str, Any]], answered: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -399,9 +430,9 @@ def dense_of(rows: Sequence[Mapping[str, Any]], answered: Sequence[str]) -> dict
     }
 
 
-def _that_lose_nothing(rows, key, dense, answered, tolerance, max_lost) -> list[float]:
+def _that_lose_nothing(rows, key, dense, answered, tolerance, max_lost) -> list[Any]:
     """List the values of ``key``, in order, at which no loss of ``dense`` rises and the answers stay."""
-    at: dict[float, dict[str, Mapping[str, Any]]] = {}
+    at: dict[Any, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         at.setdefault(row[key], {})[row["task"]] = row
 

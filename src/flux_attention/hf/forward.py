@@ -144,12 +144,12 @@ class ForwardPass:
         if self.layout.width == 1 and self.layout.is_uniform and not self.is_prompt:
             # A single token takes the place that leaves the window: stored first, all is read without a copy.
             cached.append(key, value, self.layout)
-            return self._by_group(cached.decode_groups(), query, scale)
+            return self._by_group(layer, cached.decode_groups(), query, scale)
         if self.is_prompt:
             groups = prompt_groups(cached.routes, self.layout, key, value)
         else:
             groups = cached.continuation_groups(key, value, self.layout.lengths)
-        output = self._by_group(groups, query, scale)
+        output = self._by_group(layer, groups, query, scale)
         cached.append(key, value, self.layout)  # behind attention, which the device waits for
         return output
 
@@ -162,11 +162,11 @@ class ForwardPass:
         gate_B = self.decision.gate(unit)
         gate_B = None if gate_B is None else gate_B.to(query.device)
         if self.packed is None:
-            routes = self.decision.routes(unit)
+            routes, layer = self.decision.routes(unit), unit if isinstance(unit, int) else unit[0]
 
             def branch(chosen: bool) -> torch.Tensor:
                 rows = [route == chosen for route in routes]
-                return self._by_group(prompt_groups(rows, self.layout, key, value), query, scale)
+                return self._by_group(layer, prompt_groups(rows, self.layout, key, value), query, scale)
         else:
             # Of gates the host need not know what they are.
             routes = kernels.index_on(query.device, self.decision.routes(unit)) if gate_B is None else gate_B.detach()
@@ -178,21 +178,21 @@ class ForwardPass:
         output = branch(True)
         return output if gate_B is None else self._mixed(gate_B, output, lambda: branch(False), query.dtype)
 
-    def _by_group(self, groups: list[AttentionGroup], query: torch.Tensor, scale: float) -> torch.Tensor:
+    def _by_group(self, layer: int, groups: list[AttentionGroup], query: torch.Tensor, scale: float) -> torch.Tensor:
         if len(groups) == 1 and groups[0].queries == query.shape[2] and len(groups[0].rows) == self.batch:
-            return self._one(groups[0], query, scale)
+            return self._one(layer, groups[0], query, scale)
         output = None
         for group in groups:
-            part = self._one(group, take_rows(query, group.rows)[:, :, : group.queries], scale)
+            part = self._one(layer, group, take_rows(query, group.rows)[:, :, : group.queries], scale)
             if output is None:  # of the dtype that attention gives, which autocast may have chosen
                 output = torch.zeros(query.shape, dtype=part.dtype, device=query.device)
             output[kernels.index_on(query.device, group.rows), :, : group.queries] = part
         return torch.zeros_like(query) if output is None else output
 
-    def _one(self, group: AttentionGroup, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
+    def _one(self, layer: int, group: AttentionGroup, query_RHSD: torch.Tensor, scale: float) -> torch.Tensor:
         if group.is_decode:
             return kernels.decode(query_RHSD, group.key_RKTD, group.value_RKTD, group.lengths, scale)
-        pattern = self.full if group.route else self.sparse
+        pattern = (self.full if group.route else self.sparse).of_layer(layer)
         if not self.is_prompt:
             pattern = pattern.later
         prompt_lengths = [self.prompt_lengths[row] for row in group.rows]

@@ -119,6 +119,8 @@ class Routing(ReportMixin, AdapterMixin):
         self.cuda_graphs, self.compile, self.min_tokens = cuda_graphs, compile, min_tokens
         self.layers = config.base_model.routed_layers
         self.sparse, self.full = sparse_pattern(config), full_pattern(config)
+        for pattern in (self.sparse, self.full):
+            pattern.check(self.layers)
         self.by_head = config.granularity == "head"
         heads = range(config.base_model.num_kv_heads)
         self.units: tuple[Unit, ...] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -41,6 +42,21 @@ class Pattern(ABC):
         return {"pattern": self.name} | {
             size.name: sizes[size.name] for size in fields(self) if sizes[size.name] != size.default
         }
+
+    def of_layer(self, layer: int) -> Pattern:
+        """Return the pattern of one layer, where layers differ."""
+        return self
+
+    def check(self, layers: Collection[int]) -> None:
+        """
+        Check what it says of layers against those that there are.
+
+        Raises
+        ------
+        FluxConfigError
+            If it names others.
+        """
+        return
 
     @abstractmethod
     def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:

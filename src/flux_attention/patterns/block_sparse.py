@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +18,26 @@ from flux_attention.patterns.streaming import Streaming, rows_by_length
 THRESHOLDS = {"maximum": 0.03, "mass": 0.95}
 
 
+#: One for all heads, or one each.
+Threshold = float | tuple[float, ...]
+
+
+def _checked(threshold: object) -> Threshold:
+    given = threshold if isinstance(threshold, list | tuple) else [threshold]
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise FluxConfigError(f"threshold is {value!r}, expected a number above 0, at most 1")
+    if not given:
+        raise FluxConfigError("threshold is empty, expected one number, or one for each head")
+    return tuple(given) if isinstance(threshold, list | tuple) else given[0]
+
+
+def _by_layer(thresholds: Mapping[Any, object]) -> dict[int, Threshold]:
+    if wrong := [layer for layer in thresholds if not str(layer).isdecimal()]:
+        raise FluxConfigError(f"threshold names {wrong}, expected numbers of layers")
+    return {int(layer): _checked(value) for layer, value in thresholds.items()}
+
+
 @dataclass(frozen=True)
 class BlockSparse(Pattern):
     """
@@ -28,9 +49,10 @@ class BlockSparse(Pattern):
 
     Attributes
     ----------
-    threshold : float or tuple of float, optional
+    threshold : float, tuple of float or dict, optional
         A share of the row's highest score ("maximum"), or of all its scores ("mass"), above 0 and at most 1; one for
-        all heads, or one each; default: that of ``THRESHOLDS``.
+        all heads, or one each; or such thresholds by layer; default, also of layers that are not named: that of
+        ``THRESHOLDS``.
     select : {"maximum", "mass"}
         See ``kernels.by_maximum`` and ``kernels.by_mass``.
     stride : int
@@ -45,7 +67,7 @@ class BlockSparse(Pattern):
     name: ClassVar[str] = "block_sparse"
     trains: ClassVar[bool] = False
 
-    threshold: float | tuple[float, ...] | None = None
+    threshold: Threshold | Mapping[int, Threshold] | None = None
     select: str = "maximum"
     stride: int = 16
     correct: bool = False
@@ -56,14 +78,8 @@ class BlockSparse(Pattern):
             raise FluxConfigError(f"select is {self.select!r}, expected one of {list(kernels.SELECT)}")
         if self.threshold is None:
             object.__setattr__(self, "threshold", THRESHOLDS[self.select])
-        given = self.threshold if isinstance(self.threshold, list | tuple) else [self.threshold]
-        for value in given:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise FluxConfigError(f"threshold is {value!r}, expected a number above 0, at most 1")
-        if isinstance(self.threshold, list):
-            object.__setattr__(self, "threshold", tuple(self.threshold))
-        if not given:
-            raise FluxConfigError("threshold is empty, expected one number, or one for each head")
+        checked = _by_layer(self.threshold) if isinstance(self.threshold, Mapping) else _checked(self.threshold)
+        object.__setattr__(self, "threshold", checked)
         if not isinstance(self.stride, int) or isinstance(self.stride, bool) or self.stride not in (4, 8, 16, 32, 64):
             raise FluxConfigError(f"stride is {self.stride!r}, expected 4, 8, 16, 32 or 64")
         if not isinstance(self.correct, bool):
@@ -71,6 +87,22 @@ class BlockSparse(Pattern):
         given = 0 if self.from_tokens is None else self.from_tokens
         if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= MAX_TOKENS:
             raise FluxConfigError(f"from_tokens is {given!r}, expected a number of tokens, 0 to {MAX_TOKENS}, or none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """See ``Pattern.to_dict``."""
+        found = super().to_dict()
+        if isinstance(self.threshold, Mapping):  # as JSON has it
+            found["threshold"] = {str(layer): value for layer, value in self.threshold.items()}
+        return found
+
+    def of_layer(self, layer: int) -> Pattern:
+        """See ``Pattern.of_layer``."""
+        return replace(self, threshold=self.threshold.get(layer)) if isinstance(self.threshold, Mapping) else self
+
+    def check(self, layers: Collection[int]) -> None:
+        """See ``Pattern.check``."""
+        if isinstance(self.threshold, Mapping) and (unknown := sorted(set(self.threshold) - set(layers))):
+            raise FluxConfigError(f"threshold names layers {unknown}, expected some of {sorted(layers)}")
 
     def mask(self, length: int, prompt_length: int | None = None) -> torch.Tensor:
         """

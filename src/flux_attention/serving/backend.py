@@ -91,7 +91,7 @@ class RoutedAttention:
 
     def _read_ends(self, ends: Ends, query, key, value, output):
         if self.routed is not None:
-            ends.read(self.routed.place, query, self.routed.unrotate)
+            ends.read(self.routed.place, query)
         output.copy_(ends.attend(query, key, value, self.scale).reshape(output.shape))
         return output
 
@@ -141,10 +141,10 @@ class OnGpu(RoutedAttention):
         # Rows of no keys cost next to nothing, but are written to: what computes them comes after.
         full(replace(metadata, seq_lens=seen))
         if selects:
-            self._attend_blocks(query, pages, answer, metadata, table, lengths, first)
+            self.attend_blocks(query, pages, answer, metadata, table, lengths, first)
         triton_paged.sparse_prefill(query, *pages, answer, table, metadata.query_start_loc, lengths, **shared)
 
-    def _attend_blocks(self, query, pages, answer, metadata, table, lengths, from_tokens):
+    def attend_blocks(self, query, pages, answer, metadata, table, lengths, from_tokens):
         """Compute the new tokens of long full rows block-sparse."""
         from flux_attention.kernels import triton_block_sparse
 

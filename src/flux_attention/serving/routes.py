@@ -76,15 +76,18 @@ class Ends:
         R and W: the flat tokens are so many prompts' ends, padded on the right.
     slots_RN, weights_RN : torch.Tensor
         Which tokens routers read, int64, and their weights, float32.
-    pooled : dict of int to torch.Tensor
-        float32 (R, D): what each layer's router reads.
+    picked : dict of int to torch.Tensor
+        float32 (R, N, D): each layer's rotated queries at the slots, the mean over heads.
     """
 
     rows: int
     width: int
     slots_RN: torch.Tensor
     weights_RN: torch.Tensor
-    pooled: dict[int, torch.Tensor] = field(default_factory=dict)
+    picked: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.rows_R1 = torch.arange(self.rows, device=self.slots_RN.device)[:, None]
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """Compute causal attention within each pair of ends; flat tokens (R × W, heads, D)."""
@@ -92,12 +95,25 @@ class Ends:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2).flatten(0, 1)
 
-    def read(self, layer: int, query: torch.Tensor, unrotate: Unrotation) -> None:
-        """Keep what a layer's router reads of the rotated queries: the mean over heads and the tokens at both ends."""
+    def read(self, layer: int, query: torch.Tensor) -> None:
+        """Keep of a layer's rotated queries what its router will read."""
         query_RWHD = query.unflatten(0, (self.rows, self.width))
-        index = torch.arange(self.rows, device=query.device)[:, None]
-        picked_RND = query_RWHD[index, self.slots_RN].mean(2, dtype=torch.float32)
-        self.pooled[layer] = (self.weights_RN[:, None] @ unrotate(picked_RND, self.slots_RN))[:, 0]
+        self.picked[layer] = query_RWHD[self.rows_R1, self.slots_RN].mean(2, dtype=torch.float32)
+
+    def pooled(self, unrotations: Sequence[Unrotation]) -> torch.Tensor:
+        """
+        Return what routers read, float32 (L, R, D): the mean over the tokens at both ends, before rotation.
+
+        Of all layers at once, if they share their rotary embedding: small operations in each layer take the host
+        longer than the device.
+        """
+        picked = [self.picked[place] for place in range(len(unrotations))]
+        if len({id(unrotate.rotary) for unrotate in unrotations}) == 1:
+            back_LRND = unrotations[0](torch.stack(picked), self.slots_RN)
+        else:
+            back = [unrotate(some, self.slots_RN) for unrotate, some in zip(unrotations, picked, strict=True)]
+            back_LRND = torch.stack(back)
+        return (self.weights_RN[:, None] @ back_LRND)[:, :, 0]
 
 
 def take_ends(prompt: Sequence[int], end_tokens: int) -> list[int]:

@@ -93,10 +93,12 @@ class Settings:
                     f"the {what} layers of {self.routers} compute {settings['pattern']}, which vLLM has no kernel for "
                     f"here; expected {' or '.join(known)}"
                 )
-        if config.full.get("correct") or isinstance(config.full.get("threshold"), list | tuple):
+        given = config.full.get("threshold")
+        thresholds = given.values() if isinstance(given, Mapping) else [given]
+        if config.full.get("correct") or any(isinstance(some, list | tuple) for some in thresholds):
             raise ServingError(
                 f"the full layers of {self.routers} are block-sparse with a correction or with thresholds by head, "
-                "which vLLM has no kernel for here; expected one threshold and correct: false"
+                "which vLLM has no kernel for here; expected one threshold a layer and correct: false"
             )
         if (block := config.sparse.get("block_size", 1)) != 1:
             raise ServingError(

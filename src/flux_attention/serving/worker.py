@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from flux_attention import adapters
 from flux_attention.config import FluxConfig
 from flux_attention.errors import ServingError
 from flux_attention.kernels import to_device
+from flux_attention.kernels.block_sparse import BLOCK
 from flux_attention.patterns import BlockSparse, full_pattern
 from flux_attention.routes import parse_routes
 from flux_attention.serving.backend import RoutedLayer, install
@@ -58,7 +60,8 @@ class RequestRouter:
         self.device = next(model.parameters()).device
         self.place_L = torch.arange(len(self.layers), device=self.device)
         self.routers = list(routers.to(self.device).values())
-        self.attentions, self.rotary = attentions, rotary_embeddings(model, attentions)
+        self.attentions, rotary = attentions, rotary_embeddings(model, attentions)
+        self.unrotations = [Unrotation(rotary[layer]) for layer in attentions]
         #: Of each request in flight its routes, uint8 (L,) on the device; and what the scheduler was not told yet.
         self.known: dict[str, torch.Tensor] = {}
         self.news = News()
@@ -91,9 +94,9 @@ class RequestRouter:
                 place=place,
                 sink=self.config.sparse["sink"],
                 window=self.config.sparse["window"],
-                unrotate=Unrotation(self.rotary[layer]),
+                unrotate=self.unrotations[place],
                 routes_N=self.routes_LN[place],
-                blocks=blocks,
+                blocks=blocks and blocks.of_layer(layer),
                 workspace=workspace,
                 in_prefill=self.in_prefill,
             )
@@ -102,6 +105,7 @@ class RequestRouter:
         full = full_pattern(self.config)
         if not isinstance(full, BlockSparse):
             return None
+        full.check(self.layers)
         if (page := self.vllm_config.cache_config.block_size) % full.stride:
             raise ServingError(
                 f"block-sparse full layers with a stride of {full.stride} cannot read pages of {page} tokens; expected "
@@ -229,7 +233,7 @@ class RequestRouter:
         tokens, positions, metadata = lay_out(ends, self.config.pool_size, self.device)
         with set_forward_context(metadata, self.vllm_config, num_tokens=len(tokens), slot_mapping={}):
             self.model(input_ids=tokens, positions=positions)
-        return mean_over_ranks(torch.stack([metadata.pooled[place] for place in range(len(self.layers))]))
+        return mean_over_ranks(metadata.pooled(self.unrotations))
 
     def take_news(self) -> News:
         """Return the routes that the scheduler was not told yet."""
@@ -237,7 +241,7 @@ class RequestRouter:
         return news
 
     def warm_up(self) -> None:
-        """Compile what no warm-up of vLLM's runs: the kernel of sparse rows."""
+        """Compile what no warm-up of vLLM's runs: kernels of sparse rows, and of block-sparse ones of any length."""
         if current_platform.is_cpu():
             return
         from flux_attention.kernels.triton_paged import sparse_prefill  # only where Triton is installed
@@ -251,6 +255,13 @@ class RequestRouter:
             *(query, *pages, torch.empty_like(query), table, starts, starts[1:], torch.zeros_like(mine.routes_N)),
             *(mine.sink, mine.window, attention.impl.scale),
         )
+        longest = self.vllm_config.model_config.max_model_len
+        length = mine.blocks.selects_from(query.transpose(0, 1)[None]) if mine.blocks else longest + 1
+        length = max(length, BLOCK)
+        while length < 2 * longest:  # the selection's kernel is another for each power of two
+            step = SimpleNamespace(query_start_loc=starts, max_seq_len=length)  # a single token: nothing is computed
+            attention.impl.attend_blocks(query, pages, torch.empty_like(query), step, table, starts[1:], 0)
+            length *= 2
 
 
 class News:
