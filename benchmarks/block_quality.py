@@ -24,6 +24,7 @@ import torch
 
 from flux_attention import FluxConfig, attach, kernels
 from flux_attention.adapters import load_config
+from flux_attention.evaluation.base import adapter_hash
 from flux_attention.evaluation.material import Material
 from flux_attention.evaluation.measures import answer_measures, token_measures
 from flux_attention.hf.loading import load_model, load_tokenizer
@@ -88,9 +89,8 @@ def patterns_of(args, base):
             yield BlockSparse(float(value), rule, args.stride, args.correct, from_tokens=0)
 
 
-def rows_of(model, tokenizer, material, args, done):
+def rows_of(model, tokenizer, material, base, args, done):
     """Yield rows: of each family the exact one, then one for each rule and threshold."""
-    base = FluxConfig() if args.routers is None else load_config(adapter_path(args.routers))[1]
     patterns = [None, *patterns_of(args, base)]
     base = base if args.budget is None else replace(base, budget=args.budget)
     have = {tuple(row.get(key) for key in KEY): row for row in done}
@@ -101,7 +101,7 @@ def rows_of(model, tokenizer, material, args, done):
             for family in material.families:
                 samples = material.make(family, length, args.samples)
                 facts = dict(model=model_name(args.model), seq_len=length, task=family, full=full["pattern"])
-                facts["n"] = len(samples)
+                facts |= {"n": len(samples), "routers": args.routers and adapter_hash(adapter_path(args.routers))[:12]}
                 facts["sparsity"] = (
                     round(1 - len(routing.config.full_layers) / len(routing.layers), 4) if base.ranking else 0.0
                 )
@@ -116,7 +116,9 @@ def rows_of(model, tokenizer, material, args, done):
 
 
 #: What tells rows apart.
-KEY = "model", "seq_len", "task", "full", "n", "sparsity", "select", "threshold", "stride", "correct"
+KEY = "model", "seq_len", "task", "full", "n", "routers", "sparsity", "select", "threshold", "stride", "correct"
+#: Samples of which the loss is taken; answers are generated of all.
+LOSS = 48
 
 
 def measured(model, tokenizer, routing, samples, args, watch):
@@ -127,9 +129,8 @@ def measured(model, tokenizer, routing, samples, args, watch):
             evaluate(model, samples[: args.watched], routing, 1)
         found = {name: round(fmean(values), 4) for name, values in seen.items()}
     question = samples[0].question
-    if question.is_prose or not args.answers_only:
-        scores = evaluate(model, samples, routing, args.batch_size)
-        found["nats"] = round(fmean(scores.nats), 5)
+    scores = evaluate(model, samples if question.is_prose else samples[:LOSS], routing, args.batch_size)
+    found["nats"] = round(fmean(scores.nats), 5)
     if question.is_prose:
         return found | token_measures(scores, True)
     answers, _ = score_answers(model, tokenizer, samples, args.batch_size, None, routing)
@@ -148,12 +149,14 @@ def main():
     parser.add_argument("--watched", type=int, default=2)
     parser.add_argument("--stride", type=int, default=16)
     parser.add_argument("--correct", action="store_true")
-    parser.add_argument("--answers-only", action="store_true", help="no loss of questions, for half of the time")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/block_quality.json")
     args = parser.parse_args()
+    base = FluxConfig() if args.routers is None else load_config(adapter_path(args.routers))[1]
+    if "own" in args.select and base.full["pattern"] != BlockSparse.name:
+        parser.error("--select own is for --routers whose full layers are block-sparse")
     model = load_model(args.model, args.dtype, args.device).to(args.device).eval()
     tokenizer = load_tokenizer(args.model)
     material = Material(tokenizer, args.families)
@@ -161,7 +164,7 @@ def main():
     del settings["families"]  # each row is of one
     rows = []
     done = begun_rows(args.output, settings)
-    for row in rows_of(model, tokenizer, material, args, done):
+    for row in rows_of(model, tokenizer, material, base, args, done):
         rows.append(row)
         print({key: value for key, value in row.items() if key != "scores"}, flush=True)
         kept = [old for old in done if all(any(old.get(key) != new.get(key) for key in KEY) for new in rows)]

@@ -3,8 +3,6 @@
 Run by ``python benchmarks/show_pages.py``. What has not been measured is left out.
 """
 
-import math
-
 from show_tables import LABELS, label, load, page, row_of, save, table
 
 #: Lengths of single layers that the pages show.
@@ -356,39 +354,6 @@ def at_a_glance():
         )
     columns = ["prefill, s", "× dense, vLLM", "decode step, ms", "× dense, vLLM", "KV cache, GB"]
     return table(["tokens", *columns], lines)
-
-
-def rounded_down(row):
-    """Return how many times faster a row is."""
-    return math.floor(10 * speedup(row)) / 10
-
-
-def key_figures(lost):
-    """
-    Return README's speed and memory in a cell each: headline and explanation. Ratios are rounded down.
-
-    ``lost`` are points of answers that block-sparse layers cost.
-    """
-    facts = dict(shape="qwen3-8b", batch=1, baseline="own-dense", seq_len=2**18, sparsity=0.75)
-    prefill, decode = (row_of(name, **facts, method="static") for name in ("e2e_prefill", "e2e_decode"))
-    memory = row_of("memory", **facts)
-    blocks = row_of("e2e_blocks", **facts, engine="flux-compile", full="block_sparse")
-    smaller = memory["baseline_kv_bytes"] / memory["kv_bytes"]
-    folder = "benchmarks/results"
-    return (
-        (
-            f"{rounded_down(blocks)} × faster prefill",
-            f"256 K tokens in {blocks['ms'] / 1e3:.1f} s instead of {blocks['baseline_ms'] / 1e3:.1f}, with full layers"
-            f" [block-sparse](docs/block-sparse.md): look-ups of a 0.5 B model change by {lost} points at 16 K; exact"
-            f" {rounded_down(prefill)} × ([file]({folder}/e2e_prefill.md)); a decode step in {decode['ms']:.1f} ms"
-            f" instead of {decode['baseline_ms']:.1f} ([file]({folder}/e2e_decode.md))",
-        ),
-        (
-            f"{math.floor(10 * smaller) / 10} × smaller KV cache",
-            f"256 K tokens in {memory['kv_bytes'] / 1e9:.1f} GB instead of {memory['baseline_kv_bytes'] / 1e9:.1f}"
-            f" ([file]({folder}/memory.md))",
-        ),
-    )
 
 
 def plot(name, title, y_label, series, log_y=False, reference=None):

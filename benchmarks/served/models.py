@@ -34,8 +34,8 @@ EVERY_SHAPE: dict[str, dict[str, Any]] = {
     ),
 }
 
-#: What full layers of random weights, where all keys count alike, select about 15 % of the blocks by.
-BLOCKS_OF_ALL = BlockSparse(0.15, "mass")
+#: Of random weights, by which no key stands out, a selection by mass takes a share of the blocks that grows with this.
+BLOCKS_OF_ALL = BlockSparse(0.3, "mass")
 
 
 def make_model(folder: Path, shape: str, longest: int, dtype: str) -> BaseModel:

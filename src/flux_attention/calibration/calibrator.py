@@ -417,7 +417,8 @@ def choose_threshold(
     """
     named: list[dict[str, Any]] = [{**row, "threshold": json.dumps(row["threshold"])} for row in rows]
     kept = _that_lose_nothing(named, "threshold", dense, answered, tolerance, max_lost)
-    selected = {name: fmean(row["density"] for row in named if row["threshold"] == name) for name in kept}
+    counted = [row for row in named if row["task"] in dense]
+    selected = {name: fmean(row["density"] for row in counted if row["threshold"] == name) for name in kept}
     return json.loads(min(selected, key=selected.__getitem__)) if selected else None
 
 

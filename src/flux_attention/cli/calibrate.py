@@ -47,23 +47,22 @@ def _print_thresholds(config, points: list[dict], length: int) -> None:
     ]
     if all(point["accuracy"] is not None for point in points):
         lines.append(["score of answers", *(f"{point['accuracy']:.2f}" for point in points)])
-    thresholds = [_threshold(point["threshold"]) for point in points]
+    sets = [point["threshold"] for point in points if isinstance(point["threshold"], dict)]
+    thresholds = [_threshold(point["threshold"], sets) for point in points]
     print_table(["threshold", *thresholds], lines, "full layers block-sparse, at the default budget")
     threshold = config.full.get("threshold")
     if threshold is None:
         text = "no threshold that was tried keeps loss and answers: full layers stay exact"
     else:
         share = next(point["density"] for point in points if point["threshold"] == threshold)
-        name = f"threshold {_threshold(threshold)}"
+        name = f"threshold {_threshold(threshold, sets)}"
         text = f"full layers are block-sparse, {name}: {share:.0%} of the blocks at {length:,} tokens"
     out.print(text, highlight=False, soft_wrap=True)
 
 
-def _threshold(threshold: float | dict[str, float]) -> str:
-    """Name a threshold, or layers' own."""
-    if isinstance(threshold, dict):
-        return f"by layer, {min(threshold.values()):g} to {max(threshold.values()):g}"
-    return f"{threshold:g}"
+def _threshold(threshold: float | dict[str, float], sets: list[dict[str, float]]) -> str:
+    """Name a threshold, or one of the sets of layers' own."""
+    return f"by layer {sets.index(threshold) + 1}" if isinstance(threshold, dict) else f"{threshold:g}"
 
 
 def _tell(config, output: Path, pattern, as_json: bool) -> None:

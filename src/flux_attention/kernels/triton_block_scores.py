@@ -58,7 +58,7 @@ def _sequence(
     return low, start, offset, tl.where(there, length, 0), unit
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "tiles", "blocks", "rows", "from_tokens"])
+@triton.jit(do_not_specialize=["offset", "T", "first", "tiles", "blocks", "rows", "from_tokens", "table_b"])
 def _tile_scores(
     query_ptr, key_ptr, lse_ptr, starts_ptr, lengths_ptr, routes_ptr, table_ptr,
     query_b, query_h, query_s, key_b, key_h, key_t, table_b,
@@ -113,7 +113,7 @@ def _tile_scores(
         tl.store(lse_ptr + (place + i)[:, None] * blocks + block[None, :], lse, mask=there)
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "from_tokens"])
+@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "from_tokens", "table_b"])
 def _select(
     lse_ptr, share_ptr, list_ptr, count_ptr, chosen_ptr, score_ptr, starts_ptr, lengths_ptr, routes_ptr, table_ptr,
     table_b, offset, T, first, blocks, rows, from_tokens, share_h,

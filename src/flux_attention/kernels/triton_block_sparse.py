@@ -66,7 +66,7 @@ def _step(
     return new_top, total * shrink + tl.sum(weight, 1), tl.dot(weight.to(value.dtype), value, acc * shrink[:, None])
 
 
-@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "from_tokens"])
+@triton.jit(do_not_specialize=["offset", "T", "first", "blocks", "rows", "from_tokens", "table_b"])
 def _attend(
     query_ptr, key_ptr, value_ptr, output_ptr, list_ptr, count_ptr, chosen_ptr, mean_key_ptr, mean_value_ptr,
     starts_ptr, lengths_ptr, routes_ptr, table_ptr,

@@ -49,7 +49,7 @@ def _attend(
     return new_top, total, acc
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "stride_tb"])
 def _sparse_prefill(
     query_ptr, key_ptr, value_ptr, output_ptr, table_ptr, starts_ptr, lengths_ptr, routes_ptr, rows,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_tb,

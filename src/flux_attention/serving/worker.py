@@ -251,8 +251,9 @@ class RequestRouter:
         query = torch.zeros(1, attention.num_heads, attention.head_size, dtype=attention.dtype, device=self.device)
         table, starts = (torch.zeros(size, dtype=torch.int32, device=self.device) for size in ((1, 1), 2))
         starts[1] = 1
+        lengths = torch.ones(1, dtype=torch.int32, device=self.device)  # aligned as a step's are: else other kernels
         sparse_prefill(
-            *(query, *pages, torch.empty_like(query), table, starts, starts[1:], torch.zeros_like(mine.routes_N)),
+            *(query, *pages, torch.empty_like(query), table, starts, lengths, torch.zeros_like(mine.routes_N)),
             *(mine.sink, mine.window, attention.impl.scale),
         )
         longest = self.vllm_config.model_config.max_model_len
@@ -260,7 +261,7 @@ class RequestRouter:
         length = max(length, BLOCK)
         while length < 2 * longest:  # the selection's kernel is another for each power of two
             step = SimpleNamespace(query_start_loc=starts, max_seq_len=length)  # a single token: nothing is computed
-            attention.impl.attend_blocks(query, pages, torch.empty_like(query), step, table, starts[1:], 0)
+            attention.impl.attend_blocks(query, pages, torch.empty_like(query), step, table, lengths, 0)
             length *= 2
 
 
