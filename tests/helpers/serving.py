@@ -42,7 +42,8 @@ def block_sparse_adapter(folder):
     """Write the shipped adapter with full layers that select few blocks of a prompt; return the folder's name."""
     shutil.copytree(ROUTERS, folder, dirs_exist_ok=True)
     _, config = load_config("shipped")
-    config = replace(config, full={"pattern": "block_sparse", "threshold": 0.9, "from_tokens": 0})
+    threshold = {str(layer): 0.9 if layer % 2 else 0.7 for layer in config.base_model.routed_layers}
+    config = replace(config, full={"pattern": "block_sparse", "threshold": threshold, "from_tokens": 0})
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(config.to_dict()))
     return str(folder)
 
