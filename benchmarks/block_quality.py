@@ -92,6 +92,7 @@ def patterns_of(args, base):
 def rows_of(model, tokenizer, material, base, args, done):
     """Yield rows: of each family the exact one, then one for each rule and threshold."""
     patterns = [None, *patterns_of(args, base)]
+    routers = args.routers and adapter_hash(adapter_path(args.routers))[:12]
     base = base if args.budget is None else replace(base, budget=args.budget)
     have = {tuple(row.get(key) for key in KEY): row for row in done}
     for length in args.lengths:
@@ -101,7 +102,7 @@ def rows_of(model, tokenizer, material, base, args, done):
             for family in material.families:
                 samples = material.make(family, length, args.samples)
                 facts = dict(model=model_name(args.model), seq_len=length, task=family, full=full["pattern"])
-                facts |= {"n": len(samples), "routers": args.routers and adapter_hash(adapter_path(args.routers))[:12]}
+                facts |= {"n": len(samples), "routers": routers}
                 facts["sparsity"] = (
                     round(1 - len(routing.config.full_layers) / len(routing.layers), 4) if base.ranking else 0.0
                 )

@@ -154,6 +154,11 @@ def _strip(row_L: torch.Tensor) -> str:
     return "".join("F" if full else "S" for full in row_L.tolist())
 
 
+def layer_of(unit: Unit) -> int:
+    """Return the layer of what is decided on."""
+    return unit if isinstance(unit, int) else unit[0]
+
+
 def unit_name(unit: Unit) -> str:
     """Name what is decided on, for people: a layer ``3``, a KV head ``3.1``."""
     return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))

@@ -283,8 +283,10 @@ def test_answers_are_generated_with_what_is_judged(monkeypatch):
     monkeypatch.setattr(generation, "generate_answers", generate)
     monkeypatch.setitem(calibrator.TRIED, "maximum", (0.2, 0.1))
     judged = {name: [sample(20, name, "match")] for name in ("first", "second")}
-    rows = calibrator_of(model(), CalibrationSet([], judged, {})).judge_thresholds([2], BlockSparse(), ["first"])
-    assert asked == [("first", 0.2, [2]), ("first", 0.1, [2])]
+    monkeypatch.setattr(calibrator, "of_layers", lambda *rises: [])
+    made = CalibrationSet([sample(21, "second")], judged, {})
+    rows = calibrator_of(model(), made).judge_thresholds([2, 0], BlockSparse(), ["first"])
+    assert asked == [("first", 0.2, [0, 2]), ("first", 0.1, [0, 2])]
     assert [row["accuracy"] for row in rows] == [1.0, None] * 2
 
 

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from flux_attention.calibration.samples import CalibrationSet
-from flux_attention.calibration.thresholds import TRIED, Alone, Watched, of_layers
+from flux_attention.calibration.thresholds import TRIED, Alone, Watched, grouped, of_layers
 from flux_attention.errors import CalibrationError
 from flux_attention.hf.handle import Routing
 from flux_attention.patterns import BlockSparse
@@ -390,8 +390,10 @@ def choose_budget(
     max_lost : float
         By how much the mean accuracy may fall below that of budget 0.
     """
-    kept = _that_lose_nothing(rows, "sparsity", dense_of(rows, answered), answered, tolerance, max_lost)
-    return max(kept)
+    dense, at = dense_of(rows, answered), {}
+    for row in rows:
+        at.setdefault(row["sparsity"], {})[row["task"]] = row
+    return max(share for share, found in at.items() if _loses_nothing(found, dense, answered, tolerance, max_lost))
 
 
 def choose_threshold(
@@ -415,11 +417,13 @@ def choose_threshold(
     answered, tolerance, max_lost
         As in ``choose_budget``; what is lost by sparse layers counts, too.
     """
-    named: list[dict[str, Any]] = [{**row, "threshold": json.dumps(row["threshold"])} for row in rows]
-    kept = _that_lose_nothing(named, "threshold", dense, answered, tolerance, max_lost)
-    counted = [row for row in named if row["task"] in dense]
-    selected = {name: fmean(row["density"] for row in counted if row["threshold"] == name) for name in kept}
-    return json.loads(min(selected, key=selected.__getitem__)) if selected else None
+    kept = [
+        some
+        for some in grouped(rows, dense)
+        if _loses_nothing({row["task"]: row for row in some}, dense, answered, tolerance, max_lost)
+    ]
+    fewest = min(kept, key=lambda some: fmean(row["density"] for row in some), default=None)
+    return None if fewest is None else fewest[0]["threshold"]
 
 
 def dense_of(rows: Sequence[Mapping[str, Any]], answered: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -431,16 +435,9 @@ def dense_of(rows: Sequence[Mapping[str, Any]], answered: Sequence[str]) -> dict
     }
 
 
-def _that_lose_nothing(rows, key, dense, answered, tolerance, max_lost) -> list[Any]:
-    """List the values of ``key``, in order, at which no loss of ``dense`` rises and the answers stay."""
-    at: dict[Any, dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        at.setdefault(row[key], {})[row["task"]] = row
-
-    def loses_nothing(found: dict[str, Mapping[str, Any]]) -> bool:
-        if not all(found[task]["nats"] - dense[task]["nats"] <= tolerance for task in dense):
-            return False
-        lost = [dense[task]["accuracy"] - found[task]["accuracy"] for task in answered]
-        return not lost or fmean(lost) <= max_lost + 1e-9
-
-    return [value for value, found in at.items() if loses_nothing(found)]
+def _loses_nothing(found, dense, answered, tolerance, max_lost) -> bool:
+    """Whether no loss of ``dense`` rises, and the answers stay; both are rows by family."""
+    if not all(found[task]["nats"] - dense[task]["nats"] <= tolerance for task in dense):
+        return False
+    lost = [dense[task]["accuracy"] - found[task]["accuracy"] for task in answered]
+    return not lost or fmean(lost) <= max_lost + 1e-9

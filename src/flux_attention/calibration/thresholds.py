@@ -77,6 +77,15 @@ def of_layers(rises: Mapping[int, Sequence[float]], tried: Sequence[float]) -> l
     return found
 
 
+def grouped(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Group the rows of ``dense``'s families by threshold, in the rows' order."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["task"] in dense:
+            groups.setdefault(json.dumps(row["threshold"]), []).append(row)
+    return list(groups.values())
+
+
 def by_threshold(
     rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, float | None]]:
@@ -96,12 +105,8 @@ def by_threshold(
         ``threshold``, mean ``density``, ``rise`` of the loss in nats a token above all layers full and exact, of the
         worst family, and mean ``accuracy``, None where nothing is asked; in the rows' order.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["task"] in dense:
-            groups.setdefault(json.dumps(row["threshold"]), []).append(row)
     found = []
-    for some in groups.values():
+    for some in grouped(rows, dense):
         right = [row["accuracy"] for row in some if row["accuracy"] is not None]
         found.append(
             {

@@ -19,7 +19,7 @@ from flux_attention.hf.inputs import Inputs
 from flux_attention.hf.packed import PackedAttention
 from flux_attention.hf.support import QueryShape
 from flux_attention.patterns import Pattern
-from flux_attention.routes import Routes
+from flux_attention.routes import Routes, layer_of
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class ForwardPass:
         gate_B = self.decision.gate(unit)
         gate_B = None if gate_B is None else gate_B.to(query.device)
         if self.packed is None:
-            routes, layer = self.decision.routes(unit), unit if isinstance(unit, int) else unit[0]
+            routes, layer = self.decision.routes(unit), layer_of(unit)
 
             def branch(chosen: bool) -> torch.Tensor:
                 rows = [route == chosen for route in routes]

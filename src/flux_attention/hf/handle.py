@@ -45,7 +45,7 @@ from flux_attention.hf.support import QueryShape, tensor_parallel_group
 from flux_attention.hf.watching import watched
 from flux_attention.patterns import full_pattern, sparse_pattern
 from flux_attention.router import LayerRouter, Pooling
-from flux_attention.routes import Routes, RouteSpec, parse_routes
+from flux_attention.routes import Routes, RouteSpec, layer_of, parse_routes
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,6 @@ class Routing(ReportMixin, AdapterMixin):
         self.cuda_graphs, self.compile, self.min_tokens = cuda_graphs, compile, min_tokens
         self.layers = config.base_model.routed_layers
         self.sparse, self.full = sparse_pattern(config), full_pattern(config)
-        for pattern in (self.sparse, self.full):
-            pattern.check(self.layers)
         self.by_head = config.granularity == "head"
         heads = range(config.base_model.num_kv_heads)
         self.units: tuple[Unit, ...] = (
@@ -190,7 +188,7 @@ class Routing(ReportMixin, AdapterMixin):
 
     def router(self, unit: Unit) -> LayerRouter:
         """Return the router that decides on ``unit``."""
-        return cast(LayerRouter, self.routers[str(unit[0] if isinstance(unit, tuple) else unit)])
+        return cast(LayerRouter, self.routers[str(layer_of(unit))])
 
     def __repr__(self) -> str:
         return f"Routing({len(self.layers)} layers of {self.config.base_model.name}, {self.sparse})"

@@ -63,10 +63,16 @@ def build(settings: Mapping[str, Any], registry: Mapping[str, type[Pattern]]) ->
 
 
 def sparse_pattern(config: FluxConfig) -> Pattern:
-    """Make the pattern that sparse layers use; see ``build``."""
-    return build(config.sparse, SPARSE_PATTERNS)
+    """Make the pattern that sparse layers use; see ``build``, and ``Pattern.check`` where the model is known."""
+    return _checked(build(config.sparse, SPARSE_PATTERNS), config)
 
 
 def full_pattern(config: FluxConfig) -> Pattern:
-    """Make the pattern that full layers use; see ``build``."""
-    return build(config.full, FULL_PATTERNS)
+    """Make the pattern that full layers use, as ``sparse_pattern`` does."""
+    return _checked(build(config.full, FULL_PATTERNS), config)
+
+
+def _checked(pattern: Pattern, config: FluxConfig) -> Pattern:
+    if config.base_model is not None:
+        pattern.check(config.base_model.routed_layers)
+    return pattern

@@ -105,7 +105,6 @@ class RequestRouter:
         full = full_pattern(self.config)
         if not isinstance(full, BlockSparse):
             return None
-        full.check(self.layers)
         if (page := self.vllm_config.cache_config.block_size) % full.stride:
             raise ServingError(
                 f"block-sparse full layers with a stride of {full.stride} cannot read pages of {page} tokens; expected "
@@ -256,9 +255,10 @@ class RequestRouter:
             *(query, *pages, torch.empty_like(query), table, starts, lengths, torch.zeros_like(mine.routes_N)),
             *(mine.sink, mine.window, attention.impl.scale),
         )
+        if mine.blocks is None:
+            return
         longest = self.vllm_config.model_config.max_model_len
-        length = mine.blocks.selects_from(query.transpose(0, 1)[None]) if mine.blocks else longest + 1
-        length = max(length, BLOCK)
+        length = max(mine.blocks.selects_from(query.transpose(0, 1)[None]), BLOCK)
         while length < 2 * longest:  # the selection's kernel is another for each power of two
             step = SimpleNamespace(query_start_loc=starts, max_seq_len=length)  # a single token: nothing is computed
             attention.impl.attend_blocks(query, pages, torch.empty_like(query), step, table, lengths, 0)
