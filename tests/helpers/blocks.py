@@ -47,7 +47,7 @@ def naive_mass(row, place, share):
 def naive_maximum(row, place, share, last):
     if place == last:
         return set(range(place + 1))
-    always = {0, 1} | set(range(place - 3, place + 1))
+    always = {0, place - 1, place}
     return {n for n in range(place + 1) if n in always or row[n] >= share * max(row)}
 
 
