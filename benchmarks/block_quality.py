@@ -4,7 +4,7 @@ Run: ``python benchmarks/block_quality.py MODEL --select mass=0.8,0.9 --select m
 attend block-sparse in the prefill: all of them, or with ``--routers`` those that an adapter's ranking leaves full at
 ``--budget``; ``--select own`` is the adapter's own rule and thresholds. Writes benchmarks/results/block_quality.json, a
 row for each rule, threshold and family beside the exact one; what is there already is not measured again, so that
-several calls add to one file.
+several calls add to one file. Rows say of which ``text`` samples were made: that of this machine's packages.
 
 density        of the causal blocks, what share was selected: mean over layers and samples
 recall         of the exact attention, what share lies in selected blocks: mean over layers, heads and some blocks' rows
@@ -28,7 +28,7 @@ from flux_attention.evaluation.base import adapter_hash
 from flux_attention.evaluation.material import Material
 from flux_attention.evaluation.measures import answer_measures, token_measures
 from flux_attention.hf.loading import load_model, load_tokenizer
-from flux_attention.kernels.block_sparse import BLOCK
+from flux_attention.kernels.block_sparse import BLOCK, FIRST, LAST
 from flux_attention.names import adapter_path, model_name
 from flux_attention.patterns import BlockSparse, Full, full_pattern
 from flux_attention.results import begun_rows, write_results
@@ -94,7 +94,8 @@ def rows_of(model, tokenizer, material, base, args, done):
     patterns = [None, *patterns_of(args, base)]
     routers = args.routers and adapter_hash(adapter_path(args.routers))[:12]
     base = base if args.budget is None else replace(base, budget=args.budget)
-    have = {tuple(row.get(key) for key in KEY): row for row in done}
+    text = material.settings["text"][:12]
+    have = {identity(row): row for row in done}
     for length in args.lengths:
         for pattern in patterns:
             full = (pattern or Full()).to_dict()
@@ -102,7 +103,7 @@ def rows_of(model, tokenizer, material, base, args, done):
             for family in material.families:
                 samples = material.make(family, length, args.samples)
                 facts = dict(model=model_name(args.model), seq_len=length, task=family, full=full["pattern"])
-                facts |= {"n": len(samples), "routers": routers}
+                facts |= {"n": len(samples), "routers": routers, "text": text}
                 facts["sparsity"] = (
                     round(1 - len(routing.config.full_layers) / len(routing.layers), 4) if base.ranking else 0.0
                 )
@@ -110,14 +111,22 @@ def rows_of(model, tokenizer, material, base, args, done):
                     facts |= {name: getattr(pattern, name) for name in ("select", "threshold", "stride", "correct")}
                     if not isinstance(pattern.threshold, float):
                         facts["threshold"] = "own"
-                if (row := have.get(tuple(facts.get(key) for key in KEY))) is None:
+                    if pattern.select == "maximum":
+                        facts["always"] = [FIRST, LAST]
+                if (row := have.get(identity(facts))) is None:
                     row = facts | measured(model, tokenizer, routing, samples, args, pattern is not None)
                 yield row
             routing.detach()
 
 
-#: What tells rows apart.
-KEY = "model", "seq_len", "task", "full", "n", "routers", "sparsity", "select", "threshold", "stride", "correct"
+def identity(row):
+    """Return what tells rows apart, of what is known before they are measured."""
+    named = "model", "seq_len", "task", "full", "n", "routers", "text", "sparsity"
+    return *(row.get(key) for key in named), *(str(row.get(key)) for key in RULE)
+
+
+#: How blocks are selected; ``always``: how many first and last ones are whatever their scores.
+RULE = "select", "threshold", "stride", "correct", "always"
 #: Samples of which the loss is taken; answers are generated of all.
 LOSS = 48
 
@@ -161,15 +170,14 @@ def main():
     model = load_model(args.model, args.dtype, args.device).to(args.device).eval()
     tokenizer = load_tokenizer(args.model)
     material = Material(tokenizer, args.families)
-    settings = {"watched": args.watched, "dtype": str(model.dtype), **material.settings}
-    del settings["families"]  # each row is of one
+    settings = {"watched": args.watched, "dtype": str(model.dtype), "chat": material.settings["chat"]}
     rows = []
     done = begun_rows(args.output, settings)
     for row in rows_of(model, tokenizer, material, base, args, done):
         rows.append(row)
         print({key: value for key, value in row.items() if key != "scores"}, flush=True)
-        kept = [old for old in done if all(any(old.get(key) != new.get(key) for key in KEY) for new in rows)]
-        write_results(args.output, [*kept, *rows], settings=settings)
+        again = {identity(new) for new in rows}
+        write_results(args.output, [*(old for old in done if identity(old) not in again), *rows], settings=settings)
 
 
 if __name__ == "__main__":

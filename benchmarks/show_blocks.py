@@ -23,8 +23,8 @@ KINDS = {
 EXACT = {"sdpa-cudnn": "cuDNN, causal", "own-dense": "exact"}
 
 
-#: Share of blocks at which the rule for short prompts expects selection to win: of some questions the default threshold
-#: selected up to 36 % at 16,384 tokens, and of shorter prompts it selects more.
+#: Share of blocks at which the rule for short prompts expects selection to win: thresholds that select a fifth of
+#: look-ups' blocks at 16,384 tokens select up to 36 % of prose's, and of shorter prompts more.
 RULE_DENSITY = 0.4
 
 
@@ -93,24 +93,26 @@ def quality_table():
     """Return what selections lose on real models, beside exact attention of the same layers."""
     groups = {}
     for row in load("block_quality")["rows"]:
-        kind = row["model"].split("/")[-1], row["seq_len"], row["sparsity"], row["n"]
-        groups.setdefault((*kind, row.get("select"), row.get("threshold")), []).append(row)
+        kind = row["model"].split("/")[-1], row["seq_len"], row["sparsity"], row["n"], row["text"]
+        rule = row.get("select"), row.get("threshold"), tuple(row.get("always", ()))
+        groups.setdefault((*kind, *rule), []).append(row)
     lines = []
-    chosen = {key: rows for key, rows in groups.items() if key[4] is not None}
+    chosen = {key: rows for key, rows in groups.items() if key[5] is not None}
     for key, rows in sorted(chosen.items(), key=lambda item: (*item[0][:4], density(item[1]))):
-        model, length, sparsity, samples, select, threshold = key
-        exact = groups[(*key[:4], None, None)]
+        model, length, sparsity, samples, _, select, threshold, always = key
+        exact = groups[(*key[:5], None, None, ())]
+        earlier = " *" if always == EARLIER else ""
         asked = [row["task"] for row in rows if "accuracy" in row]
         answers = ["–"] * 4
         if asked:
             family, lost = worst(rows, exact, asked)
-            some = "" if len(asked) == 5 else f" ({len(asked)} kinds)"
+            some = "" if len(asked) == 5 else f" ({len(asked)} kinds)" if len(asked) > 1 else " (1 kind)"
             answers = [
                 f"{density(rows):.1%}", f"{fmean(row['output_error'] for row in rows if 'accuracy' in row):.3f}",
                 f"{shown(points(rows, exact, asked))}{some}", f"{shown(lost)} ({family})",
             ]  # fmt: skip
         lines.append([
-            f"{model.split('-')[0]}, {length // 1024} K", f"{sparsity:.0%}", f"{select}, {threshold}", samples,
+            f"{model.split('-')[0]}, {length // 1024} K", f"{sparsity:.0%}", f"{select}, {threshold}{earlier}", samples,
             *answers, *_prose(rows, exact),
         ])  # fmt: skip
     columns = [
@@ -120,6 +122,8 @@ def quality_table():
     return table(columns, lines)
 
 
+#: How many first and last blocks the rule by the maximum once took whatever their scores; ``by_maximum`` takes fewer.
+EARLIER = (2, 4)
 #: What is said of block-sparse layers beside sparse ones.
 BESIDE = dict(model="Qwen/Qwen2.5-Coder-0.5B-Instruct", seq_len=16384, sparsity=0.5, n=100)
 

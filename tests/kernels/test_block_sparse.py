@@ -82,7 +82,7 @@ def test_all_blocks_are_full_attention(keys, data):
     length = data.draw(st.one_of(st.just(keys), st.integers(1, keys)))
     query, key, value = states(length, keys, batch=2)
     mask = Full().mask(keys)[keys - length :]
-    for pattern in (BlockSparse(threshold=1.0), SparseBlocks(threshold=1e-9, select="maximum", correct=True)):
+    for pattern in (BlockSparse(1.0, "mass"), SparseBlocks(1e-9, "maximum", correct=True)):
         assert error(pattern.prefill(query, key, value, 0.25), oracle(query, key, value, mask, 0.25)) < 3e-6
 
 
@@ -156,7 +156,7 @@ def test_what_is_short_is_measured_by_the_kind_of_device(monkeypatch):
 
 
 def test_thresholds_that_are_not_given():
-    assert BlockSparse() == BlockSparse(0.03, "maximum") and BlockSparse(select="mass").threshold == 0.95
+    assert BlockSparse() == BlockSparse(0.025, "maximum") and BlockSparse(select="mass").threshold == 0.95
     assert build(BlockSparse().to_dict(), FULL_PATTERNS) == BlockSparse()
 
 
