@@ -42,6 +42,7 @@ FILES = {
     "two_prompts": ("routes of two prompts: README's picture", "python benchmarks/two_prompts.py"),
     "quickstart": ("what the quick start's routers answer", "flux-attention eval shipped --routers runs/quickstart"),
     "quality_real": ("what a real model answers, calibrated and trained", "python benchmarks/real_models.py"),
+    "quality_real_heads": ("routers by KV head and static heads on a real model", "python benchmarks/real_models.py"),
     "quality_real_small": ("the same of a smaller real model", "python benchmarks/real_models.py"),
     "quality": ("the study: routed, fixed and random layers", "python recipes/study/run.py evaluate"),
 }

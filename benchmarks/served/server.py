@@ -57,7 +57,7 @@ class Server:
             return False
 
     def memory(self) -> int | None:
-        """Count the bytes that the server's processes have in memory; None if it is not known which they are."""
+        """Count the bytes of its own that the server's processes hold; None if it is not known which they are."""
         if self.process is None:
             return None
         return sum(_resident(process) for process in _tree(self.process))
@@ -175,10 +175,13 @@ def _tree(process: int) -> list[int]:
 
 
 def _resident(process: int) -> int:
-    """Count the bytes of a process in memory; what it shares with others counts in part."""
+    """
+    Count the bytes of a process in memory that no file holds; what it shares with others counts in part.
+
+    Libraries are left out: a process's part of them grows when another program that uses them ends.
+    """
     try:
         text = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:
         return 0
-    match = re.search(r"^Pss:\s+(\d+) kB", text, re.M)
-    return 1024 * int(match[1]) if match else 0
+    return 1024 * sum(map(int, re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", text, re.M)))

@@ -66,7 +66,17 @@ class Ask:
     @property
     def first_line(self) -> str:
         """The answer to the question; the model goes on behind it."""
-        return (self.text or "").split("\n")[0].strip()
+        return first_line(self.text)
+
+    @property
+    def lost_alone(self) -> bool:
+        """Whether it was answered right alone, and now is not."""
+        return first_line(self.alone) == self.code != self.first_line
+
+
+def first_line(text: str | None) -> str:
+    """Return the answer to the question in a text."""
+    return (text or "").split("\n")[0].strip()
 
 
 def make_asks(count: int, context: int, tokenizer: Any, haystack: Haystack, draw: random.Random) -> list[Ask]:
@@ -223,10 +233,25 @@ async def crowd(
     await asyncio.gather(*(one() for _ in range(clients)))
 
 
-def foreign(asks: Sequence[Ask]) -> list[Ask]:
-    """List the answers that hold the code of another request."""
-    codes = {ask.code for ask in asks if ask.code}
-    return [ask for ask in asks if ask.text and any(code in ask.first_line for code in codes - {ask.code})]
+def suspicious(asks: Sequence[Ask], near: int) -> list[Ask]:
+    """
+    List the wrong answers of requests that ran full, and those that hold another request's code.
+
+    That is one of at most ``near`` before or behind it: of requests that were asked long before no page is left, and a
+    wrong answer is one of thousands of codes by chance.
+    """
+    found = []
+    for place, ask in enumerate(asks):
+        others = {other.code for other in asks[max(0, place - near) : place + near + 1] if other.code} - {ask.code}
+        wrong = ask.omega == 0 and _complete(ask) and ask.first_line != ask.code
+        if wrong or (ask.text and any(code in ask.first_line for code in others)):
+            found.append(ask)
+    return found
+
+
+def _complete(ask: Ask) -> bool:
+    """Whether the answer had room for a code."""
+    return ask.fate == ANSWERED and ask.body["max_tokens"] >= 8
 
 
 def fates(asks: Sequence[Ask]) -> dict[str, int]:
@@ -238,7 +263,7 @@ def accuracy(asks: Sequence[Ask]) -> dict[str, tuple[int, int]]:
     """Count right answers, and answers, by the routes that were asked for."""
     found: dict[str, tuple[int, int]] = {}
     for ask in asks:
-        if ask.fate == ANSWERED and ask.body["max_tokens"] >= 8:
+        if _complete(ask):
             wish = "as routed" if ask.omega is None else f"Ω {ask.omega:g}"
             right, all_ = found.get(wish, (0, 0))
             found[wish] = right + (ask.first_line == ask.code), all_ + 1

@@ -79,7 +79,10 @@ def test_an_answer_with_another_requests_code_is_told():
         ]
     )  # fmt: skip
     lost = soak.Ask(b"{", asked=True)
-    assert soak.foreign([own, wrong, other, more, lost]) == [other]
+    assert soak.suspicious([own, wrong, other, more, lost], 2) == [other, more]
+    assert soak.suspicious([own, wrong, other, more, lost], 1) == [more]  # the first one was long before
+    own.alone, wrong.alone, other.alone = " 11111\n# 3", " 22222\n", " 44444\n"
+    assert [ask.lost_alone for ask in (own, wrong, other, more)] == [False, True, False, False]
     assert soak.fates([own, lost, soak.Ask(b"{")]) == {"answered": 1, "LOST": 1}
     assert soak.accuracy([own, wrong, other, more]) == {"as routed": (1, 1), "Ω 0": (0, 1), "Ω 1": (0, 2)}
 
