@@ -1,16 +1,17 @@
 """Measures what block-sparse prefill loses: recall of attention, error of outputs, loss, and generated answers.
 
-Run: ``python benchmarks/block_quality.py MODEL --select mass=0.8,0.9 --select maximum=0.1``. Layers that are full
+Run: ``python benchmarks/block_quality.py MODEL --select mass=0.95 --select maximum=0.01,0.025``. Layers that are full
 attend block-sparse in the prefill: all of them, or with ``--routers`` those that an adapter's ranking leaves full at
 ``--budget``; ``--select own`` is the adapter's own rule and thresholds. Writes benchmarks/results/block_quality.json, a
 row for each rule, threshold and family beside the exact one; what is there already is not measured again, so that
-several calls add to one file. Rows say of which ``text`` samples were made: that of this machine's packages.
+several calls add to one file. ``text`` in a row is the digest of the texts that its samples are hidden in, which come
+from the packages that are installed: rows are set beside exact ones of the same.
 
 density        of the causal blocks, what share was selected: mean over layers and samples
 recall         of the exact attention, what share lies in selected blocks: mean over layers, heads and some blocks' rows
 output_error   of a layer's output: norm of the difference to exact attention on the same states, over the norm
 
-Both are of the first ``--watched`` samples of a family. Later layers see what earlier ones lost.
+All three are of the first ``--watched`` samples of a family. Later layers see what earlier ones lost.
 """
 
 import argparse
@@ -137,7 +138,7 @@ def measured(model, tokenizer, routing, samples, args, watch):
     if watch:
         with watching() as seen:
             evaluate(model, samples[: args.watched], routing, 1)
-        found = {name: round(fmean(values), 4) for name, values in seen.items()}
+        found = {"watched": args.watched} | {name: round(fmean(values), 4) for name, values in seen.items()}
     question = samples[0].question
     scores = evaluate(model, samples if question.is_prose else samples[:LOSS], routing, args.batch_size)
     found["nats"] = round(fmean(scores.nats), 5)
@@ -170,9 +171,13 @@ def main():
     model = load_model(args.model, args.dtype, args.device).to(args.device).eval()
     tokenizer = load_tokenizer(args.model)
     material = Material(tokenizer, args.families)
-    settings = {"watched": args.watched, "dtype": str(model.dtype), "chat": material.settings["chat"]}
+    settings = {"dtype": str(model.dtype), "chat": material.settings["chat"]}
     rows = []
     done = begun_rows(args.output, settings)
+    if any("text" not in row for row in done):
+        parser.error(
+            f"{args.output} is of an earlier version, whose rows do not say of which texts they are: name another"
+        )
     for row in rows_of(model, tokenizer, material, base, args, done):
         rows.append(row)
         print({key: value for key, value in row.items() if key != "scores"}, flush=True)

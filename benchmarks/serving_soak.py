@@ -63,7 +63,7 @@ def arguments():
     add("--room", type=float, default=2.5, help="the KV cache, in longest requests that run full")
     add("--page", type=int, default=32)
     add("--chunk", type=int, default=512, help="tokens of a step")
-    add("--dtype", default="auto")
+    add("--dtype", default="auto", help="with --url: what the server was started with")
     add("--no-debug", action="store_true", help="do not spoil pages that are given back")
     add("--folder", type=Path, default=Path("runs/soak"), help="for the server's log")
     add("options", nargs="*", help="of vllm serve, after --")

@@ -5,6 +5,7 @@ Run by ``python benchmarks/show_pages.py``.
 
 from statistics import fmean
 
+from block_quality import RULE
 from show_real import points, shown
 from show_tables import load, table
 
@@ -93,15 +94,16 @@ def quality_table():
     """Return what selections lose on real models, beside exact attention of the same layers."""
     groups = {}
     for row in load("block_quality")["rows"]:
-        kind = row["model"].split("/")[-1], row["seq_len"], row["sparsity"], row["n"], row["text"]
-        rule = row.get("select"), row.get("threshold"), tuple(row.get("always", ()))
-        groups.setdefault((*kind, *rule), []).append(row)
+        kind = row["model"].split("/")[-1], row["seq_len"], row["sparsity"], row["n"], row["text"], row.get("routers")
+        groups.setdefault((kind, tuple(str(row.get(key)) for key in RULE)), []).append(row)
     lines = []
-    chosen = {key: rows for key, rows in groups.items() if key[5] is not None}
-    for key, rows in sorted(chosen.items(), key=lambda item: (*item[0][:4], density(item[1]))):
-        model, length, sparsity, samples, _, select, threshold, always = key
-        exact = groups[(*key[:5], None, None, ())]
-        earlier = " *" if always == EARLIER else ""
+    exact_rule = ("None",) * len(RULE)
+    chosen = {key: rows for key, rows in groups.items() if key[1] != exact_rule}
+    for (kind, rule), rows in sorted(chosen.items(), key=lambda item: (*item[0][0][:4], density(item[1]))):
+        (model, length, sparsity, samples, *_), exact = kind, groups[kind, exact_rule]
+        of = dict(zip(RULE, rule, strict=True))
+        name = f"{of['select']}, {of['threshold']}" + (f", stride {of['stride']}" if of["stride"] != "16" else "")
+        name += (", corrected" if of["correct"] == "True" else "") + (" *" if of["always"] == str(EARLIER) else "")
         asked = [row["task"] for row in rows if "accuracy" in row]
         answers = ["–"] * 4
         if asked:
@@ -112,7 +114,7 @@ def quality_table():
                 f"{shown(points(rows, exact, asked))}{some}", f"{shown(lost)} ({family})",
             ]  # fmt: skip
         lines.append([
-            f"{model.split('-')[0]}, {length // 1024} K", f"{sparsity:.0%}", f"{select}, {threshold}{earlier}", samples,
+            f"{model.split('-')[0]}, {length // 1024} K", f"{sparsity:.0%}", name, samples,
             *answers, *_prose(rows, exact),
         ])  # fmt: skip
     columns = [
@@ -123,20 +125,21 @@ def quality_table():
 
 
 #: How many first and last blocks the rule by the maximum once took whatever their scores; ``by_maximum`` takes fewer.
-EARLIER = (2, 4)
-#: What is said of block-sparse layers beside sparse ones.
+EARLIER = [2, 4]
+#: What is said of block-sparse layers beside sparse ones, which only the former rule was beside; and its threshold.
 BESIDE = dict(model="Qwen/Qwen2.5-Coder-0.5B-Instruct", seq_len=16384, sparsity=0.5, n=100)
+BESIDE_RULE = dict(select="maximum", threshold=0.04, always=EARLIER)
 
 
 def beside_routing():
-    """Say what look-ups lose where half of the layers are sparse and the others select."""
+    """Say what look-ups lose where half of the layers are sparse and the others select, by the former rule."""
     rows = [row for row in load("block_quality")["rows"] if BESIDE.items() <= row.items() and "accuracy" in row]
     exact = [row for row in rows if row["full"] == "full"]
-    ours = [row for row in rows if (row.get("select"), row.get("threshold")) == ("maximum", 0.04)]
+    ours = [row for row in rows if all(row.get(key) == value for key, value in BESIDE_RULE.items())]
     asked = [row["task"] for row in ours]
     family, lost = worst(ours, exact, asked)
     return (
-        f"at 16 K and {100 * density(ours):.0f} % of the blocks look-ups of a 0.5 B model change by"
+        f"by a former rule, at 16 K and {100 * density(ours):.0f} % of the blocks, look-ups of a 0.5 B model change by"
         f" {shown(points(ours, exact, asked))} points, the worst kind by {shown(lost)}"
     )
 

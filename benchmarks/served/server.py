@@ -60,7 +60,8 @@ class Server:
         """Count the bytes of its own that the server's processes hold; None if it is not known which they are."""
         if self.process is None:
             return None
-        return sum(_resident(process) for process in _tree(self.process))
+        found = [resident(process) for process in _tree(self.process)]
+        return None if None in found else sum(found)
 
 
 class Served(Server):
@@ -174,14 +175,16 @@ def _tree(process: int) -> list[int]:
     return found
 
 
-def _resident(process: int) -> int:
+def resident(process: int) -> int | None:
     """
     Count the bytes of a process in memory that no file holds; what it shares with others counts in part.
 
-    Libraries are left out: a process's part of them grows when another program that uses them ends.
+    Libraries are left out: a process's part of them grows when another program that uses them ends. None where the
+    kernel does not tell them apart (before Linux 5.4).
     """
     try:
         text = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return 1024 * sum(map(int, re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", text, re.M)))
+    found = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", text, re.M)
+    return 1024 * sum(map(int, found)) if found else None

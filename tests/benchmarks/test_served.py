@@ -71,16 +71,18 @@ def test_concurrency_is_weighted_by_time():
 
 def test_an_answer_with_another_requests_code_is_told():
     soak = pytest.importorskip("served.soak")
-    own, wrong, other, more = (
-        soak.Ask({"max_tokens": 9}, code, omega=omega, text=text, asked=True, fate=soak.ANSWERED)
-        for code, omega, text in [
-            ("11111", None, " 11111\n# 22222"), ("22222", 1.0, " 99999\n"), ("33333", 1.0, " 11111\n"),
-            ("44444", 0.0, ""),
+    own, wrong, other, more, full, short = (
+        soak.Ask({"max_tokens": room}, code, omega=omega, text=text, asked=True, fate=soak.ANSWERED)
+        for code, omega, text, room in [
+            ("11111", None, " 11111\n# 22222", 9), ("22222", 1.0, " 99999\n", 9), ("33333", 1.0, " 11111\n", 9),
+            ("44444", 0.0, "", 9), ("55555", 0.0, " 55555\n", 9), ("66666", 0.0, " 6", 2),
         ]
     )  # fmt: skip
     lost = soak.Ask(b"{", asked=True)
-    assert soak.suspicious([own, wrong, other, more, lost], 2) == [other, more]
-    assert soak.suspicious([own, wrong, other, more, lost], 1) == [more]  # the first one was long before
+    asks = [own, wrong, other, more, full, short, lost]
+    assert soak.suspicious(asks, 2) == [other, more]  # the last is wrong with all layers full
+    assert soak.suspicious(asks, 1) == [more]  # the other's code was asked for long before
+    assert soak.suspicious([other, own], 1) == [other]  # or behind it
     own.alone, wrong.alone, other.alone = " 11111\n# 3", " 22222\n", " 44444\n"
     assert [ask.lost_alone for ask in (own, wrong, other, more)] == [False, True, False, False]
     assert soak.fates([own, lost, soak.Ask(b"{")]) == {"answered": 1, "LOST": 1}

@@ -14,7 +14,7 @@ from flux_attention.patterns.base import MAX_TOKENS, Pattern
 from flux_attention.patterns.full import Full
 from flux_attention.patterns.streaming import Streaming, rows_by_length
 
-#: Thresholds that kept a real model's answers at 16,384 tokens (docs/block-sparse.md); the first selects fewer blocks.
+#: By which a real model's answers lost little at 16,384 tokens (docs/block-sparse.md); the first selects fewer blocks.
 THRESHOLDS = {"maximum": 0.025, "mass": 0.95}
 
 
