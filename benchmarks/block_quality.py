@@ -2,10 +2,10 @@
 
 Run: ``python benchmarks/block_quality.py MODEL --select mass=0.95 --select maximum=0.01,0.025``. Layers that are full
 attend block-sparse in the prefill: all of them, or with ``--routers`` those that an adapter's ranking leaves full at
-``--budget``; ``--select own`` is the adapter's own rule and thresholds. Writes benchmarks/results/block_quality.json, a
-row for each rule, threshold and family beside the exact one; what is there already is not measured again, so that
-several calls add to one file. ``text`` in a row is the digest of the texts that its samples are hidden in, which come
-from the packages that are installed: rows are set beside exact ones of the same.
+``--budget``; ``--select own`` is the adapter's own rule and thresholds. Writes to ``--output`` a row for each rule,
+threshold and family beside the exact one; what is there already is not measured again, so that several calls add to one
+file. What is published lies in benchmarks/results/block_quality.json. ``text`` in a row is the digest of the texts that
+its samples are hidden in, which come from the packages that are installed: rows are set beside exact ones of the same.
 
 density        of the causal blocks, what share was selected: mean over layers and samples
 recall         of the exact attention, what share lies in selected blocks: mean over layers, heads and some blocks' rows
@@ -85,7 +85,7 @@ def patterns_of(args, base):
         if text == "own":
             yield replace(full_pattern(base), from_tokens=0)
             continue
-        rule, values = text.split("=")
+        rule, _, values = text.partition("=")
         for value in values.split(","):
             yield BlockSparse(float(value), rule, args.stride, args.correct, from_tokens=0)
 
@@ -163,21 +163,26 @@ def main():
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/block_quality.json")
+    parser.add_argument("--output", type=Path, default=Path("runs/block_quality.json"))
     args = parser.parse_args()
     base = FluxConfig() if args.routers is None else load_config(adapter_path(args.routers))[1]
     if "own" in args.select and base.full["pattern"] != BlockSparse.name:
         parser.error("--select own is for --routers whose full layers are block-sparse")
+    try:
+        list(patterns_of(args, base))
+    except ValueError as error:
+        parser.error(f"--select is {' '.join(args.select)}, expected as mass=0.95 or maximum=0.01,0.025: {error}")
     model = load_model(args.model, args.dtype, args.device).to(args.device).eval()
     tokenizer = load_tokenizer(args.model)
     material = Material(tokenizer, args.families)
     settings = {"dtype": str(model.dtype), "chat": material.settings["chat"]}
     rows = []
-    done = begun_rows(args.output, settings)
-    if any("text" not in row for row in done):
-        parser.error(
-            f"{args.output} is of an earlier version, whose rows do not say of which texts they are: name another"
-        )
+    try:
+        done = begun_rows(args.output, settings)
+        if any("text" not in row for row in done):
+            raise ValueError(f"{args.output} is of an earlier version: its rows do not say of which texts they are")
+    except ValueError as error:
+        parser.error(f"{error}; name another file by --output")
     for row in rows_of(model, tokenizer, material, base, args, done):
         rows.append(row)
         print({key: value for key, value in row.items() if key != "scores"}, flush=True)

@@ -140,7 +140,7 @@ def beside_routing():
     family, lost = worst(ours, exact, asked)
     return (
         f"by a former rule, at 16 K and {100 * density(ours):.0f} % of the blocks, look-ups of a 0.5 B model change by"
-        f" {shown(points(ours, exact, asked))} points, the worst kind by {shown(lost)}"
+        f" {shown(points(ours, exact, asked))} points, the worst kind by {shown(lost)} (at 256 K none were asked)"
     )
 
 

@@ -59,6 +59,8 @@ def test_why_a_repository_cannot_be_had(monkeypatch):
     assert "not the id of a Hub repository" in names.unreachable("a b", "config.json")
     assert answer(ConnectError("no route")).endswith("ConnectError")
     assert names.unreachable("shiped", "config.json").endswith("did you mean shipped?")
+    ranking = names.known_rankings()[0]
+    assert f"{ranking} comes along as an adapter" in names.unreachable(ranking, "config.json")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in names.unreachable("owner/name", "config.json")
     monkeypatch.setattr(names, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")

@@ -130,6 +130,8 @@ def unreachable(repo_id: str, filename: str, revision: str | None = None) -> str
 
 
 def _meant(name: str) -> str:
-    """Ask whether something that comes along was meant."""
+    """Ask whether something that comes along was meant; say what it is if it is a ranking in a model's place."""
+    if name in known_rankings():
+        return f"; {name} comes along as an adapter: the model is a folder of yours, or its Hub id with the owner"
     found = get_close_matches(name, ["shipped", *known_rankings()], 1)
     return f"; did you mean {found[0]}?" if found else ""

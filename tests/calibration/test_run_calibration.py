@@ -77,7 +77,7 @@ def test_a_threshold_is_chosen_for_block_sparse_full_layers(calibrated, base, te
     assert "full layers are block-sparse, threshold 0.05: 100% of the blocks at 256 tokens" in result.stdout
     assert "| full attention, in the prompt | block_sparse, threshold 0.05 |" in (folder / "README.md").read_text()
     found = json.loads(flux(*command, "--json").stdout)
-    assert [point["threshold"] for point in found["thresholds"]] == [0.2, 0.1, 0.05, 0.03, 0.02, 0.01]
+    assert [point["threshold"] for point in found["thresholds"]] == [0.2, 0.1, 0.05, 0.025, 0.015, 0.01]
     assert found["full"] == config.full
     routing = attach(AutoModelForCausalLM.from_pretrained(base), folder)
     assert routing.full == BlockSparse(0.05)

@@ -12,7 +12,7 @@ from flux_attention.config import FluxConfig
 from flux_attention.patterns import BlockSparse, Full, Pattern, full_pattern
 
 #: Thresholds that are judged, those that select fewer blocks first.
-TRIED = {"maximum": (0.2, 0.1, 0.05, 0.03, 0.02, 0.01), "mass": (0.8, 0.9, 0.95, 0.98, 0.99)}
+TRIED = {"maximum": (0.2, 0.1, 0.05, 0.025, 0.015, 0.01), "mass": (0.8, 0.9, 0.95, 0.98, 0.99)}
 #: Nats a token by which a layer's threshold alone may raise the loss, where layers have thresholds of their own.
 LIMITS = (0.0, 0.001, 0.003, 0.01)
 
