@@ -57,12 +57,14 @@ def test_a_quantised_model_is_routed(name, tokenizer):
     stock = model(ids).logits
     routing = attach(model, CONFIG)
     torch.testing.assert_close(model(ids).logits, stock, atol=1e-3, rtol=1e-3)  # fresh routers change nothing
+    # Their kernels for one token round otherwise than those for many, in the stock model too: how much depends on the CPU.
+    with routing.force("full"):
+        rounding = (in_steps(model, ids) - stock)[:, -4:].abs().mean()
     with routing.force([2, 6]):
         expected = model(ids, use_cache=False).logits
         found = in_steps(model, ids)
-    # Their kernels for one token round otherwise than those for many, in the stock model too: by up to 0.3.
     apart, routed = (found - expected)[:, -4:].abs().mean(), (expected - stock)[:, -4:].abs().mean()
-    assert routed > 0.1 and apart < routed / 4
+    assert apart < 1.5 * rounding + 1e-4 < routed and routed > 0.1
     torch.testing.assert_close(found[:, :-4], expected[:, :-4], atol=1e-4, rtol=1e-4)
     routing.detach()
     assert torch.equal(model(ids).logits, stock)

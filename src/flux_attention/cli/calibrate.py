@@ -100,7 +100,8 @@ def _tell(config, output: Path, pattern, as_json: bool) -> None:
     if told:
         count = sum(row["n"] for row in rows if row["method"] == "dense" and row["task"] in told)
         few = ": so few that luck decides, --judged takes more" if count < FEW else ""
-        out.print(f"each budget is judged by {count} answers of {len(told)} families{few}", highlight=False)
+        kinds = "one family" if len(told) == 1 else f"{len(told)} families"
+        out.print(f"each budget is judged by {count} answers of {kinds}{few}", highlight=False)
     if untold:
         out.print(f"not judged, as dense does not answer it either: {', '.join(untold)}", highlight=False)
     if not any(row["accuracy"] is not None for row in rows):
