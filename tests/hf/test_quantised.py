@@ -57,15 +57,16 @@ def test_a_quantised_model_is_routed(name, tokenizer):
     stock = model(ids).logits
     routing = attach(model, CONFIG)
     torch.testing.assert_close(model(ids).logits, stock, atol=1e-3, rtol=1e-3)  # fresh routers change nothing
-    # Their kernels for one token round otherwise than those for many, in the stock model too: how much depends on the CPU.
+    # Their kernels for one token round otherwise than for many, in the stock model too: by how much depends on the CPU.
     with routing.force("full"):
-        rounding = (in_steps(model, ids) - stock)[:, -4:].abs().mean()
+        rounding = (in_steps(model, ids) - stock).abs()
     with routing.force([2, 6]):
         expected = model(ids, use_cache=False).logits
-        found = in_steps(model, ids)
-    apart, routed = (found - expected)[:, -4:].abs().mean(), (expected - stock)[:, -4:].abs().mean()
-    assert apart < 1.5 * rounding + 1e-4 < routed and routed > 0.1
-    torch.testing.assert_close(found[:, :-4], expected[:, :-4], atol=1e-4, rtol=1e-4)
+        apart = (in_steps(model, ids) - expected).abs()
+    routed = (expected - stock)[:, -4:].abs().mean()
+    for part in slice(None, -4), slice(-4, None):
+        assert apart[:, part].mean() < 1.5 * rounding[:, part].mean() + 1e-5
+    assert routed > 0.1 and routed > 1.5 * rounding[:, -4:].mean()
     routing.detach()
     assert torch.equal(model(ids).logits, stock)
 
