@@ -90,20 +90,21 @@ def beats(row):
     return row["search_ms"] + row["attend_ms"] * RULE_DENSITY / row["density"] < row["baseline_ms_min"]
 
 
-def quality_table():
-    """Return what selections lose on real models, beside exact attention of the same layers."""
+def quality_table(former=False):
+    """Return what selections lose on real models, beside exact attention of the same layers; or the former rule's."""
     groups = {}
     for row in load("block_quality")["rows"]:
         kind = row["model"].split("/")[-1], row["seq_len"], row["sparsity"], row["n"], row["text"], row.get("routers")
         groups.setdefault((kind, tuple(str(row.get(key)) for key in RULE)), []).append(row)
     lines = []
     exact_rule = ("None",) * len(RULE)
-    chosen = {key: rows for key, rows in groups.items() if key[1] != exact_rule}
+    of_former = {key: str(EARLIER) in key[1] for key in groups if key[1] != exact_rule}
+    chosen = {key: groups[key] for key, is_former in of_former.items() if is_former == former}
     for (kind, rule), rows in sorted(chosen.items(), key=lambda item: (*item[0][0][:4], density(item[1]))):
         (model, length, sparsity, samples, *_), exact = kind, groups[kind, exact_rule]
         of = dict(zip(RULE, rule, strict=True))
         name = f"{of['select']}, {of['threshold']}" + (f", stride {of['stride']}" if of["stride"] != "16" else "")
-        name += (", corrected" if of["correct"] == "True" else "") + (" *" if of["always"] == str(EARLIER) else "")
+        name += ", corrected" if of["correct"] == "True" else ""
         asked = [row["task"] for row in rows if "accuracy" in row]
         answers = ["–"] * 4
         if asked:
