@@ -90,15 +90,14 @@ def patterns_of(args, base):
             yield BlockSparse(float(value), rule, args.stride, args.correct, from_tokens=0)
 
 
-def rows_of(model, tokenizer, material, base, args, done):
-    """Yield rows: of each family the exact one, then one for each rule and threshold."""
-    patterns = [None, *patterns_of(args, base)]
+def rows_of(model, tokenizer, material, base, patterns, args, done):
+    """Yield rows: of each family the exact one, then one for each pattern, a rule and its threshold."""
     routers = args.routers and adapter_hash(adapter_path(args.routers))[:12]
     base = base if args.budget is None else replace(base, budget=args.budget)
     text = material.settings["text"][:12]
     have = {identity(row): row for row in done}
     for length in args.lengths:
-        for pattern in patterns:
+        for pattern in [None, *patterns]:
             full = (pattern or Full()).to_dict()
             routing = attach(model, replace(base, full=full))
             for family in material.families:
@@ -169,7 +168,7 @@ def main():
     if "own" in args.select and base.full["pattern"] != BlockSparse.name:
         parser.error("--select own is for --routers whose full layers are block-sparse")
     try:
-        list(patterns_of(args, base))
+        patterns = list(patterns_of(args, base))
     except ValueError as error:
         parser.error(f"--select is {' '.join(args.select)}, expected as mass=0.95 or maximum=0.01,0.025: {error}")
     model = load_model(args.model, args.dtype, args.device).to(args.device).eval()
@@ -177,13 +176,14 @@ def main():
     material = Material(tokenizer, args.families)
     settings = {"dtype": str(model.dtype), "chat": material.settings["chat"]}
     rows = []
+    remedy = "name another file by --output"
     try:
-        done = begun_rows(args.output, settings)
-        if any("text" not in row for row in done):
-            raise ValueError(f"{args.output} is of an earlier version: its rows do not say of which texts they are")
+        done = begun_rows(args.output, settings, remedy=remedy)
     except ValueError as error:
-        parser.error(f"{error}; name another file by --output")
-    for row in rows_of(model, tokenizer, material, base, args, done):
+        parser.error(str(error))
+    if any("text" not in row for row in done):
+        parser.error(f"{args.output} is of an earlier version, whose rows do not say of which texts they are: {remedy}")
+    for row in rows_of(model, tokenizer, material, base, patterns, args, done):
         rows.append(row)
         print({key: value for key, value in row.items() if key != "scores"}, flush=True)
         again = {identity(new) for new in rows}

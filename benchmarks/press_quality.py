@@ -313,7 +313,7 @@ def main():
     facts = {key: material.settings[key] for key in ("chat", "text")}
     settings = {"dtype": str(model.dtype).removeprefix("torch."), "kvpress": version("kvpress"), **facts}
     asking = Asking(model, tokenizer, facts["chat"], args.question_apart, args.batch_size, args.group, args.routers)
-    done, rows = begun_rows(args.output, settings), []
+    done, rows = begun_rows(args.output, settings, remedy="name another file by --output"), []
     for some in rows_of(asking, material, kvpress, args, done, until):
         rows += some
         for row in some:

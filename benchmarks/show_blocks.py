@@ -98,8 +98,11 @@ def quality_table(former=False):
         groups.setdefault((kind, tuple(str(row.get(key)) for key in RULE)), []).append(row)
     lines = []
     exact_rule = ("None",) * len(RULE)
-    of_former = {key: str(EARLIER) in key[1] for key in groups if key[1] != exact_rule}
-    chosen = {key: groups[key] for key, is_former in of_former.items() if is_former == former}
+    chosen = {
+        (kind, rule): rows
+        for (kind, rule), rows in groups.items()
+        if rule != exact_rule and (rule[RULE.index("always")] == str(EARLIER)) == former
+    }
     for (kind, rule), rows in sorted(chosen.items(), key=lambda item: (*item[0][0][:4], density(item[1]))):
         (model, length, sparsity, samples, *_), exact = kind, groups[kind, exact_rule]
         of = dict(zip(RULE, rule, strict=True))
@@ -136,7 +139,7 @@ def beside_routing():
     """Say what look-ups lose where half of the layers are sparse and the others select, by the former rule."""
     rows = [row for row in load("block_quality")["rows"] if BESIDE.items() <= row.items() and "accuracy" in row]
     exact = [row for row in rows if row["full"] == "full"]
-    ours = [row for row in rows if all(row.get(key) == value for key, value in BESIDE_RULE.items())]
+    ours = [row for row in rows if BESIDE_RULE.items() <= row.items()]
     asked = [row["task"] for row in ours]
     family, lost = worst(ours, exact, asked)
     return (

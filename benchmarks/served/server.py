@@ -60,7 +60,7 @@ class Server:
         """Count the bytes of its own that the server's processes hold; None if it is not known which they are."""
         if self.process is None:
             return None
-        found = [resident(process) for process in _tree(self.process)]
+        found = [_resident(process) for process in _tree(self.process)]
         return None if None in found else sum(found)
 
 
@@ -175,7 +175,7 @@ def _tree(process: int) -> list[int]:
     return found
 
 
-def resident(process: int) -> int | None:
+def _resident(process: int) -> int | None:
     """
     Count the bytes of a process in memory that no file holds; what it shares with others counts in part.
 

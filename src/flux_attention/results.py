@@ -63,12 +63,15 @@ def earlier_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def begun_rows(
-    path: str | Path, settings: dict[str, Any], reasons: Mapping[str, str] = MappingProxyType({})
+    path: str | Path,
+    settings: dict[str, Any],
+    reasons: Mapping[str, str] = MappingProxyType({}),
+    remedy: str = "use another folder, or --restart",
 ) -> list[dict[str, Any]]:
     """
     Read the rows that a run with these settings has left, if any; those of another commit name it.
 
-    ``reasons`` say of settings that do not explain themselves why they may have changed.
+    ``reasons`` say of settings that do not explain themselves why they may have changed, ``remedy`` what to do.
 
     Raises
     ------
@@ -82,13 +85,11 @@ def begun_rows(
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): use another folder, or --restart") from None
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
     changed = sorted(key for key in settings if before["meta"].get("settings", {}).get(key) != settings[key])
     if changed:
         why = "".join(f". {key}: {reasons[key]}" for key in changed if key in reasons)
-        raise ValueError(
-            f"{path} holds results of other settings ({', '.join(changed)}): use another folder, or --restart{why}"
-        )
+        raise ValueError(f"{path} holds results of other settings ({', '.join(changed)}): {remedy}{why}")
     commit = before["meta"].get("commit")
     if commit != environment()["commit"]:  # the file's will be this one
         return [{"commit": commit, **row} for row in before["rows"]]

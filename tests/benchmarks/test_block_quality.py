@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from flux_attention.results import begun_rows, write_results
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FACTS = dict(model="m/One-0.5B", seq_len=16384, n=2, sparsity=0.0, text="abc")
 
@@ -59,3 +61,10 @@ def test_what_readme_says_is_of_one_rule(bench):
     mine = [row for row in found if show.BESIDE.items() <= row.items() and row["full"] == "block_sparse"]
     assert {(row["select"], row["threshold"], tuple(row["always"])) for row in mine} == {("maximum", 0.04, (2, 4))}
     assert len(mine) == 5 and "by a former rule" in show.beside_routing()
+
+
+def test_a_file_of_other_settings_is_refused_with_what_can_be_done(tmp_path):
+    path = tmp_path / "rows.json"
+    write_results(path, [], settings={"dtype": "float32"})
+    with pytest.raises(ValueError, match=r"other settings \(dtype\): name another file$"):
+        begun_rows(path, {"dtype": "bfloat16"}, remedy="name another file")

@@ -62,11 +62,11 @@ def test_a_quantised_model_is_routed(name, tokenizer):
         rounding = (in_steps(model, ids) - stock).abs()
     with routing.force([2, 6]):
         expected = model(ids, use_cache=False).logits
-        apart = (in_steps(model, ids) - expected).abs()
-    routed = (expected - stock)[:, -4:].abs().mean()
-    for part in slice(None, -4), slice(-4, None):
-        assert apart[:, part].mean() < 1.5 * rounding[:, part].mean() + 1e-5
-    assert routed > 0.1 and routed > 1.5 * rounding[:, -4:].mean()
+        found = in_steps(model, ids)
+    apart, routed = (found - expected)[:, -4:].abs().mean(), (expected - stock)[:, -4:].abs().mean()
+    assert apart < 1.5 * rounding[:, -4:].mean() + 1e-5 < routed and routed > 0.1
+    most = max(1e-4, 1.5 * rounding[:, :-4].max().item())
+    torch.testing.assert_close(found[:, :-4], expected[:, :-4], atol=most, rtol=1e-4)
     routing.detach()
     assert torch.equal(model(ids).logits, stock)
 
