@@ -118,7 +118,6 @@ def pages():
             "blocks, whole models": show_blocks.whole_table(),
             "blocks, one layer": show_blocks.layer_table(),
             "blocks, quality": show_blocks.quality_table(),
-            "blocks, quality of the former rule": show_blocks.quality_table(former=True),
         },
         "docs/quality.md": {"in short": show_quality.brief()},
         "docs/real-models.md": {

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from flux_attention.kernels.block_sparse import FIRST, LAST
+from flux_attention.patterns.block_sparse import BlockSparse
 from flux_attention.results import begun_rows, write_results
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -35,7 +37,7 @@ def test_rows_are_told_apart_by_what_selects_and_of_which_texts(bench):
     assert len({identity(row), *(identity({**row, key: value}) for key, value in others.items())}) == 1 + len(others)
 
 
-def test_the_table_sets_rows_beside_exact_ones_of_the_same_texts(bench, monkeypatch):
+def test_the_table_sets_rows_of_todays_rule_beside_exact_ones_of_the_same_texts(bench, monkeypatch):
     show = bench("show_blocks")
     rows = [
         exact("look_up", [1, 1]), exact("place", [1, 1]), exact("look_up", [0, 0], text="abd"),
@@ -52,15 +54,17 @@ def test_the_table_sets_rows_beside_exact_ones_of_the_same_texts(bench, monkeypa
         ("maximum, 0.1", "+100.0", "1 kind)"), ("maximum, 0.1", "−25.0", "2 kinds)"),
         ("maximum, 0.1, stride 8, corrected", "+0.0", "1 kind)"),
     ]  # fmt: skip
-    assert told(show.quality_table(former=True)) == [("maximum, 0.1", "−100.0", "1 kind)")]
 
 
 def test_what_readme_says_is_of_one_rule(bench):
     show = bench("show_blocks")
     found = json.loads((BENCHMARKS / "results/block_quality.json").read_text())["rows"]
     mine = [row for row in found if show.BESIDE.items() <= row.items() and row["full"] == "block_sparse"]
-    assert {(row["select"], row["threshold"], tuple(row["always"])) for row in mine} == {("maximum", 0.04, (2, 4))}
-    assert len(mine) == 5 and "by a former rule" in show.beside_routing()
+    pattern = BlockSparse()  # by default
+    assert {(row["select"], row["threshold"]) for row in mine} == {(pattern.select, pattern.threshold)}
+    assert [row["always"] for row in mine] == 5 * [[FIRST, LAST]]
+    blocks = 20 * sum(row["density"] for row in mine)
+    assert f"{blocks:.0f} % of the blocks" in show.beside_routing()
 
 
 def test_a_file_of_other_settings_is_refused_with_what_can_be_done(tmp_path):
