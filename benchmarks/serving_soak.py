@@ -5,11 +5,12 @@ way for others, and stops it at the end; ``--url URL --pid PID`` asks a server t
 ``shipped``. Requests are of random lengths and routes, whole or streamed; some clients leave in the middle, some send
 nonsense. ``--restart-every N`` kills the server after each N requests and starts it again.
 
-It fails if a request is lost, if nonsense is not refused by 4xx, if an answer holds another request's code, or is wrong
-with all layers full, and is not so alone, if one differs from what was answered alone before (in float32; in other
-dtypes rounding depends on what else runs: if one that was right is not), if pages are still in use at the end, if the
-processes of the server still grow (of the last one, if some were killed), and, with ``--serve``, if no request made way
-for another. What follows ``--`` goes to ``vllm serve``; on a CPU: ``--dtype float32 -- --enforce-eager``.
+It fails if a request is lost, if nonsense is not refused (by 4xx; for bodies that are no object vLLM itself says 500),
+if an answer holds another request's code, or is wrong with all layers full, and is not so alone, if one differs from
+what was answered alone before (in float32; in other dtypes rounding depends on what else runs: if one that was right is
+not), if pages are still in use at the end, if the processes of the server still grow (of the last one, if some were
+killed), and, with ``--serve``, if no request made way for another. What follows ``--`` goes to ``vllm serve``, on a CPU
+``--dtype float32 -- --enforce-eager``.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import random
 import signal
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import aiohttp
@@ -39,6 +41,7 @@ from served.soak import (
 from transformers import AutoTokenizer
 
 from flux_attention.names import BACKBONE
+from flux_attention.results import write_results
 from flux_attention.tasks.samples import Haystack
 from flux_attention.tasks.text import local_texts
 
@@ -65,7 +68,7 @@ def arguments():
     add("--chunk", type=int, default=512, help="tokens of a step")
     add("--dtype", default="auto", help="with --url: what the server was started with")
     add("--no-debug", action="store_true", help="do not spoil pages that are given back")
-    add("--folder", type=Path, default=Path("runs/soak"), help="for the server's log")
+    add("--folder", type=Path, default=Path("runs/soak"), help="for the server's log, and soak.json, which says it all")
     add("options", nargs="*", help="of vllm serve, after --")
     args = parser.parse_args()
     if (args.url is None) != args.serve:
@@ -237,6 +240,20 @@ class Soak:
             f"{len(both)} compared with alone, {len(differ)} differ; {self.preemptions:.0f} made way; "
             f"{self.restarts} restarts; {len(self.faults)} faults"
         )
+        self.write(asks, len(both), len(differ))
+
+    def write(self, asks, compared, differ):
+        """Write what was said as a result file."""
+        args = self.args
+        row = dict(
+            requests=sum(ask.asked for ask in asks), clients=args.clients, fates=fates(asks), right=accuracy(asks),
+            compared=compared, differ=differ, preemptions=int(self.preemptions), restarts=self.restarts,
+            memory_mib=[None if size is None else size >> 20 for size in self.memory],
+            seconds=round(time.monotonic() - self.began), faults=self.faults,
+        )  # fmt: skip
+        settings = {name: getattr(args, name) for name in ("dtype", "context", "room", "page", "chunk", "seed")}
+        settings |= {"options": args.options}
+        write_results(args.folder / "soak.json", [row], vllm=version("vllm"), settings=settings)
 
 
 def _megabytes(count):

@@ -117,7 +117,7 @@ def quality_table():
             family, lost = worst(rows, exact, asked)
             some = "" if len(asked) == 5 else f" ({len(asked)} kinds)" if len(asked) > 1 else " (1 kind)"
             answers = [
-                f"{density(rows):.1%}", f"{fmean(row['output_error'] for row in rows if 'accuracy' in row):.3f}",
+                f"{density(rows):.1%}", f"{_mean(rows, 'recall'):.3f}, {_mean(rows, 'output_error'):.3f}",
                 f"{shown(points(rows, exact, asked))}{some}", f"{shown(lost)} ({family})",
             ]  # fmt: skip
         lines.append([
@@ -125,7 +125,7 @@ def quality_table():
             *answers, *_prose(rows, exact),
         ])  # fmt: skip
     columns = [
-        "model, tokens", "layers sparse", "rule, threshold", "samples", "blocks selected", "error of outputs",
+        "model, tokens", "layers sparse", "rule, threshold", "samples", "blocks selected", "recall, error",
         "look-ups, points beside exact", "the worst kind", "of prose: blocks", "perplexity, ratio",
     ]  # fmt: skip
     return table(columns, lines)
@@ -144,9 +144,15 @@ def beside_routing():
     asked = [row["task"] for row in ours]
     family, lost = worst(ours, exact, asked)
     return (
-        f"at 16 K and {100 * density(ours):.0f} % of the blocks, look-ups of a 0.5 B model change by"
-        f" {shown(points(ours, exact, asked))} points, the worst kind by {shown(lost)} (at 256 K none were asked)"
+        f"at 16 K, half of the layers sparse and {100 * density(ours):.0f} % of the others' blocks read, look-ups of a"
+        f" 0.5 B model change by {shown(points(ours, exact, asked))} points beside exact full layers, the worst kind by"
+        f" {shown(lost)} (at 256 K none were asked)"
     )
+
+
+def _mean(rows, name):
+    """Return the mean over the look-ups."""
+    return fmean(row[name] for row in rows if "accuracy" in row)
 
 
 def _prose(rows, exact):

@@ -29,6 +29,8 @@ FILES = {
     "attention_decode": ("one layer's decode step, by engine", "flux-attention bench attention"),
     "serving": ("vLLM with routes beside stock vLLM", "python benchmarks/serving.py"),
     "e2e_blocks": ("prefill of whole models, block-sparse", "flux-attention bench blocks"),
+    "serving_soak": ("what a server does with 10,000 requests", "python benchmarks/serving_soak.py --serve"),
+    "serving_scheduler": ("what vLLM's scheduler takes a step", "python benchmarks/serving_scheduler.py"),
     "blocks": ("one layer's block-sparse prefill", "flux-attention bench blocks"),
     "block_quality": ("what block-sparse prefill loses on a real model", "python benchmarks/block_quality.py"),
     "press_quality": ("kvpress's presses beside calibrated layers", "python benchmarks/press_quality.py"),

@@ -11,7 +11,7 @@ def _cell(row, scale):
     if row is None:
         return "–"
     found = f"{row['ms'] / scale:.3g}"
-    return f"{found} (× {row['speedup']:.2f})" if "speedup" in row else found
+    return f"{found} (× {row['baseline_ms'] / row['ms']:.2f})" if "baseline_ms" in row else found
 
 
 def speed_table():
@@ -41,7 +41,7 @@ def load_table():
         name = "stock vLLM" if row["engine"] == "vllm" else "routed, Ω_MSR 0.75"
         lines.append([name, f"{row['rate']:.2f}", *waits, row["concurrency"]])
     columns = [
-        "engine", "requests/s", "first token, ms", "95th percentile", "then a token, ms", "95th percentile",
+        "engine", "asked for, requests/s", "first token, ms", "95th percentile", "then a token, ms", "95th percentile",
         "most at once",
     ]  # fmt: skip
     return table(columns, lines)

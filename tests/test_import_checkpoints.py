@@ -47,6 +47,28 @@ def test_routes_and_outputs_are_those_of_a_plain_computation(family, toggle, exa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family, name, block", [("qwen3", "retrieval_mode", 128), ("llama", "toggle_type", 1)])
+def test_what_is_block_sparse_is_computed_as_plainly(family, name, block, tmp_path):
+    settings = SETTINGS | {name: "xattn"}
+    stock, weights = write_checkpoint(tmp_path / "released", family, settings=settings)
+    model, routing = loaded(import_checkpoint(tmp_path / "released", tmp_path / "out"))
+    found, changes, prompt, more = [], [], 900, 2
+    for seed in range(2):
+        tokens = ids(1, prompt + more, seed)
+        actual = model(tokens[:, :prompt], use_cache=True)
+        steps = [actual.logits[0]]
+        for i in range(prompt, prompt + more):
+            steps.append(model(tokens[:, i : i + 1], past_key_values=actual.past_key_values).logits[0])
+        expected, routes = plain_logits(stock, weights, tokens[0], prompt, settings, block)
+        assert routing.routes.routes_BL[0].tolist() == routes
+        torch.testing.assert_close(torch.cat(steps), expected, atol=3e-4, rtol=1e-3)
+        exact, _ = plain_logits(stock, weights, tokens[0], prompt, settings | {name: "full"}, block)
+        found += routes
+        changes.append((exact - expected).abs().max().item())
+    assert set(found) == {True, False} and max(changes) > 1e-2
+
+
+@torch.no_grad()
 def test_blocks_and_exact_tokens_are_not_the_same(tmp_path):
     """Else the test above could not tell them apart."""
     stock, weights = write_checkpoint(tmp_path / "released")

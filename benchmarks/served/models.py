@@ -17,22 +17,20 @@ from flux_attention.router import LayerRouter
 from flux_attention.routes import parse_routes
 from flux_attention.sizes import SHAPES
 
-#: Those, and one for a CPU.
-EVERY_SHAPE: dict[str, dict[str, Any]] = {
-    **SHAPES,
-    "tiny": dict(
-        model_type="qwen3",
-        vocab_size=1024,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-    ),
-}
+TINY: dict[str, Any] = dict(
+    model_type="qwen3",
+    vocab_size=1024,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    tie_word_embeddings=True,
+)
+#: Those, one for a CPU, and one with as many layers as a large model.
+EVERY_SHAPE: dict[str, dict[str, Any]] = {**SHAPES, "tiny": TINY, "deep": TINY | {"num_hidden_layers": 36}}
 
 #: Of random weights, by which no key stands out, a selection by mass takes a share of the blocks that grows with this.
 BLOCKS_OF_ALL = BlockSparse(0.3, "mass")

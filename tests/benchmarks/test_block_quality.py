@@ -26,7 +26,7 @@ def exact(task, scores, **facts):
 
 def selected(task, scores, threshold=0.1, always=(1, 2), **facts):
     rule = dict(select="maximum", threshold=threshold, stride=16, correct=False, always=list(always))
-    return exact(task, scores) | rule | dict(full="block_sparse", density=0.2, output_error=0.1) | facts
+    return exact(task, scores) | rule | dict(full="block_sparse", density=0.2, recall=0.9, output_error=0.1) | facts
 
 
 def test_rows_are_told_apart_by_what_selects_and_of_which_texts(bench):

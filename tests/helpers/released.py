@@ -4,6 +4,7 @@ import json
 
 import torch
 import torch.nn.functional as F
+from helpers.blocks import BLOCK, naive_mass, naive_scores
 from helpers.models import tiny_model
 from safetensors.torch import save_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -83,6 +84,18 @@ def sees(i, j, prompt, length, settings, block):
     return j < sink or i - j < window
 
 
+def selected(query, key, scale):
+    """What each head of a prompt's queries (H, S, D) sees by blocks that hold 0.8 of a row: bool (H, S, S)."""
+    heads, length = query.shape[:2]
+    seen = torch.zeros(heads, length, length, dtype=torch.bool)
+    for head in range(heads):
+        scores = naive_scores(query[head], key[head // (heads // len(key))], 16, scale)
+        for row, shares in scores.items():
+            for n in naive_mass(shares, row, 0.8):
+                seen[head, row * BLOCK : (row + 1) * BLOCK, n * BLOCK : (n + 1) * BLOCK] = True
+    return seen.tril()
+
+
 def plain_logits(model, weights, tokens, prompt, settings, block):
     """Logits and routes (L,) of one sequence, by the released weights and formulas alone."""
     length = len(tokens)
@@ -111,7 +124,11 @@ def plain_logits(model, weights, tokens, prompt, settings, block):
         x = F.silu(linear(x, layer, "cls_router_head_agnostic.0"))
         logits = linear(F.silu(linear(x, layer, "cls_router_head_agnostic.2")), layer, "cls_router_head_agnostic.4")
         routes[layer] = bool(logits[1] > logits[0])
-        return sdpa_attention_forward(module, query, key, value, masks[routes[layer]][None, None], **kwargs)
+        mask = masks[routes[layer]].expand(1, query.shape[1], -1, -1)
+        if settings["retrieval_mode" if routes[layer] else "toggle_type"] == "xattn":
+            mask = mask.clone()
+            mask[0, :, :prompt, :prompt] = selected(query[0, :, :prompt], key[0, :, :prompt], kwargs["scaling"])
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register("released", attention)
     hooks = []

@@ -10,11 +10,12 @@ os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_WORKER_MULTI
 
 import torch
 from helpers.models import randomize
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from vllm import SamplingParams, TokensPrompt
 
 from flux_attention import FluxConfig, attach
-from flux_attention.adapters import CONFIG_FILE, load_config
+from flux_attention.adapters import CONFIG_FILE, load_config, save
 from flux_attention.names import BACKBONE, ROUTERS
 from flux_attention.tasks.families import FAMILIES
 from flux_attention.tasks.samples import Haystack, make_sample
@@ -45,6 +46,15 @@ def block_sparse_adapter(folder):
     threshold = {str(layer): 0.9 if layer % 2 else 0.7 for layer in config.base_model.routed_layers}
     config = replace(config, full={"pattern": "block_sparse", "threshold": threshold, "from_tokens": 0})
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(config.to_dict()))
+    return str(folder)
+
+
+def ranked_adapter(folder, budget=0.5):
+    """Write an adapter of the shipped model without routers, whose ranking is no layer's order; return the folder."""
+    _, config = load_config("shipped")
+    ranking = tuple(sorted(config.base_model.routed_layers, key=lambda layer: (layer * 7 % 10, layer)))
+    config = FluxConfig(sink=SINK, window=WINDOW, ranking=ranking, budget=budget, base_model=config.base_model)
+    save(folder, config, nn.ModuleDict())
     return str(folder)
 
 

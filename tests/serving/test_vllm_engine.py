@@ -13,12 +13,14 @@ from helpers.serving import (
     block_sparse_adapter,
     make_prompts,
     metric,
+    ranked_adapter,
     transformers_engine,
     wide_model,
 )
 from vllm import LLM
 from vllm.platforms import current_platform
 
+from flux_attention.adapters import load_config
 from flux_attention.names import BACKBONE
 
 PAGE = 32
@@ -128,6 +130,25 @@ def test_full_layers_may_read_prompts_block_sparse(prompts, tmp_path):
         expected, _ = exact(prompt, answer, "full")
         apart.append((torch.tensor(losses) - expected).abs().max().item())
     assert sum(nats > 1e-2 for nats in apart) >= 2
+
+
+def test_a_ranking_is_cut_by_the_servers_budget_or_the_requests_own(prompts, tmp_path):
+    adapter = ranked_adapter(tmp_path, budget=0.5)
+    llm = engine(2048, routers=adapter, max_num_batched_tokens=CHUNK, max_num_seqs=8)
+    reference = transformers_engine(None, routers=adapter)
+    _, config = load_config(adapter)
+    some = [prompt[-1000:] for prompt in prompts if len(prompt) > 1000][:3]
+    budgets = [None, 0.2, 0.8]
+    found = ask(llm, some, wishes=[None if budget is None else {"flux_budget": budget} for budget in budgets])
+    apart = []
+    for prompt, budget, (answer, losses, msr) in zip(some, budgets, found, strict=True):
+        layers = config.with_budget(0.5 if budget is None else budget).full_layers
+        expected, routes = reference(prompt, answer, list(layers))
+        assert msr == pytest.approx(routes) == pytest.approx(budget or 0.5)
+        torch.testing.assert_close(torch.tensor(losses), expected, atol=1e-4, rtol=0)
+        other, _ = reference(prompt, answer)  # by the adapter's own budget
+        apart.append((other - expected).abs().max().item())
+    assert apart[0] == 0 and min(apart[1:]) > 1e-2
 
 
 FOUR = pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="needs four cores: fewer take minutes for four processes")

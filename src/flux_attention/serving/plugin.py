@@ -132,8 +132,9 @@ def finish(config: Any, settings: Settings) -> Any:
                 f"each end of a prompt: expected --max-num-batched-tokens of {2 * adapter.end_tokens} at least"
             )
     logger.info(
-        "flux-attention routes requests by %s (%s; sink %d, window %d); prefix caching is off",
-        settings.routers, how, adapter.sparse["sink"], adapter.sparse["window"],
+        "flux-attention routes requests by %s (%s; sink %d, window %d); pages have %d tokens, prefix caching is off%s",
+        settings.routers, how, adapter.sparse["sink"], adapter.sparse["window"], config.cache_config.block_size,
+        "" if scheduler.enable_chunked_prefill else ", so is chunked prefill",
     )  # fmt: skip
     return config
 

@@ -45,12 +45,12 @@ class _Routed:
             sizes = self.pages.page, self.pages.sink, self.pages.window
             return room / pages_needed(longest, *sizes, full, layers - full)
 
-        if config.ranking is None:
+        if config.budget is None:
             known = (
                 f"{fit(layers / 2):.1f} if half of the layers run sparse, {fit(layers / 4):.1f} if three quarters do"
             )
         else:
-            known = f"{fit(len(config.full_layers)):.1f} at a budget of {config.budget:.3g}"
+            known = f"{fit(layers * (1 - config.budget)):.1f} at a budget of {config.budget:.3g}"
         logger.info("flux-attention: %.1f requests of %d tokens fit dense, %s", fit(layers), longest, known)
 
     def schedule(self, *args, **kwargs):
