@@ -64,7 +64,7 @@ def test_what_readme_says_is_of_one_rule(bench):
     assert {(row["select"], row["threshold"]) for row in mine} == {(pattern.select, pattern.threshold)}
     assert [row["always"] for row in mine] == 5 * [[FIRST, LAST]]
     blocks = 20 * sum(row["density"] for row in mine)
-    assert f"{blocks:.0f} % of the blocks" in show.beside_routing()
+    assert f"{blocks:.0f} % of the others' blocks" in show.beside_routing()
 
 
 def test_a_file_of_other_settings_is_refused_with_what_can_be_done(tmp_path):
