@@ -74,7 +74,10 @@ def test_a_threshold_is_chosen_for_block_sparse_full_layers(calibrated, base, te
     assert result.returncode == 0, result.stderr
     config, exact = (FluxConfig.from_json(each / "flux_config.json") for each in (folder, before))
     assert config == replace(exact, full={"pattern": "block_sparse", "threshold": 0.05})
-    assert "full layers are block-sparse, threshold 0.05: 100% of the blocks at 256 tokens" in result.stdout
+    assert (
+        "full layers are block-sparse, threshold 0.05: 100% of the blocks at 256 tokens; GPUs select in prompts of"
+        " 16,384 tokens and more: judge it at such a --length" in result.stdout
+    )
     assert "| full attention, in the prompt | block_sparse, threshold 0.05 |" in (folder / "README.md").read_text()
     found = json.loads(flux(*command, "--json").stdout)
     assert [point["threshold"] for point in found["thresholds"]] == [0.2, 0.1, 0.05, 0.025, 0.015, 0.01]

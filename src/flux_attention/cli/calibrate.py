@@ -41,15 +41,20 @@ def _print_points(points: list[dict], key: str, title: str) -> None:
 
 def _print_thresholds(config, points: list[dict], length: int) -> None:
     """Print what each threshold selects and loses, and which one is chosen."""
-    lines = [
-        ["blocks selected", *(f"{point['density']:.1%}" for point in points)],
-        ["loss above dense", *(f"{point['rise']:.3f}" for point in points)],
-    ]
-    if all(point["accuracy"] is not None for point in points):
-        lines.append(["score of answers", *(f"{point['accuracy']:.2f}" for point in points)])
+    from flux_attention.kernels.dispatch import BLOCK_SPARSE_FROM
+
     sets = [point["threshold"] for point in points if isinstance(point["threshold"], dict)]
-    thresholds = [_threshold(point["threshold"], sets) for point in points]
-    print_table(["threshold", *thresholds], lines, "full layers block-sparse, at the default budget")
+    lines = [
+        [
+            _threshold(point["threshold"], sets), f"{point['density']:.1%}", f"{point['rise']:.3f}",
+            "" if point["accuracy"] is None else f"{point['accuracy']:.2f}",
+        ]
+        for point in points
+    ]  # fmt: skip
+    columns = ["threshold", "blocks selected", "loss above dense", "score of answers"]
+    print_table(columns, lines, "full layers block-sparse, at the default budget")
+    if sets:
+        out.print("by layer: each has its own, by what it alone loses", highlight=False)
     threshold = config.full.get("threshold")
     if threshold is None:
         text = "no threshold that was tried keeps loss and answers: full layers stay exact"
@@ -57,6 +62,8 @@ def _print_thresholds(config, points: list[dict], length: int) -> None:
         share = next(point["density"] for point in points if point["threshold"] == threshold)
         name = f"threshold {_threshold(threshold, sets)}"
         text = f"full layers are block-sparse, {name}: {share:.0%} of the blocks at {length:,} tokens"
+        if length < (least := config.full.get("from_tokens", BLOCK_SPARSE_FROM["NVIDIA H200"])):
+            text += f"; GPUs select in prompts of {least:,} tokens and more: judge it at such a --length"
     out.print(text, highlight=False, soft_wrap=True)
 
 
