@@ -22,6 +22,8 @@ from flux_attention.results import write_results
 ENGINES = "stock", "routed"
 SHAPE = "deep"
 PAGE, SINK, WINDOW = 64, 64, 256
+#: Tokens of the shortest prompt; others are up to a page longer.
+LENGTH = 8 * PAGE
 
 
 def arguments():
@@ -66,7 +68,7 @@ def child(args):
     from flux_attention.serving import plugin
     from flux_attention.serving.settings import KEY
 
-    lengths = [8 * PAGE + row % PAGE for row in range(args.requests)]
+    lengths = [LENGTH + row % PAGE for row in range(args.requests)]
     longest = max(lengths) + args.steps + 32
     with tempfile.TemporaryDirectory() as folder:
         base = make_model(Path(folder) / "model", SHAPE, longest, "float32")
@@ -106,11 +108,13 @@ def main():
         if name != "stock":
             own = dict(engine="flux-vllm", method="static", sparsity=args.sparsity)
         row = own | dict(
-            shape=SHAPE, phase="schedule", requests=args.requests, layers=told["layers"], steps=len(every),
-            ms=median(every), ms_p95=quantiles(every, n=20)[-1], ms_min=min(medians), ms_max=max(medians),
+            shape=SHAPE, seq_len=LENGTH, batch=args.requests, phase="decode", measure="scheduler",
+            layers=told["layers"], steps=len(every), ms=median(every), ms_p95=quantiles(every, n=20)[-1],
+            ms_min=min(medians), ms_max=max(medians),
         )  # fmt: skip
         if rows:
-            row |= {"baseline": "vllm-dense", "baseline_ms": rows[0]["ms"], "more_ms": row["ms"] - rows[0]["ms"]}
+            stock = rows[0]["ms"]
+            row |= {"baseline": "vllm-dense", "baseline_ms": stock, "speedup": stock / row["ms"]}
         rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         print(rows[-1], flush=True)
     settings = dict(page=PAGE, sink=SINK, window=WINDOW, repeats=args.repeats)

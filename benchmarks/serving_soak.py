@@ -20,7 +20,6 @@ import random
 import signal
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import aiohttp
@@ -251,9 +250,9 @@ class Soak:
             memory_mib=[None if size is None else size >> 20 for size in self.memory],
             seconds=round(time.monotonic() - self.began), faults=self.faults,
         )  # fmt: skip
-        settings = {name: getattr(args, name) for name in ("dtype", "context", "room", "page", "chunk", "seed")}
-        settings |= {"options": args.options}
-        write_results(args.folder / "soak.json", [row], vllm=version("vllm"), settings=settings)
+        named = "requests", "alone", "restart_every", "dtype", "context", "room", "page", "chunk", "seed", "options"
+        settings = {name: getattr(args, name) for name in named}
+        write_results(args.folder / "soak.json", [row], vllm=self.server.version(), settings=settings)
 
 
 def _megabytes(count):

@@ -29,7 +29,7 @@ TINY: dict[str, Any] = dict(
     rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     tie_word_embeddings=True,
 )
-#: Those, one for a CPU, and one with as many layers as a large model.
+#: ``SHAPES``, one for a CPU, and one with as many layers as a large model.
 EVERY_SHAPE: dict[str, dict[str, Any]] = {**SHAPES, "tiny": TINY, "deep": TINY | {"num_hidden_layers": 36}}
 
 #: Of random weights, by which no key stands out, a selection by mass takes a share of the blocks that grows with this.

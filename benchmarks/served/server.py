@@ -48,6 +48,14 @@ class Server:
                     found[match[1]] += float(match[2])
         return found
 
+    def version(self) -> str | None:
+        """Read vLLM's version; None if the server is gone."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/version", timeout=30) as response:
+                return json.load(response)["version"]
+        except OSError:
+            return None
+
     def alive(self) -> bool:
         """Whether it says that it is well: its engine may have died before it."""
         try:

@@ -77,6 +77,8 @@ def sees(i, j, prompt, length, settings, block):
     sink, window = (-(-settings[name] // block) * block for name in ("sink_size", "local_window_size"))
     if j > i:
         return False
+    if i < prompt and settings["toggle_type"] == "full":
+        return True
     if settings["toggle_type"] == "triangle" and prompt - settings["triangle_n_last"] <= i < prompt:
         return True
     if i < prompt:

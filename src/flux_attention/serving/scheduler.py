@@ -50,7 +50,8 @@ class _Routed:
                 f"{fit(layers / 2):.1f} if half of the layers run sparse, {fit(layers / 4):.1f} if three quarters do"
             )
         else:
-            known = f"{fit(layers * (1 - config.budget)):.1f} at a budget of {config.budget:.3g}"
+            full = layers * (1 - config.budget) if config.ranking is None else len(config.full_layers)
+            known = f"{fit(full):.1f} at a budget of {config.budget:.3g}"
         logger.info("flux-attention: %.1f requests of %d tokens fit dense, %s", fit(layers), longest, known)
 
     def schedule(self, *args, **kwargs):
