@@ -97,8 +97,9 @@ def test_an_answer_tells_its_omega(url):
         ({"flux_ruotes": "full"}, "unknown arguments"),
     ],
 )
-def test_a_wish_that_means_nothing_is_the_clients_error(url, wish, message):
-    status, told = post(url, prompt=TEXT, vllm_xargs=wish)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_wish_that_means_nothing_is_the_clients_error(url, wish, message, stream):
+    status, told = post(url, prompt=TEXT, vllm_xargs=wish, stream=stream)
     assert status == 400 and message in told
     assert post(url, prompt=TEXT)[0] == 200
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from prometheus_client import Gauge, Histogram
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
@@ -55,17 +56,27 @@ def install() -> None:
     """Look at requests and answers in this process; more calls change nothing."""
     if hasattr(InputProcessor.process_inputs, KEY):
         return
-    process_inputs, process_outputs, counts = InputProcessor.process_inputs, OutputProcessor.process_outputs, Counts()
+    generate, process_inputs = AsyncLLM.generate, InputProcessor.process_inputs
+    process_outputs, counts = OutputProcessor.process_outputs, Counts()
 
-    @functools.wraps(process_inputs)
-    def checked(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any):
-        if (self.vllm_config.additional_config or {}).get(KEY):
-            config = _config(self)
-            counts.engine = self.vllm_config, config
+    def check(processor: InputProcessor, params: Any) -> None:
+        if (processor.vllm_config.additional_config or {}).get(KEY):
+            config = _config(processor)
+            counts.engine = processor.vllm_config, config
             try:
                 Wish.of(params, config, config.base_model.routed_layers)
             except ServingError as error:
                 raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+    @functools.wraps(generate)
+    def checked_first(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any):
+        # No generator itself: a server has not begun to answer when it calls this, so that a stream is refused, too.
+        check(self.input_processor, sampling_params)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    @functools.wraps(process_inputs)
+    def checked(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any):
+        check(self, params)
         return process_inputs(self, request_id, prompt, params, *args, **kwargs)
 
     @functools.wraps(process_outputs)
@@ -81,7 +92,8 @@ def install() -> None:
         return process_outputs(self, engine_core_outputs, *args, **kwargs)
 
     setattr(checked, KEY, True)
-    InputProcessor.process_inputs, OutputProcessor.process_outputs = checked, counted
+    AsyncLLM.generate, InputProcessor.process_inputs = checked_first, checked
+    OutputProcessor.process_outputs = counted
 
 
 def _config(processor: InputProcessor):

@@ -1,6 +1,6 @@
 """The entry point that vLLM calls in each of its processes: routes are decided if an adapter is named, else nothing is.
 
-Wrapped is ``EngineArgs.create_engine_config``, to set the flags that routing needs, and then the two functions that
+Wrapped is ``EngineArgs.create_engine_config``, to set the flags that routing needs, and then the functions that
 requests and answers pass through, see ``api``. All else goes in by options of vLLM's own: the worker's and the
 scheduler's class, and the attention backend's name.
 """

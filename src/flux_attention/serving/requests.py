@@ -68,7 +68,7 @@ def _budget(given: Any, config: FluxConfig) -> float | None:
     if given is None:
         return config.budget
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
-        raise ServingError(f"{BUDGET} is {given!r}, expected a share of sparse layers between 0 and 1")
+        raise ServingError(f"{BUDGET} is {given!r}, expected a number between 0 and 1, the share of sparse layers")
     if config.budget is None:
         raise ServingError(
             f"{BUDGET} is {given!r}, but the server's routers take no budget and decide themselves; leave it out, or "
