@@ -112,7 +112,7 @@ def rows_of(model, tokenizer, material, base, patterns, args, done):
                     if not isinstance(pattern.threshold, float):
                         facts["threshold"] = "own"
                     if pattern.select == "maximum":
-                        facts["always"] = [FIRST, LAST]
+                        facts["always"] = ALWAYS
                 if (row := have.get(identity(facts))) is None:
                     row = facts | measured(model, tokenizer, routing, samples, args, pattern is not None)
                 yield row
@@ -125,7 +125,9 @@ def identity(row):
     return *(row.get(key) for key in named), *(str(row.get(key)) for key in RULE)
 
 
-#: How blocks are selected; ``always``: how many first and last ones are whatever their scores.
+#: How many first and last blocks the rule by the maximum takes whatever their scores.
+ALWAYS = [FIRST, LAST]
+#: How blocks are selected, by the names in rows.
 RULE = "select", "threshold", "stride", "correct", "always"
 #: Samples of which the loss is taken; answers are generated of all.
 LOSS = 48

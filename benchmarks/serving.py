@@ -46,6 +46,11 @@ NO_FACTS = ("child", "until", "pipe", "results", "logs")
 GRACE, SILENCE = 20, 300
 
 
+def environment():
+    """Return an engine's environment: this process's, but for an adapter that it may name."""
+    return {**ENVIRONMENT, **{key: value for key, value in os.environ.items() if key != VARIABLE}}
+
+
 def tokens(text):
     """Read ``64K`` as 65,536."""
     return 1024 * int(text[:-1]) if text[-1] in "kK" else int(text)
@@ -176,10 +181,9 @@ class Run:
         reader, writer = os.pipe()
         told = ["--child", name, "--until", str(self.until), "--pipe", str(writer)]
         told += [] if self.args.rate is None else ["--rate", str(self.args.rate)]
-        environment = {**ENVIRONMENT, **{key: value for key, value in os.environ.items() if key != VARIABLE}}
         process = subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], *told],
-            stdout=log, stderr=log, env=environment, pass_fds=[writer], start_new_session=True,
+            stdout=log, stderr=log, env=environment(), pass_fds=[writer], start_new_session=True,
         )  # fmt: skip
         os.close(writer)
         try:

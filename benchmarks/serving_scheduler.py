@@ -9,13 +9,15 @@ so that at each step of routed layers about one request enters new pages, and gi
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
+
+from served.rows import joined, latencies, spread
+from serving import environment
 
 from flux_attention.results import write_results
 
@@ -98,25 +100,20 @@ def main():
         for name in ENGINES:
             print(f"{name}, {repeat + 1} of {args.repeats} …", flush=True)
             command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-            done = subprocess.run(command, env=os.environ | known, stdout=subprocess.PIPE, check=True, text=True)
+            done = subprocess.run(command, env=environment() | known, stdout=subprocess.PIPE, check=True, text=True)
             told = json.loads(done.stdout.splitlines()[-1])
             found[name].append(told["steps"])
     rows = []
     for name, runs in found.items():
-        every, medians = [ms for run in runs for ms in run], [median(run) for run in runs]
+        every = [ms for run in runs for ms in run]
         own = dict(engine="vllm", method="dense", sparsity=0.0)
         if name != "stock":
             own = dict(engine="flux-vllm", method="static", sparsity=args.sparsity)
-        row = own | dict(
-            shape=SHAPE, seq_len=LENGTH, batch=args.requests, phase="decode", measure="scheduler",
-            layers=told["layers"], steps=len(every), ms=median(every), ms_p95=quantiles(every, n=20)[-1],
-            ms_min=min(medians), ms_max=max(medians),
-        )  # fmt: skip
-        if rows:
-            stock = rows[0]["ms"]
-            row |= {"baseline": "vllm-dense", "baseline_ms": stock, "speedup": stock / row["ms"]}
-        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-        print(rows[-1], flush=True)
+        own |= dict(shape=SHAPE, seq_len=LENGTH, batch=args.requests, phase="decode", measure="scheduler")
+        own |= dict(layers=told["layers"], steps=len(every), **spread([median(run) for run in runs]))
+        rows.append(own | latencies("ms", every))
+    rows = joined(rows)
+    print(*rows, sep="\n")
     settings = dict(page=PAGE, sink=SINK, window=WINDOW, repeats=args.repeats)
     write_results(args.output, rows, vllm=told["vllm"], settings=settings)
 

@@ -5,12 +5,11 @@ Run by ``python benchmarks/show_pages.py``.
 
 from statistics import fmean
 
-from block_quality import RULE
+from block_quality import ALWAYS, RULE
 from show_real import points, shown
 from show_tables import load, table
 
 from flux_attention.evaluation import compare
-from flux_attention.kernels.block_sparse import FIRST, LAST
 
 #: What the columns of whole models are: the full layers' pattern, and whether three of four layers are sparse.
 KINDS = {
@@ -19,10 +18,6 @@ KINDS = {
     ("block_sparse", True): "three of four sparse, others block-sparse",
     ("block_sparse", False): "all block-sparse",
 }
-
-
-#: How many first and last blocks the rule by the maximum takes whatever their scores.
-ALWAYS = [FIRST, LAST]
 
 
 #: What one layer's selection is beside: the call of cuDNN, or what full layers run.
@@ -106,7 +101,7 @@ def quality_table():
     lines = []
     exact_rule = ("None",) * len(RULE)
     chosen = {(kind, rule): rows for (kind, rule), rows in groups.items() if rule != exact_rule}
-    for (kind, rule), rows in sorted(chosen.items(), key=lambda item: (*item[0][0][:4], density(item[1]))):
+    for (kind, rule), rows in sorted(chosen.items(), key=lambda item: (*item[0][0][:4], mean(item[1], "density"))):
         (model, length, sparsity, samples, *_), exact = kind, groups[kind, exact_rule]
         of = dict(zip(RULE, rule, strict=True))
         name = f"{of['select']}, {of['threshold']}" + (f", stride {of['stride']}" if of["stride"] != "16" else "")
@@ -117,7 +112,7 @@ def quality_table():
             family, lost = worst(rows, exact, asked)
             some = "" if len(asked) == 5 else f" ({len(asked)} kinds)" if len(asked) > 1 else " (1 kind)"
             answers = [
-                f"{density(rows):.1%}", f"{_mean(rows, 'recall'):.3f}, {_mean(rows, 'output_error'):.3f}",
+                f"{mean(rows, 'density'):.1%}", f"{mean(rows, 'recall'):.3f}, {mean(rows, 'output_error'):.3f}",
                 f"{shown(points(rows, exact, asked))}{some}", f"{shown(lost)} ({family})",
             ]  # fmt: skip
         lines.append([
@@ -143,16 +138,12 @@ def beside_routing():
     ours = [row for row in rows if BESIDE_RULE.items() <= row.items()]
     asked = [row["task"] for row in ours]
     family, lost = worst(ours, exact, asked)
+    blocks = f"{100 * mean(ours, 'density'):.0f} %"
     return (
-        f"at 16 K, half of the layers sparse and {100 * density(ours):.0f} % of the others' blocks read, look-ups of a"
-        f" 0.5 B model change by {shown(points(ours, exact, asked))} points beside exact full layers, the worst kind by"
+        f"at 16 K, half of the layers sparse and {blocks} of the others' blocks read, look-ups of a 0.5 B model"
+        f" change by {shown(points(ours, exact, asked))} points beside exact full layers, the worst kind by"
         f" {shown(lost)} (at 256 K none were asked)"
     )
-
-
-def _mean(rows, name):
-    """Return the mean over the look-ups."""
-    return fmean(row[name] for row in rows if "accuracy" in row)
 
 
 def _prose(rows, exact):
@@ -164,9 +155,9 @@ def _prose(rows, exact):
     return f"{found[0]['density']:.1%}", f"{ratio:.4f} ± {width:.4f}"
 
 
-def density(rows):
-    """Return the mean share of selected blocks over the look-ups, or of prose where there are none."""
-    return fmean([row["density"] for row in rows if "accuracy" in row] or [row["density"] for row in rows])
+def mean(rows, name):
+    """Return the mean of what rows hold under a name, over the look-ups, or of prose where there are none."""
+    return fmean([row[name] for row in rows if "accuracy" in row] or [row[name] for row in rows])
 
 
 def worst(rows, exact, families):

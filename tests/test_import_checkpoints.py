@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.command import flux
-from helpers.models import ids
+from helpers.models import ids, in_steps
 from helpers.released import SETTINGS, plain_logits, write_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -35,13 +35,10 @@ def test_routes_and_outputs_are_those_of_a_plain_computation(family, toggle, exa
     found, prompt, more = [], 440, 3
     for seed in range(3):
         tokens = ids(1, prompt + more, seed)
-        actual = model(tokens[:, :prompt], use_cache=True)  # the prompt, then single steps through the cache
-        steps = [actual.logits[0]]
-        for i in range(prompt, prompt + more):
-            steps.append(model(tokens[:, i : i + 1], past_key_values=actual.past_key_values).logits[0])
+        actual = in_steps(model, tokens, prompt)
         expected, routes = plain_logits(stock, weights, tokens[0], prompt, settings, 1 if exact else 128)
         assert routing.routes.routes_BL[0].tolist() == routes
-        torch.testing.assert_close(torch.cat(steps), expected, atol=3e-4, rtol=1e-3)
+        torch.testing.assert_close(actual[0], expected, atol=3e-4, rtol=1e-3)
         found += routes
     assert set(found) == {True, False}
 
@@ -55,13 +52,10 @@ def test_what_is_block_sparse_is_computed_as_plainly(family, name, block, tmp_pa
     found, changes, prompt, more = [], [], 900, 2
     for seed in range(2):
         tokens = ids(1, prompt + more, seed)
-        actual = model(tokens[:, :prompt], use_cache=True)
-        steps = [actual.logits[0]]
-        for i in range(prompt, prompt + more):
-            steps.append(model(tokens[:, i : i + 1], past_key_values=actual.past_key_values).logits[0])
+        actual = in_steps(model, tokens, prompt)
         expected, routes = plain_logits(stock, weights, tokens[0], prompt, settings, block)
         assert routing.routes.routes_BL[0].tolist() == routes
-        torch.testing.assert_close(torch.cat(steps), expected, atol=3e-4, rtol=1e-3)
+        torch.testing.assert_close(actual[0], expected, atol=3e-4, rtol=1e-3)
         exact, _ = plain_logits(stock, weights, tokens[0], prompt, settings | {name: "full"}, block)
         found += routes
         changes.append((exact - expected).abs().max().item())

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from helpers.models import randomize, tiny_model
+from helpers.models import in_steps, randomize, tiny_model
 from helpers.oracles import error, oracle_logits
 from transformers import AutoModelForCausalLM
 
@@ -75,15 +75,6 @@ def adapter(model, tmp_path_factory):
 
 def generate(model, prompt):
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False)
-
-
-@torch.no_grad()
-def in_steps(model, prompt, start):
-    """Logits (1, S, vocabulary) of a prefill of ``start`` tokens, then of one token at a time."""
-    parts = [model(prompt[:, :start], use_cache=True)]
-    for index in range(start, prompt.shape[1]):
-        parts.append(model(prompt[:, index : index + 1], past_key_values=parts[0].past_key_values))
-    return torch.cat([part.logits for part in parts], 1)
 
 
 def test_fresh_routers_generate_as_the_stock_model_does(model, prompt):

@@ -17,18 +17,10 @@ from flux_attention.router import LayerRouter
 from flux_attention.routes import parse_routes
 from flux_attention.sizes import SHAPES
 
-TINY: dict[str, Any] = dict(
-    model_type="qwen3",
-    vocab_size=1024,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=32,
-    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    tie_word_embeddings=True,
-)
+TINY = SHAPES["qwen3-4b"] | dict(
+    vocab_size=1024, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32,
+)  # fmt: skip
 #: ``SHAPES``, one for a CPU, and one with as many layers as a large model.
 EVERY_SHAPE: dict[str, dict[str, Any]] = {**SHAPES, "tiny": TINY, "deep": TINY | {"num_hidden_layers": 36}}
 

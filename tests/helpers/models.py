@@ -69,6 +69,15 @@ def tiny_model(family: str, seed: int = 0, **changes):
     return model.float().eval()
 
 
+@torch.no_grad()
+def in_steps(model, ids, start):
+    """Logits (B, S, vocabulary) of a prompt's first ``start`` tokens, and of the others one by one."""
+    parts = [model(ids[:, :start], use_cache=True)]
+    for place in range(start, ids.shape[1]):
+        parts.append(model(ids[:, place : place + 1], past_key_values=parts[0].past_key_values))
+    return torch.cat([part.logits for part in parts], 1)
+
+
 CONFIG = FluxConfig(sink=4, window=9, pool_size=6)
 TRIANGLE = FluxConfig(pattern="triangle", sink=4, window=9, last_n=5, pool_size=6)
 #: One configuration of each sparse pattern, for the sizes of these models.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.models import in_steps
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from flux_attention import FluxConfig, attach
@@ -40,14 +41,6 @@ QUANTISED = {
 }
 
 
-def in_steps(model, ids):
-    """Logits of a prompt without its last four tokens, and of these one by one."""
-    outputs = [model(ids[:, :-4])]
-    for place in range(ids.shape[1] - 4, ids.shape[1]):
-        outputs.append(model(ids[:, place : place + 1], past_key_values=outputs[0].past_key_values))
-    return torch.cat([output.logits for output in outputs], dim=1)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_quantised_model_is_routed(name, tokenizer):
@@ -59,10 +52,10 @@ def test_a_quantised_model_is_routed(name, tokenizer):
     torch.testing.assert_close(model(ids).logits, stock, atol=1e-3, rtol=1e-3)  # fresh routers change nothing
     # Their kernels for one token round otherwise than for many, in the stock model too: by how much depends on the CPU.
     with routing.force("full"):
-        rounding = (in_steps(model, ids) - stock).abs()
+        rounding = (in_steps(model, ids, ids.shape[1] - 4) - stock).abs()
     with routing.force([2, 6]):
         expected = model(ids, use_cache=False).logits
-        found = in_steps(model, ids)
+        found = in_steps(model, ids, ids.shape[1] - 4)
     apart, routed = (found - expected)[:, -4:].abs().mean(), (expected - stock)[:, -4:].abs().mean()
     assert apart < 1.5 * rounding[:, -4:].mean() + 1e-5 < routed and routed > 0.1
     most = max(1e-4, 1.5 * rounding[:, :-4].max().item())

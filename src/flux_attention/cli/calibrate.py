@@ -62,7 +62,9 @@ def _print_thresholds(config, points: list[dict], length: int) -> None:
         share = next(point["density"] for point in points if point["threshold"] == threshold)
         name = f"threshold {_threshold(threshold, sets)}"
         text = f"full layers are block-sparse, {name}: {share:.0%} of the blocks at {length:,} tokens"
-        if length < (least := config.full.get("from_tokens", BLOCK_SPARSE_FROM["NVIDIA H200"])):
+        given = config.full.get("from_tokens")
+        least = BLOCK_SPARSE_FROM["NVIDIA H200"] if given is None else given
+        if length < least:
             text += f"; GPUs select in prompts of {least:,} tokens and more: judge it at such a --length"
     out.print(text, highlight=False, soft_wrap=True)
 
